@@ -27,7 +27,8 @@ class SchedulerOptions:
     )
     max_running_requests: int | None = option(
         None,
-        "most requests computed together; further requests wait in the queue. auto is 128 on a CPU, 256 on a GPU",
+        "maximum number of requests computed together; further requests wait in the queue. auto is 128 on a CPU, 256 "
+        "on a GPU",
         unit="requests",
         aliases=("max-num-seqs",),
         minimum=1,
@@ -35,8 +36,9 @@ class SchedulerOptions:
     )
     max_queued_requests: int = option(
         512,
-        "most requests that may wait in the queue, in addition to the running ones. When the queue is full, either the "
-        "new request or the newest request of the caller with the most waiting requests is refused as overloaded",
+        "maximum number of requests that wait in the queue, not counting the running ones. When the queue is full, "
+        "either the new request or the newest request of the caller with the most waiting requests is refused as "
+        "overloaded",
         unit="requests",
         minimum=1,
     )
@@ -63,15 +65,15 @@ class SchedulerOptions:
         unset=AUTO,
     )
     queue_timeout_s: float = option(
-        60.0, "longest time that a request waits in the queue for its first step", unit="s", minimum=0.001
+        60.0, "maximum time that a request waits in the queue for its first step", unit="s", minimum=0.001
     )
     grant_timeout_s: float = option(
-        90.0, "on a prefill worker: longest wait for the decode worker to grant pages", unit="s", minimum=0.001
+        90.0, "on a prefill worker: maximum wait for the decode worker to grant pages", unit="s", minimum=0.001
     )
     handoff_timeout_s: float = option(
         120.0,
-        "longest handoff; a decode worker counts from its Grant until all pages are verified, a prefill worker from "
-        "its last computed page until the Ack",
+        "maximum duration of a handoff: on a decode worker from its Grant until all pages are verified, on a prefill "
+        "worker from its last computed page until the Ack",
         unit="s",
         minimum=0.001,
     )
@@ -80,8 +82,8 @@ class SchedulerOptions:
     )
     max_remembered_handoffs: int = option(
         4096,
-        "most handoffs to remember: grants that arrived before their request, and closed handoffs, whose late messages "
-        "must still be answered",
+        "maximum number of remembered handoffs: grants that arrived before their request, and closed handoffs, whose "
+        "late messages must still be answered",
         unit="handoffs",
         minimum=1,
     )
