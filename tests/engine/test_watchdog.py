@@ -60,7 +60,7 @@ def test_a_long_step_is_progress_only_while_it_uses_the_cpu() -> None:
     assert beats[-1] == (pytest.approx(4 * CHECK_INTERVAL_S, abs=2 * CHECK_INTERVAL_S),) * 2
 
 
-def test_oversleep_counts_the_time_in_which_the_process_was_stopped() -> None:
+def test_the_pause_meter_counts_the_time_in_which_the_process_was_stopped() -> None:
     pauses = PauseMeter(100.0, max_interval_s=1.0)
     assert pauses.measure_s(100.5) == 0.0
     assert pauses.measure_s(160.5) == 59.0

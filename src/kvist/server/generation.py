@@ -88,7 +88,7 @@ class ChoiceState:
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
-        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the last tokens of the prompt, as many as asked for
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's last tokens, as many as requested
         # With logprobs: the number of complete characters before each token. The offset of a token that belongs to a
         # stop string may lie beyond the end of the text.
         self.text_offsets: list[int] = []

@@ -133,7 +133,7 @@ def prompt_logprobs(tokenizer: Tokenizer, choice: ChoiceState, num_top: int) -> 
 
 
 class LogprobEntries:
-    """Writes entries of `meta_info`: (logprob, token id, text), with null for a text that is not asked for."""
+    """Writes entries of `meta_info`: (logprob, token id, text), with null for a text that is not requested."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         """`tokenizer` None: without texts."""

@@ -172,7 +172,7 @@ def check_num_lists(num_lists: int, limit: int, param: str) -> None:
 def output_limit(
     num_prompt_tokens: int, limit: Limit, *, asked: int | None, default: int | None, param: str, prompt: str, least: int
 ) -> int:
-    """Return the request's max_tokens: `asked`, else `default` capped by the room after the prompt, else that room.
+    """Return the request's max_tokens: `asked`, else `default` limited to the room after the prompt, else that room.
     `least`: 0 if a request may compute its prompt alone, else 1.
 
     Raises `PromptTooLong` when prompt and answer together do not fit, `Unavailable` when they would fit on a worker
