@@ -13,9 +13,10 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 
-from packages import CONSTRAINTS, HASHES, direct_requirements, installed_closure, pins
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from packages import CONSTRAINTS, HASHES, direct_requirements, installed_closure, pins
 
 ALLOWED = frozenset(
     {

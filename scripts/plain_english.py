@@ -26,7 +26,8 @@ CLEAN = {
     "docs/architecture.md",
     "docs/bench.md", "docs/cache.md", "docs/chat-templates.md", "docs/clients.md", "docs/failure-modes.md",
     "docs/follow-one-request.md", "docs/glossary.md", "docs/handoff.md", "docs/metrics.md", "docs/operations.md",
-    "docs/performance.md", "docs/security.md", "scripts", "src/kvist/__init__.py", "src/kvist/__main__.py",
+    "docs/performance.md", "docs/security.md",
+    "docs/testing.md", "scripts", "src/kvist/__init__.py", "src/kvist/__main__.py",
     "src/kvist/api", "src/kvist/attention", "src/kvist/bench", "src/kvist/bounded_log.py", "src/kvist/channel",
     "src/kvist/checkpoint.py", "src/kvist/cli.py", "src/kvist/clock.py", "src/kvist/cluster", "src/kvist/config.py",
     "src/kvist/cores.py", "src/kvist/counter.py", "src/kvist/door.py", "src/kvist/engine",
@@ -44,7 +45,9 @@ CLEAN = {
     "tests/router", "tests/runner", "tests/scheduler", "tests/server", "tests/store", "tests/supervisor",
     "tests/test_audit.py",
     "tests/test_cores.py", "tests/test_docs.py", "tests/test_fairness.py", "tests/test_gpu_tests.py",
-    "tests/test_sizes.py", "tests/test_log.py", "tests/test_output.py", "tests/test_plain_english.py", "tests/testing",
+
+    "tests/test_sizes.py", "tests/test_testing_docs.py",
+    "tests/test_log.py", "tests/test_output.py", "tests/test_plain_english.py", "tests/testing",
     "tests/text",
     "tests/transfer",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from email.message import Message
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import audit
 import packages
 

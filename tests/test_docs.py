@@ -8,10 +8,12 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+import api_fields
+import door_table
+import metrics_page
 from kvist import settings
 from kvist.options import options_of
 
@@ -75,47 +77,35 @@ def test_every_flag_in_the_docs_exists(page: str) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known
 
 
-def script_named(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def test_the_table_of_request_fields_matches_the_schemas() -> None:
-    script = script_named("api_fields")
-    _, rest = (ROOT / "docs/api.md").read_text(encoding="utf-8").split(script.BEGIN)
-    assert rest.split(script.END)[0] == script.table(), "run: python scripts/api_fields.py"
+    _, rest = (ROOT / "docs/api.md").read_text(encoding="utf-8").split(api_fields.BEGIN)
+    assert rest.split(api_fields.END)[0] == api_fields.table(), "run: python scripts/api_fields.py"
 
 
 def test_the_table_of_doors_matches_their_dicts() -> None:
-    script = script_named("door_table")
-    _, rest = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split(script.BEGIN)
-    assert rest.split(script.END)[0] == script.table(), "run: python scripts/door_table.py"
+    _, rest = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split(door_table.BEGIN)
+    assert rest.split(door_table.END)[0] == door_table.table(), "run: python scripts/door_table.py"
 
 
 def test_the_readme_names_every_backend_of_a_door_in_the_row_of_its_flag() -> None:
-    script = script_named("door_table")
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    doors = list(script.chosen_doors(settings.UpSettings))
+    doors = list(door_table.chosen_doors(settings.UpSettings))
     assert len(doors) >= 3
     for door in doors:
-        flag, _own = script.flags_of(door)
+        flag, _own = door_table.flags_of(door)
         (row,) = [line for line in lines if line.startswith(f"| `{flag}`")]
         assert set(door.door) <= set(re.findall(r"`([\w-]+)`", row)), row
 
 
 def exported_metrics() -> set[str]:
-    page = script_named("metrics_page")
-    return {page.exported_name(family) for _section, family in page.families()}
+    return {metrics_page.exported_name(family) for _section, family in metrics_page.families()}
 
 
 def test_the_tables_of_metrics_match_the_declarations() -> None:
-    page = script_named("metrics_page")
-    tables = page.tables_of((ROOT / "docs/metrics.md").read_text(encoding="utf-8"))
-    assert tables == {section: page.table(section) for section in page.SECTIONS}, "run: python scripts/metrics_page.py"
+    tables = metrics_page.tables_of((ROOT / "docs/metrics.md").read_text(encoding="utf-8"))
+    assert tables == {section: metrics_page.table(section) for section in metrics_page.SECTIONS}, (
+        "run: python scripts/metrics_page.py"
+    )
 
 
 def test_the_metrics_have_the_names_that_users_know() -> None:

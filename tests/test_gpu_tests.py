@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+import gpu_tests
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_tests", ROOT / "scripts" / "gpu_tests.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_tests"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def results(path: Path, *, tests: int, skipped: int = 0, failures: int = 0, errors: int = 0) -> Path:
@@ -40,31 +29,34 @@ def test_the_gpu_test_script_fails_without_a_gpu() -> None:
     assert "sees no CUDA device" in done.stderr
 
 
-def test_the_gpu_test_script_succeeds_only_if_tests_ran_and_none_failed(script: ModuleType, tmp_path: Path) -> None:
+def test_the_gpu_test_script_succeeds_only_if_tests_ran_and_none_failed(tmp_path: Path) -> None:
     file = tmp_path / "results.xml"
-    assert script.verdict(0, results(file, tests=5, skipped=2)) == (0, "passed: 3 GPU tests ran, 0 failed, 2 skipped")
-    assert script.verdict(0, results(file, tests=2, skipped=2))[0] == 1
-    assert script.verdict(1, results(file, tests=2, failures=1))[0] == 1
-    assert script.verdict(2, results(file, tests=1, errors=1))[0] == 2
-    assert script.verdict(5, results(file, tests=0))[0] == 5
-    assert script.verdict(0, tmp_path / "none.xml")[0] == 1
+    assert gpu_tests.verdict(0, results(file, tests=5, skipped=2)) == (
+        0,
+        "passed: 3 GPU tests ran, 0 failed, 2 skipped",
+    )
+    assert gpu_tests.verdict(0, results(file, tests=2, skipped=2))[0] == 1
+    assert gpu_tests.verdict(1, results(file, tests=2, failures=1))[0] == 1
+    assert gpu_tests.verdict(2, results(file, tests=1, errors=1))[0] == 2
+    assert gpu_tests.verdict(5, results(file, tests=0))[0] == 5
+    assert gpu_tests.verdict(0, tmp_path / "none.xml")[0] == 1
     file.write_text("<testsuites")
-    assert script.verdict(0, file)[0] == 1
+    assert gpu_tests.verdict(0, file)[0] == 1
 
 
-def test_the_gpu_test_script_collects_exactly_the_files_with_a_gpu_mark(script: ModuleType) -> None:
-    found = {path.relative_to(ROOT).as_posix() for path in script.marked_files(ROOT / "tests")}
+def test_the_gpu_test_script_collects_exactly_the_files_with_a_gpu_mark() -> None:
+    found = {path.relative_to(ROOT).as_posix() for path in gpu_tests.marked_files(ROOT / "tests")}
     assert {"tests/runner/test_cuda_runner.py", "tests/conformance/test_attention.py"} <= found
     assert "tests/scheduler/test_batching.py" not in found
 
 
-def test_the_gpu_test_script_keeps_the_output_and_status_of_pytest(script: ModuleType, tmp_path: Path) -> None:
+def test_the_gpu_test_script_keeps_the_output_and_status_of_pytest(tmp_path: Path) -> None:
     (tmp_path / "test_bad.py").write_text("def test_bad(): assert False, 'seen'\n")
     file = tmp_path / "results.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={file}", str(tmp_path)]
-    status = script.run(command, tmp_path / "kept.txt", "about\n")
+    status = gpu_tests.run(command, tmp_path / "kept.txt", "about\n")
     assert status == 1
     kept = (tmp_path / "kept.txt").read_text()
     assert kept.startswith("about\n")
     assert "AssertionError: seen" in kept
-    assert script.counts_of(file) == script.Counts(num_run=1, num_bad=1, num_skipped=0)
+    assert gpu_tests.counts_of(file) == gpu_tests.Counts(num_run=1, num_bad=1, num_skipped=0)

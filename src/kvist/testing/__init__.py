@@ -6,7 +6,7 @@
     scripted_dispatcher  the gateway's view of its engines, with answers that a test writes
     gateway_bench        the gateway's HTTP application over that dispatcher, called without sockets
     loop_bench           an engine's loop, with fakes of its channel, scheduler, runner, transport and store
-    router_bench       a dispatcher over engines in memory, whose messages the test sends
+    router_bench         a dispatcher over engines in memory, whose messages the test sends
     tiny_model           a model of two layers with random weights
     memory_engine        a whole engine in this thread, with that model
     memory_cluster       such engines and a gateway, stepped by a test
