@@ -41,7 +41,7 @@ from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import SampledTokens
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
+from kvist.request import EpochId, RequestId, Role, SlotId
 from kvist.runner.columns import EMPTY_BATCH, read_batch
 from kvist.runner.sampler import sampled_tokens
 from kvist.runner.shaping import table_sizes
@@ -50,7 +50,7 @@ from kvist.runner.staging import NUM_ROW_WORDS
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import FakeTransport
-from kvist.testing.specs import make_spec
+from kvist.testing.specs import make_request, make_spec, submit_full
 
 PAGE_SIZE = 16
 MAX_WARM_UP_STEPS = 1000  # before the measured ones
@@ -189,14 +189,14 @@ def submits(args: argparse.Namespace) -> list[tuple[bytes, Any]]:
     rng = random.Random(args.seed)
     found = []
     for index in range(args.running):
-        request = EngineRequest(
-            request_id=RequestId(f"cmpl-{index:024x}"),
-            prompt_token_ids=tuple(rng.randrange(32_000) for _ in range(args.context - index % PAGE_SIZE)),
-            sampling=SamplingParams(
-                max_tokens=args.steps + MAX_WARM_UP_STEPS, temperature=args.temperature, seed=index
-            ),
+        request = make_request(
+            f"cmpl-{index:024x}",
+            tuple(rng.randrange(32_000) for _ in range(args.context - index % PAGE_SIZE)),
+            max_tokens=args.steps + MAX_WARM_UP_STEPS,
+            temperature=args.temperature,
+            seed=index,
         )
-        found.append((b"gateway-%d" % (index % 2), wire.Submit(request=request, mode=Mode.FULL)))
+        found.append((b"gateway-%d" % (index % 2), submit_full(request)))
     return found
 
 

@@ -20,9 +20,10 @@ from json_report import write_report
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, SampledTokens, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
+from kvist.request import EpochId, RequestId, Role, SlotId
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.wire import PoolAddress, Submit, TokenChunk
+from kvist.testing.specs import make_request, submit_full
+from kvist.wire import PoolAddress, TokenChunk
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -51,13 +52,13 @@ def measure_steps(*, running: int, steps: int, context: int, seed: int) -> list[
     pool = PoolAddress(transport="inproc", location="", num_pages=num_pages, page_bytes=1, layout="bench")
     scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), pool)
     events: list[Event] = [
-        Submit(
-            request=EngineRequest(
-                request_id=RequestId(f"r{index}"),
-                prompt_token_ids=tuple(rng.randrange(32000) for _ in range(context - index % 16)),
-                sampling=SamplingParams(max_tokens=steps + 64, seed=index),
-            ),
-            mode=Mode.FULL,
+        submit_full(
+            make_request(
+                f"r{index}",
+                tuple(rng.randrange(32000) for _ in range(context - index % 16)),
+                max_tokens=steps + 64,
+                seed=index,
+            )
         )
         for index in range(running)
     ]

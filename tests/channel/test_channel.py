@@ -16,7 +16,8 @@ import zmq
 from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel, GatewayLink, Member, is_loopback
 from kvist.errors import ConfigError
-from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, SamplingParams
+from kvist.request import EpochId, HandoffId, RequestId
+from kvist.testing.specs import make_load, make_request, submit_full
 
 BOUND_S = 60.0
 HELLO = wire.Hello(gateway_id="g")
@@ -162,10 +163,8 @@ async def test_one_recv_is_limited_to_about_a_megabyte(make_channel: MakeChannel
     link, _ = make_link(channel.endpoint)
     ids = tuple(range(1000, 31_000))  # 90 kB
     for number in range(40):
-        request = EngineRequest(
-            request_id=RequestId(str(number)), prompt_token_ids=ids, sampling=SamplingParams(max_tokens=1)
-        )
-        assert link.send(wire.Submit(request=request, mode=Mode.FULL))
+        request = make_request(str(number), ids, max_tokens=1)
+        assert link.send(submit_full(request))
     await asyncio.sleep(0.3)
     counts: list[int] = []
     while sum(counts) < 40:
@@ -190,10 +189,7 @@ def test_a_peer_that_does_not_read_fails_sends_instead_of_blocking(make_channel:
     lazy.connect(channel.endpoint)
     lazy.send(wire.encode(HELLO))
     [(address, _)] = recv_some(channel)
-    big = wire.LoadReport(
-        sequence=0, num_running=0, num_waiting=0, num_free_pages=0, num_cached_pages=0, num_owned_pages=0,
-        num_in_flight_pages=0, page_events=(wire.PageEvents(tier="device", stored=(b"x" * 16,) * 50_000),),
-    )  # fmt: skip
+    big = make_load(page_events=(wire.PageEvents(tier="device", stored=(b"x" * 16,) * 50_000),))  # fmt: skip
     assert not all(channel.send(address, big) for _ in range(100))
 
 

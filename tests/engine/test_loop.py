@@ -28,7 +28,6 @@ from kvist.plan.transfers import (
 from kvist.request import (
     EpochId,
     HandoffId,
-    Mode,
     Outcome,
     RequestId,
     SamplingParams,
@@ -37,7 +36,7 @@ from kvist.request import (
 from kvist.testing.loop_bench import FakeStorage, LoopBench
 from kvist.testing.page_events import page_event
 from kvist.testing.specs import make_pool, make_request, make_spec, submit_full
-from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke, Submit
+from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke
 
 G1, G2 = b"gateway-1", b"gateway-2"
 POOL = make_pool()
@@ -103,7 +102,7 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: LoopBench) -> 
         (b"d", wire.Revoke(handoff_id=handoff, target_epoch=target, reason="late")),
     )
     assert events == [
-        Submit(request=request.request, mode=Mode.FULL),
+        submit_full(request.request),
         Abort(request_id=RequestId("r")),
         FlushCache(call_id="c"),
         grant,

@@ -33,6 +33,7 @@ from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, Ro
 from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
 from kvist.store.config import StorageConfig
+from kvist.testing.specs import submit_full
 
 pytestmark = pytest.mark.e2e
 
@@ -212,7 +213,7 @@ def test_the_engine_spec_has_numbers_for_every_limit_left_to_auto(cluster: Clust
 def test_prefill_and_decode_processes_give_the_tokens_of_one_engine(cluster: Cluster) -> None:
     unified, prefill, decode = cluster.start("unified", "prefill", "decode")
     request = make_request("r", 700)
-    unified.send(wire.Submit(request=request, mode=Mode.FULL))
+    unified.send(submit_full(request))
     submit_pair(prefill, decode, request)
     until(lambda: unified.ended and prefill.ended and decode.ended, unified, prefill, decode)
     for engine in (unified, prefill, decode):
@@ -233,7 +234,7 @@ def assert_pair_equals_unified(unified: Engine, prefill: Engine, decode: Engine,
     for engine in (unified, prefill, decode):
         engine.chunks.clear()
         engine.ended.clear()
-    unified.send(wire.Submit(request=request, mode=Mode.FULL))
+    unified.send(submit_full(request))
     submit_pair(prefill, decode, request)
     until(lambda: unified.ended and prefill.ended and decode.ended, unified, prefill, decode)
     for engine in (unified, prefill, decode):
@@ -270,8 +271,8 @@ def assert_host_tier_gives_the_same_tokens(
             for engine in (alone, unified, prefill, decode):
                 engine.chunks.clear()
                 engine.ended.clear()
-            alone.send(wire.Submit(request=request, mode=Mode.FULL))
-            unified.send(wire.Submit(request=request, mode=Mode.FULL))
+            alone.send(submit_full(request))
+            unified.send(submit_full(request))
             submit_pair(prefill, decode, request)
             until(lambda: alone.ended and unified.ended and prefill.ended and decode.ended, *cluster.engines)
             assert len(tokens(alone)) == 20
@@ -349,7 +350,7 @@ def test_two_tensor_parallel_ranks_give_the_tokens_of_one_and_end_together(clust
     assert (two.spec.tp_size, two.spec.namespace) == (2, one.spec.namespace)
     request = make_request("r", 100, temperature=0.0)
     for engine in (one, two):
-        engine.send(wire.Submit(request=request, mode=Mode.FULL))
+        engine.send(submit_full(request))
     until(lambda: one.ended and two.ended, one, two)
     assert tokens(one) == tokens(two)
     assert two.process.stdin is not None
@@ -368,7 +369,7 @@ def assert_ranks_give_the_same_tokens_with_a_host_tier(cluster: Cluster, **setti
         engine.chunks.clear()
         engine.ended.clear()
         request = make_request(f"{len(answers)}", length)
-        engine.send(wire.Submit(request=request, mode=Mode.FULL))
+        engine.send(submit_full(request))
         until(lambda: engine.ended, engine)
         assert [ended.outcome for ended in engine.ended] == [Outcome.FINISHED], engine.ended
         assert engine.chunks[0].num_cached_tokens == ((length - 1) // 16 * 16 if len(answers) > 2 else 0)
@@ -401,7 +402,7 @@ def test_a_killed_rank_ends_its_engine_and_fails_the_open_requests(cluster: Clus
     children = Path(f"/proc/{engine.process.pid}/task/{engine.process.pid}/children").read_text().split()
     followers = [pid for pid in children if b"kvist.runner.follower" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(followers[0]), signal.SIGKILL)
-    engine.send(wire.Submit(request=make_request("r", 100), mode=Mode.FULL))
+    engine.send(submit_full(make_request("r", 100)))
     until(lambda: engine.ended, engine)
     assert [(ended.outcome, ended.error_code) for ended in engine.ended] == [(Outcome.FAILED, "unavailable")]
     assert engine.process.wait(timeout=60) == 1
@@ -425,7 +426,7 @@ def test_prefill_killed_during_a_transfer_fails_the_decode_request_and_frees_its
 
 def test_a_stopped_engine_fails_its_open_requests_and_removes_its_pool(cluster: Cluster, tmp_path: Path) -> None:
     [engine] = cluster.start("unified", scheduler=SLOW)
-    engine.send(wire.Submit(request=make_request("r", 7000), mode=Mode.FULL))
+    engine.send(submit_full(make_request("r", 7000)))
     until(lambda: engine.load is not None and engine.load.num_running == 1, engine)
     engine.tell(STOP)
     until(lambda: engine.ended, engine)
@@ -439,13 +440,13 @@ def test_an_engine_with_a_parent_ignores_signals_and_drains_on_a_line_of_stdin(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     [engine] = cluster.start("unified")
-    engine.send(wire.Submit(request=make_request("open", 300, max_tokens=100), mode=Mode.FULL))
+    engine.send(submit_full(make_request("open", 300, max_tokens=100)))
     until(lambda: engine.chunks, engine)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         engine.process.send_signal(number)
     engine.tell(DRAIN)
     until(lambda: engine.load is not None and engine.load.draining, engine)
-    engine.send(wire.Submit(request=make_request("late", 10), mode=Mode.FULL))
+    engine.send(submit_full(make_request("late", 10)))
     assert engine.process.wait(timeout=60) == 0
     engine.listen()
     ended = {str(each.request_id): (each.outcome, each.error_code) for each in engine.ended}
@@ -475,8 +476,8 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
     engine.socket.send(b"\xc1 this is no message")
     engine.socket.send(b"\x82\xa4type\xa5Hello\xaagateway_id\xa1\xff")  # invalid UTF-8
     engine.socket.send(b"\x82\xa4type\xa5Hello\xa1x" + b"\x81\xa1a" * 1000)  # nested too deep
-    engine.send(wire.Submit(request=make_request("bad", 5, seed=-1), mode=Mode.FULL))
-    engine.send(wire.Submit(request=make_request("good", 5), mode=Mode.FULL))
+    engine.send(submit_full(make_request("bad", 5, seed=-1)))
+    engine.send(submit_full(make_request("good", 5)))
     until(lambda: engine.load is not None and engine.load.totals["undecodable_messages"] == 3, engine)
     until(lambda: len(engine.ended) == 2, engine)
     assert {(ended.request_id, ended.outcome) for ended in engine.ended} == {
@@ -529,7 +530,7 @@ def test_a_restarted_engine_restores_its_persisted_pages_and_gives_the_same_toke
 
     def answer(expected_cached: int) -> list[int]:
         (engine,) = cluster.start("unified", host_tier=host_tier)
-        engine.send(wire.Submit(request=make_request("r", 700), mode=Mode.FULL))
+        engine.send(submit_full(make_request("r", 700)))
         until(lambda: engine.ended, engine)
         assert [ended.outcome for ended in engine.ended] == [Outcome.FINISHED]
         assert engine.chunks[0].num_cached_tokens == expected_cached
@@ -551,7 +552,7 @@ def test_an_engine_killed_during_a_backup_leaves_only_whole_pages(cluster: Clust
 
     def ask(engine: Engine) -> None:
         for request in requests:
-            engine.send(wire.Submit(request=request, mode=Mode.FULL))
+            engine.send(submit_full(request))
 
     def answers(engine: Engine) -> tuple[dict[str, list[int]], int]:
         """Return the tokens of each answer, and the number of cached prompt tokens."""
@@ -566,7 +567,7 @@ def test_an_engine_killed_during_a_backup_leaves_only_whole_pages(cluster: Clust
 
     (engine,) = cluster.start("unified", host_tier=host_tier)
     ask(engine)
-    engine.send(wire.Submit(request=make_request("copied meanwhile", 5000), mode=Mode.FULL))
+    engine.send(submit_full(make_request("copied meanwhile", 5000)))
     until(lambda: engine.load is not None and engine.load.totals["host_backed_up_pages"] > 0, engine)
     engine.kill()
     (again,) = cluster.start("unified", host_tier=host_tier)
@@ -605,7 +606,7 @@ def test_pages_stored_before_a_worker_was_killed_serve_a_worker_that_attaches_th
         engine.chunks.clear()
         engine.ended.clear()
         request = msgspec.structs.replace(make_request(request_id, 4000), **changes)
-        engine.send(wire.Submit(request=request, mode=Mode.FULL))
+        engine.send(submit_full(request))
 
     def num_leading() -> int:
         """Return how many leading pages of the prompt (without salt) are stored, and so could be fetched."""

@@ -17,20 +17,17 @@ from kvist.engine.messages import decode_line
 from kvist.errors import Unavailable, WireError
 from kvist.kv.cache import PageCache
 from kvist.request import (
-    EngineRequest,
     EpochId,
     HandoffId,
-    Mode,
     Outcome,
     RequestId,
     Role,
     SampledToken,
-    SamplingParams,
 )
 from kvist.router.discovery import find_engine
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
-from kvist.testing.specs import make_spec
+from kvist.testing.specs import make_request, make_spec, submit_full
 
 SPEC = make_spec()
 HANDOFF, DECODE_EPOCH, PREFILL_EPOCH = HandoffId("h"), EpochId("d"), EpochId("p")
@@ -152,10 +149,10 @@ def test_an_engine_of_any_role_answers_for_a_handoff_that_it_does_not_know(role:
     ],
 )
 def test_a_request_with_a_value_that_cannot_be_computed_is_refused_alone(name: str, value: object) -> None:
-    good = EngineRequest(request_id=RequestId("good"), prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=2))
+    good = make_request("good", (1, 2), max_tokens=2)
     sampling = msgspec.structs.replace(good.sampling, **{name: value})
     bad = msgspec.structs.replace(good, request_id=RequestId("bad"), sampling=sampling)
-    sent = [wire.Submit(request=request, mode=Mode.FULL) for request in (bad, good)]
+    sent = [submit_full(request) for request in (bad, good)]
     arrived = [wire.Decoder(wire.ToEngine).decode(wire.encode(submit)) for submit in sent]
     events, replies = inbox_of(Role.UNIFIED).translate([(b"gateway", message) for message in arrived], 1.0)  # type: ignore[misc]
     assert events == [sent[1]]

@@ -13,12 +13,13 @@ from kvist.checkpoint import find_checkpoint
 from kvist.kv.cache import PageCache
 from kvist.models import load_model_config
 from kvist.plan.events import Event, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, Outcome, RequestId, Role, SamplingParams
+from kvist.request import EngineRequest, EpochId, Outcome, RequestId, Role, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import InFlight
 from kvist.runner.sampler import SamplingRow, sample
 from kvist.scheduler import SchedulerConfig, build_scheduler
+from kvist.testing.specs import submit_full
 from kvist.wire import Ended, PoolAddress, Submit, TokenChunk
 
 NAN, INF = float("nan"), float("inf")
@@ -104,7 +105,7 @@ class Engine:
 def submit(name: str, prompt: list[int]) -> Submit:
     sampling = SamplingParams(max_tokens=6, temperature=0.8, seed=3)
     request = EngineRequest(request_id=RequestId(name), prompt_token_ids=tuple(prompt), sampling=sampling)
-    return Submit(request=request, mode=Mode.FULL)
+    return submit_full(request)
 
 
 @pytest.mark.case("nan-logits")

@@ -15,10 +15,10 @@ from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel, GatewayLink
 from kvist.channel.security import Member
 from kvist.errors import WorkerLost
-from kvist.request import EngineRequest, EpochId, RequestId, SamplingParams, WorkerId
+from kvist.request import EpochId, WorkerId
 from kvist.router import Dispatcher, LinkOptions, RouterConfig, WorkerUrls, build_dispatcher
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
-from kvist.testing.specs import make_roomy_spec
+from kvist.testing.specs import make_request, make_roomy_spec
 
 TIMEOUT_S = 0.5
 
@@ -59,9 +59,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def stream(dispatcher: Dispatcher) -> None:
-    request = EngineRequest(
-        request_id=RequestId("r"), prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=1_000)
-    )
+    request = make_request("r", (1, 2), max_tokens=1_000)
     async for _part in dispatcher.generate(request):
         pass
 

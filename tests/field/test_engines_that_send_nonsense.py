@@ -20,20 +20,10 @@ from kvist.request import (
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry, Worker
 from kvist.testing.router_bench import RouterBench, settle
-from kvist.testing.specs import make_request, make_spec
+from kvist.testing.specs import make_load, make_request, make_spec
 
 SPEC = make_spec()
-REPORT = wire.LoadReport(
-    sequence=0,
-    num_running=0,
-    num_waiting=0,
-    num_free_pages=4,
-    num_cached_pages=0,
-    num_owned_pages=0,
-    num_in_flight_pages=0,
-    snapshot=True,
-    totals={"steps": 1.0},
-)
+REPORT = make_load(num_free_pages=4, snapshot=True, totals={"steps": 1.0})
 
 
 class World(RouterBench):

@@ -21,8 +21,8 @@ from kvist.router.registry import Registry
 from kvist.router.route import Router
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.testing.gateway_bench import GatewayBench
-from kvist.testing.specs import make_spec
-from kvist.wire import Grant, LoadReport, PoolAddress, PrefillPeer, Submit, Welcome
+from kvist.testing.specs import make_load, make_spec, submit_full
+from kvist.wire import Grant, PoolAddress, PrefillPeer, Submit, Welcome
 from tests.server.conftest import MakeBench
 
 POOL = PoolAddress(transport="t", location="x", num_pages=4096, page_bytes=64, layout="l")
@@ -53,7 +53,7 @@ class Engine:
 
 
 def whole(name: str, client: str = "", max_tokens: int = 4) -> Submit:
-    return Submit(request=_request(name, client, max_tokens), mode=Mode.FULL)
+    return submit_full(_request(name, client, max_tokens))
 
 
 def _request(name: str, client: str, max_tokens: int = 4) -> EngineRequest:
@@ -186,16 +186,7 @@ async def test_the_router_sends_a_request_to_a_full_worker_that_can_displace_ano
         worker.take(RequestId(f"other{index}"), 10, ("l", "h", "1"))
     with pytest.raises(Overloaded):
         router.choose(_request("other", "l/h/1"))
-    load = LoadReport(
-        sequence=0,
-        num_running=4,
-        num_waiting=12,
-        num_free_pages=0,
-        num_cached_pages=0,
-        num_owned_pages=64,
-        num_in_flight_pages=0,
-        service_s=10.0,
-    )
+    load = make_load(num_running=4, num_waiting=12, num_owned_pages=64, service_s=10.0)
     registry.on_report(worker, load, 1.0)
     with pytest.raises(Overloaded) as later:
         router.choose(_request("more", "k/h/1"))

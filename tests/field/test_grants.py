@@ -12,7 +12,6 @@ from kvist.plan.events import SampledTokens, StepFinished
 from kvist.plan.plan import Plan
 from kvist.plan.transfers import ToSource, WritePages
 from kvist.request import (
-    EngineRequest,
     EpochId,
     HandoffId,
     Mode,
@@ -20,9 +19,9 @@ from kvist.request import (
     RequestId,
     Role,
     SampledToken,
-    SamplingParams,
 )
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.testing.specs import make_request
 from kvist.wire import Closed, Done, Grant, PoolAddress, PrefillPeer, Revoke, Submit
 
 P, D, THIEF = EpochId("prefill"), EpochId("decode"), EpochId("thief")
@@ -37,9 +36,7 @@ def scheduler_of(role: Role) -> Scheduler:
 
 
 def submit(mode: Mode, **fields: object) -> Submit:
-    request = EngineRequest(
-        request_id=RequestId("r"), prompt_token_ids=tuple(range(10)), sampling=SamplingParams(max_tokens=4)
-    )
+    request = make_request("r", tuple(range(10)), max_tokens=4)
     return Submit(request=request, mode=mode, handoff_id=H, **fields)  # type: ignore[arg-type]
 
 

@@ -32,7 +32,6 @@ from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Plan
 from kvist.plan.transfers import PagesVerified, PeerDied, StopWrites, VerifyPages, WritePages, WritesCompleted
 from kvist.request import (
-    EngineRequest,
     EpochId,
     FinishReason,
     HandoffId,
@@ -41,7 +40,6 @@ from kvist.request import (
     RequestId,
     Role,
     SampledToken,
-    SamplingParams,
     WorkerId,
 )
 from kvist.router.config import RouterConfig
@@ -55,7 +53,7 @@ from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import FakeTransport
 from kvist.testing.router_bench import MemoryEngines
-from kvist.testing.specs import make_spec
+from kvist.testing.specs import make_load, make_request, make_spec
 from tests.runner.tables import small_table
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
@@ -132,17 +130,23 @@ class Messages:
 
     def _submit(self, request_id: RequestId, handoff: HandoffId, target: EpochId, source: EpochId) -> wire.Submit:
         dice = self.dice
-        request = EngineRequest(
-            request_id=request_id,
-            prompt_token_ids=tuple(dice.randrange(3) for _ in range(dice.randint(1, 20))),
-            sampling=SamplingParams(
-                max_tokens=dice.randint(1, 8), temperature=dice.random(), seed=dice.randrange(2**63),
-                num_logprobs=dice.choice((None, 0, 3)), stop_token_ids=(7,), min_tokens=dice.randrange(3),
-                top_k=dice.randrange(3), repetition_penalty=1.0 + dice.random(), frequency_penalty=dice.random(),
-                logit_bias=((3, dice.random()),), allowed_token_ids=(3, 4, 7), bad_words=((3,), (4, 5), (1,) * 9),
-            ),
+        request = make_request(
+            request_id,
+            tuple(dice.randrange(3) for _ in range(dice.randint(1, 20))),
+            max_tokens=dice.randint(1, 8),
+            temperature=dice.random(),
+            seed=dice.randrange(2**63),
+            num_logprobs=dice.choice((None, 0, 3)),
+            stop_token_ids=(7,),
+            min_tokens=dice.randrange(3),
+            top_k=dice.randrange(3),
+            repetition_penalty=1.0 + dice.random(),
+            frequency_penalty=dice.random(),
+            logit_bias=((3, dice.random()),),
+            allowed_token_ids=(3, 4, 7),
+            bad_words=((3,), (4, 5), (1,) * 9),
             cache_salt=dice.choice(("", "s")),
-        )  # fmt: skip
+        )
         peer = wire.PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=source)
         return wire.Submit(
             request=request, mode=dice.choice(tuple(Mode)), handoff_id=handoff, prefill=peer, target_epoch=target
@@ -152,11 +156,16 @@ class Messages:
         dice = self.dice
         chunk = wire.TokenChunk(request_id=request_id, position=dice.randrange(3), token_ids=(dice.randrange(VOCAB),))
         ended = wire.Ended(request_id=request_id, outcome=dice.choice(tuple(Outcome)), error_code="overloaded")
-        report = wire.LoadReport(
-            sequence=dice.randrange(9), num_running=1, num_waiting=1, num_free_pages=1, num_cached_pages=1,
-            num_owned_pages=1, num_in_flight_pages=0,
-            page_events=(wire.PageEvents(tier="host", stored=(b"x" * 32,)),), totals={"steps": 1.0},
-        )  # fmt: skip
+        report = make_load(
+            sequence=dice.randrange(9),
+            num_running=1,
+            num_waiting=1,
+            num_free_pages=1,
+            num_cached_pages=1,
+            num_owned_pages=1,
+            page_events=(wire.PageEvents(tier="host", stored=(b"x" * 32,)),),
+            totals={"steps": 1.0},
+        )
         outputs = wire.StepOutputs(chunks=(chunk,), ended=(ended,) if dice.random() < 0.2 else ())
         flushed = wire.Flushed(call_id="c", num_pages=1)
         return dice.choice((outputs, outputs, outputs, report, wire.Welcome(spec=spec_of(Role.UNIFIED)), flushed))
@@ -360,9 +369,7 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
     decoder, num_decoded = wire.Decoder(wire.EngineToGateway), 0
 
     async def read(name: str) -> list[int]:
-        request = EngineRequest(
-            request_id=RequestId(name), prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=3)
-        )
+        request = make_request(name, (1,), max_tokens=3)
         return [token for part in [p async for p in dispatcher.generate(request)] for token in part.chunk.token_ids]
 
     def rejoin(number: int) -> None:

@@ -17,12 +17,12 @@ from kvist import wire
 from kvist.channel import ChannelConfig
 from kvist.errors import ConfigError, KvistError, Unavailable, WorkerLost
 from kvist.options import compose
-from kvist.request import EngineRequest, EpochId, RequestId, Role, SamplingParams, WorkerId
+from kvist.request import EpochId, Role, WorkerId
 from kvist.router import Dispatcher, RouterConfig, WorkerUrls, build_dispatcher
 from kvist.router.discovery import normal_url, reachable_endpoint
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.page_events import page_event
-from kvist.testing.specs import make_roomy_spec
+from kvist.testing.specs import make_request, make_roomy_spec
 
 BOUND_S = 60.0
 StartEngine = Callable[..., FakeEngine]
@@ -66,9 +66,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def ask(dispatcher: Dispatcher, first_token: int = 1000, max_tokens: int = 50, name: str = "r") -> list[int]:
-    request = EngineRequest(
-        request_id=RequestId(name), prompt_token_ids=(first_token, 1, 2), sampling=SamplingParams(max_tokens=max_tokens)
-    )
+    request = make_request(name, (first_token, 1, 2), max_tokens=max_tokens)
     tokens: list[int] = []
     async with asyncio.timeout(BOUND_S):
         async for part in dispatcher.generate(request):

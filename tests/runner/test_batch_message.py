@@ -11,11 +11,12 @@ import torch
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.events import Event, SampledTokens, StepFinished
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId
+from kvist.request import EngineRequest, EpochId, RequestId, Role, SamplingParams, SlotId
 from kvist.runner.batch_message import BatchDecoder, BatchEncoder
 from kvist.runner.inputs import sampling_rows
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.wire import Abort, PoolAddress, Submit
+from kvist.testing.specs import submit_full
+from kvist.wire import Abort, PoolAddress
 from tests.runner.tables import small_table
 
 SAMPLING = SamplingParams(max_tokens=9, temperature=0.5, seed=2**63 - 1, stop_token_ids=(7,), num_logprobs=2)
@@ -76,7 +77,7 @@ def test_every_rank_decodes_the_batches_and_has_the_slots_of_a_busy_scheduler() 
             )
             prompt = tuple(dice.randrange(100) for _ in range(dice.randrange(1, 60)))
             request = EngineRequest(request_id=RequestId(f"r{step}"), prompt_token_ids=prompt, sampling=sampling)
-            events.append(Submit(request=request, mode=Mode.FULL))
+            events.append(submit_full(request))
             if dice.random() < 0.2:
                 events.append(Abort(request_id=RequestId(f"r{dice.randrange(step + 1)}")))
         batch = scheduler.step(step * 0.001, events).batch

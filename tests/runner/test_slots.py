@@ -15,13 +15,14 @@ from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.slots import OpenSlots
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, SlotId, needs_known_token
+from kvist.request import EngineRequest, EpochId, RequestId, Role, SamplingParams, SlotId, needs_known_token
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import InFlight, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.wire import Abort, PoolAddress, Submit
+from kvist.testing.specs import submit_full
+from kvist.wire import Abort, PoolAddress
 from tests.runner.hand_driven import make_plain_runner
 
 PAGE_SIZE = 4
@@ -73,7 +74,7 @@ class Ranks:
         scheduler = build_scheduler(
             Role.UNIFIED, config, cache, EpochId("e"), pool, needs_known_token=needs_known_token
         )
-        events: list[Event] = [Submit(request=request, mode=Mode.FULL) for request in requests]
+        events: list[Event] = [submit_full(request) for request in requests]
         streams: dict[str, list[int]] = {request.request_id: [] for request in requests}
         in_flight: deque[tuple[Batch, InFlight]] = deque()
         slots, step = OpenSlots(), 0

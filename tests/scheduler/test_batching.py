@@ -16,6 +16,7 @@ from kvist.scheduler import SchedulerConfig
 from kvist.testing.sim_cluster import SimCluster, sim_request
 from kvist.testing.sim_device import EOS, reference_stream
 from kvist.testing.sim_engine import SimEngine, small_config
+from kvist.testing.specs import submit_full
 from kvist.wire import Abort, FlushCache, Submit
 
 
@@ -25,7 +26,7 @@ def unified(num_pages: int = 12, **config: Any) -> SimEngine:
 
 def arrived(request_id: str, num_tokens: int = 5, **fields: Any) -> Submit:
     prompt = [(index * 7 + len(request_id)) % 20 for index in range(num_tokens)]
-    return Submit(request=sim_request(request_id, prompt, ignore_eos=True, **fields), mode=Mode.FULL)
+    return submit_full(sim_request(request_id, prompt, ignore_eos=True, **fields))
 
 
 def step(engine: SimEngine, *events: Event) -> Plan:
@@ -164,7 +165,7 @@ def test_a_prompt_that_is_cached_to_its_end_still_computes_its_last_page() -> No
     engine.world.submit(sim_request("a", list(range(8)), max_tokens=1), engine)
     run_out(engine)
     request = sim_request("b", list(range(8)), max_tokens=1)
-    assert step_items(engine, Submit(request=request, mode=Mode.FULL)) == [("b", 4, 8)]
+    assert step_items(engine, submit_full(request)) == [("b", 4, 8)]
 
 
 def test_prompts_with_another_salt_share_nothing() -> None:
@@ -172,7 +173,7 @@ def test_prompts_with_another_salt_share_nothing() -> None:
     engine.world.submit(sim_request("a", list(range(9))), engine)
     run_out(engine)
     request = sim_request("b", list(range(9)), cache_salt="mine")
-    assert step_items(engine, Submit(request=request, mode=Mode.FULL))[0][1] == 0
+    assert step_items(engine, submit_full(request))[0][1] == 0
 
 
 def test_the_youngest_request_is_preempted_and_its_stream_is_unchanged() -> None:
@@ -262,7 +263,7 @@ def test_allowed_tokens_that_all_end_the_answer_contradict_min_tokens(fields: di
     request = sim_request("a", [1])
     asked = {"allowed_token_ids": (EOS, 5), "stop_token_ids": (5,), "min_tokens": 1, **fields}
     sampling = msgspec.structs.replace(request.sampling, **asked)
-    submit = Submit(request=msgspec.structs.replace(request, sampling=sampling), mode=Mode.FULL)
+    submit = submit_full(msgspec.structs.replace(request, sampling=sampling))
     ended = step(engine, submit).ended
     assert len(ended) == (not fields)
     for one in ended:
@@ -301,7 +302,7 @@ def test_the_chunk_of_the_last_token_carries_the_finish_reason(
     engine = unified()
     request = sim_request("a", [1, 2, 3])
     request = msgspec.structs.replace(request, sampling=sampling)
-    plan = engine.scheduler.step(0.0, [Submit(request=request, mode=Mode.FULL)])
+    plan = engine.scheduler.step(0.0, [submit_full(request)])
     sent = []
     for token_id in tokens:
         plan = engine.scheduler.step(0.0, [sampled(plan, token_id)])
@@ -313,7 +314,7 @@ def test_the_chunk_of_the_last_token_carries_the_finish_reason(
 
 def test_stop_tokens_are_suppressed_before_min_tokens() -> None:
     engine = unified()
-    plan = step(engine, Submit(request=sim_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,)), mode=Mode.FULL))
+    plan = step(engine, submit_full(sim_request("a", [1, 2], min_tokens=2, stop_token_ids=(3,))))
     assert plan.batch is not None
     (start,) = plan.batch.started
     assert start.suppressed_token_ids == (3, EOS)

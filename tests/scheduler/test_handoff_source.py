@@ -14,6 +14,7 @@ from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesComplet
 from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, RequestId, Role
 from kvist.testing.sim_cluster import sim_request
 from kvist.testing.sim_engine import PAGE_BYTES
+from kvist.testing.specs import submit_full
 from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
 from tests.scheduler.handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool
 
@@ -141,7 +142,7 @@ def test_an_empty_grant_is_answered_with_done_without_a_write() -> None:
 
 def test_prefill_writes_cached_pages_before_it_computes_the_rest() -> None:
     bench = Bench(Role.PREFILL, chunked_prefill_size=10)
-    bench.step(Submit(request=sim_request("old", PROMPT, max_tokens=1), mode=Mode.FULL))
+    bench.step(submit_full(sim_request("old", PROMPT, max_tokens=1)))
     bench.finish()
     plan = bench.step(prefill_arrived(), grant())
     (job,) = plan.transfers
@@ -392,7 +393,7 @@ def test_a_running_stream_preempts_an_ungranted_prefill() -> None:
     bench.step(prefill_arrived())
     bench.finish()
     stream = sim_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=6, ignore_eos=True)
-    bench.step(Submit(request=stream, mode=Mode.FULL))
+    bench.step(submit_full(stream))
     positions = [chunk.position for _ in range(6) for chunk in bench.finish().chunks]
     assert positions == [0, 1, 2, 3, 4, 5]
     assert bench.scheduler.status().totals["preemptions"] == 1
@@ -402,7 +403,7 @@ def test_a_running_stream_preempts_an_ungranted_prefill() -> None:
 def test_a_granted_prefill_without_pages_times_out_and_sends_closed() -> None:
     bench = Bench(Role.UNIFIED, num_pages=4, max_model_len=16, queue_timeout_s=5.0)
     stream = sim_request("s", [20, 21, 22, 23, 24, 25, 26], max_tokens=9, ignore_eos=True)
-    bench.step(Submit(request=stream, mode=Mode.FULL), prefill_arrived(), grant())
+    bench.step(submit_full(stream), prefill_arrived(), grant())
     bench.now_s = 5.0
     plan = bench.finish()
     assert ends(plan) == [(Outcome.FAILED, "timeout")]

@@ -11,10 +11,11 @@ import pytest
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Plan
-from kvist.request import EngineRequest, FinishReason, Mode, Outcome, Role
+from kvist.request import EngineRequest, FinishReason, Outcome, Role
 from kvist.testing.sim_cluster import SimCluster, sim_request
 from kvist.testing.sim_device import EOS
 from kvist.testing.sim_engine import Rows, small_config
+from kvist.testing.specs import submit_full
 from kvist.wire import Abort, Submit
 from tests.scheduler.handoff_bench import Bench, ends
 
@@ -24,7 +25,7 @@ def overlapped(**config: Any) -> Bench:
 
 
 def arrived(request: EngineRequest) -> Submit:
-    return Submit(request=request, mode=Mode.FULL)
+    return submit_full(request)
 
 
 def finish(bench: Bench, batch: Batch, token_id: int = 5) -> Plan:

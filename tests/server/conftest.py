@@ -13,9 +13,10 @@ from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
 from kvist.server.config import ServerConfig
 from kvist.testing.gateway_bench import GatewayBench, gateway_bench
 from kvist.testing.scripted_dispatcher import BYTE_MODEL, DECODE, ScriptedDispatcher
+from kvist.testing.specs import make_load
 from kvist.testing.tokenizers import byte_tokenizer
 from kvist.text.tokenizer import Tokenizer
-from kvist.wire import EngineSpec, LoadReport, StorageStatus
+from kvist.wire import EngineSpec, StorageStatus
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ raise_exception('user first') }}{% endif %}"
@@ -34,7 +35,7 @@ STORAGE = StorageStatus(
 
 
 def busy_worker() -> WorkerSnapshot:
-    load = LoadReport(
+    load = make_load(
         sequence=1,
         num_running=3,
         num_waiting=2,
