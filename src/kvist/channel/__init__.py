@@ -1,10 +1,10 @@
-"""The sockets between processes: ZeroMQ carrying wire.py's messages.
+"""The sockets between processes: the messages of wire.py over ZeroMQ.
 
-An engine owns one `EngineChannel` (synchronous, for its loop); a gateway owns one `GatewayLink` per engine (asyncio).
-Both are bounded, never block on a send, and drop undecodable messages with a log line and a count. Only messages from
-holders of the cluster key are accepted: see security.py.
+An engine has one `EngineChannel` (synchronous, for its loop); a gateway has one `GatewayLink` per engine (asyncio).
+Both have bounded queues, never block on a send, and drop undecodable messages with a log line and a count. Only
+messages from holders of the cluster key are accepted (security.py).
 
-The channel does not interpret messages; its users judge liveness.
+A channel does not interpret messages; its users detect silent peers.
 """
 
 from kvist.channel.cluster_key import with_cluster_key, with_private_key

@@ -1,8 +1,8 @@
 """Reads the cluster key: from the setting, from the file named by a setting, or from the user's own key file.
 
-The user's own file is created at first use: processes of one user on one machine connect to each other without an
-option, and to no other user's processes. A key file is accepted if it is a regular file, belongs to this user (or to
-root, who mounts secrets into containers), and no other user can read it.
+The user's own file is created at first use, so that processes of one user on one machine can connect to each other
+without an option, but not to processes of other users. A key file is accepted if it is a regular file, belongs to this
+user (or to root, as secrets in containers do), and no other user can read it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def with_cluster_key(config: ChannelConfig, *, serves_alone: bool = False) -> ChannelConfig:
     """Return the config with its key. Raises `ConfigError`, with the remedy, for a missing or untrusted key.
 
-    A process that `serves_alone` needs no key file: if none can be written it uses a key of its own."""
+    A process that `serves_alone` needs no key file: if the file cannot be written, the process uses a random key."""
     if config.cluster_key is not None and config.cluster_key_file is not None:
         raise ConfigError(
             "--cluster-key and --cluster-key-file are both set: use one of them", param="cluster_key_file"

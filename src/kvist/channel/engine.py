@@ -3,8 +3,8 @@
 Life: bind (port 0 chooses a free port, see `endpoint`), then the engine loop alternates `recv` and `send`, then
 `close`. One thread uses the channel; only `wakeup` may be called from other threads.
 
-A send never blocks. `False` means that the message is lost (the peer is disconnected, or so slow that its queue is
-full): the caller should abort the peer's requests, which would otherwise wait for the lost message.
+A send never blocks. `False` means that the message is lost, because the peer is disconnected or its queue is full: the
+caller should abort the peer's requests, which would otherwise wait for the lost message.
 
 Messages from a process that is not a member, or in the name of another member, are dropped and counted before `recv`
 returns (security.py).
@@ -34,7 +34,7 @@ Inbound = wire.ToEngine | wire.SourceToTarget
 Outbound = wire.EngineToGateway | wire.SourceToTarget
 V = TypeVar("V")
 
-_MAX_MESSAGES_PER_RECV = 4096  # then the engine takes a step before it reads on
+_MAX_MESSAGES_PER_RECV = 4096  # the engine then runs a step before it reads more
 _MAX_BYTES_PER_RECV = 1 << 20  # a second limit: 300,000 token ids take about 20 ms to decode and check
 _MAX_CLIENTS = 4096  # known addresses; a forgotten one is checked again with its next message
 _HANDSHAKE_FAILURES = (  # NO_DETAIL: the other side was first to detect the mismatch
@@ -116,16 +116,13 @@ class EngineChannel:
             if isinstance(message, wire.Grant):
                 _remember(self._sources, message.source_epoch.encode(), endpoint)
             peer.send(wire.encode(message), zmq.NOBLOCK)
-        except (
-            zmq.ZMQError,
-            ConfigError,
-        ) as error:  # a bad endpoint in a message must not stop us
+        except (zmq.ZMQError, ConfigError) as error:  # the endpoint comes from a message, and may be invalid
             self._log.warning("cannot send %s to the prefill engine at %s: %s", type(message).__name__, endpoint, error)
             return False
         return True
 
     def wakeup(self) -> None:
-        """End a waiting `recv`, or the next one. Safe from any thread, also after `close`."""
+        """End the `recv` that is waiting, or the next one. Safe from any thread, also after `close`."""
         with contextlib.suppress(OSError):  # full pipe: a wakeup is pending; closed pipe: no `recv` is waiting
             self._wake_in.send(b"\0")
 
@@ -185,7 +182,7 @@ class EngineChannel:
         return peer
 
     def _receive(self, frames: list[zmq.Frame], received: list[tuple[bytes, Inbound]]) -> None:
-        """Append one message of the ROUTER, whose first frame is the address, to `received`."""
+        """Append a message of the ROUTER to `received`. Its first frame is the address."""
         address = frames[0].bytes
         if not self._is_member(address, frames):
             self._drop("the sender is not a member of the cluster", security.address_for_log(address))

@@ -1,9 +1,9 @@
-"""The gateway's side: one connection to one engine, inside an asyncio loop.
+"""The gateway's side: one connection to one engine, in an asyncio loop.
 
-Life: `open` connects in the background (ZeroMQ retries until the engine is there); messages arrive at `on_message`;
-`on_lost` is called once, when an established connection breaks or the engine refuses the key. A link is one connection:
-after `on_lost` its owner closes it and makes a new one with a new address, so that messages queued for a dead engine
-never reach its successor.
+Life cycle: `open` connects in the background (ZeroMQ retries until the engine listens); `on_message` is called for each
+message; `on_lost` is called once, when an established connection breaks or the engine refuses the key. A link is one
+connection: after `on_lost` its owner makes a new link with a new address, so that messages queued for a dead engine are
+never sent to the next one.
 
 The event loop watches the socket's file descriptor: one callback reads a burst of messages, without a future per
 message.
@@ -28,7 +28,7 @@ from kvist.errors import ConfigError, WireError
 logger = logging.getLogger(__name__)
 
 _RECONNECT_IVL_MS, _RECONNECT_IVL_MAX_MS = 50, 400
-_MAX_MESSAGES_PER_DRAIN = 32  # then the readers of the streams run
+_MAX_MESSAGES_PER_DRAIN = 32  # then the tasks of the streams run
 _REFUSED = (
     "the engine at {} refused this gateway: the engine has another cluster key. Processes of one user on one machine "
     f"share a key; otherwise start all of them with the same --cluster-key-file FILE, made by {security.MAKE_A_KEY}"
@@ -162,7 +162,7 @@ class GatewayLink:
             elif event in _HANDSHAKE_FAILURES:
                 self._lose(_REFUSED.format(self.endpoint))
             elif event == zmq.Event.DISCONNECTED and self._connected:
-                while self._receive():  # earlier messages may end a stream that would fail otherwise
+                while self._receive():  # earlier messages may end streams, which would otherwise fail
                     pass
                 self._lose(f"the connection to the engine at {self.endpoint} broke")
 

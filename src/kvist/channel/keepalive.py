@@ -1,7 +1,7 @@
-"""Detects peers whose host or network vanished without a close: by TCP keep-alive, which the peer's kernel answers.
+"""Detects by TCP keep-alive that the host or the network of a peer has failed: the kernel of the peer does not answer.
 
-ZeroMQ's heartbeat is not used: the peer's process answers it, and that would be a second time limit for silent
-processes, beside the one that the users of the channel have an option for.
+ZeroMQ's heartbeat is not used, because the process of the peer answers it: the heartbeat would be a second time limit
+for silent processes, beside the options of the channel's users.
 """
 
 from __future__ import annotations

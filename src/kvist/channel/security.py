@@ -1,4 +1,4 @@
-"""Authenticates the members of a cluster: holders of the cluster key, each under an identity that no other can take.
+"""Authenticates the members of a cluster: the holders of the cluster key, each with an identity that no other can use.
 
 Every socket uses CurveZMQ: encrypted, and authenticated in both directions. All members derive one server key pair from
 the cluster key, and its public half is never sent: without the cluster key a connection fails at its first packet. As a
@@ -9,12 +9,12 @@ of both under the cluster key. Before decoding a message the engine compares the
 has proved (ZAP's User-Id) and checks the MAC. Consequences:
 
 - an address proves membership, and is useless with another key;
-- an attacker cannot take a connection over by its address, which only the two ends know (ROUTER_HANDOVER stays on for
-  its owner: a client whose network vanished reconnects under the same address);
+- an attacker cannot take over a connection by its address, which only the two ends know (ROUTER_HANDOVER is on, so that
+  a client whose network has failed can reconnect with the same address);
 - an engine's epoch is a hash of its public key: a Grant in the name of an epoch is accepted only from the process with
   that key, without a table of names.
 
-Beyond that, members are not protected from each other: docs/security.md says what a member can do.
+Members are not protected from each other in other ways: docs/security.md lists what a member can do.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ ADDRESS_BYTES = _KEY_BYTES + _NONCE_BYTES + _MAC_BYTES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelConfig:
+    """The options of all sockets between processes."""
+
     cluster_key: str | None = option(
         None,
         "secret shared by all gateways and engines of the cluster. Other users can read the command line: prefer "
@@ -164,7 +166,7 @@ def epoch_of(address: bytes) -> EpochId:
 
 
 def address_for_log(address: bytes) -> str:
-    """Return the part of an address that may be logged; the rest is secret."""
+    """Return the first bytes of an address, for logs; the whole address is secret."""
     return address[:4].hex()
 
 

@@ -1,4 +1,5 @@
-"""Copies of pages between engines: one file per transport, and one row here. transport.py has the interface."""
+"""The transports, which copy pages between engines. transport.py has the interface; each transport has its own file and
+one row here."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ TRANSPORTS: Door[[], TransportKind] = {  # by `PoolAddress.transport`; "auto" ta
 def make_transport(
     pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None], name: str = "auto", given: Given | None = None
 ) -> Transport:
-    """Make the transport that `--disaggregation-transfer-backend` names, with its given options. Raises `ConfigError`
-    for one that does not copy between pools on this device."""
+    """Make the transport named by `--disaggregation-transfer-backend`, with the `given` options. Raises `ConfigError`
+    if it does not copy between pools on this device."""
     device_type = pool.tensor.device.type
     if name == "auto":
         name = next(each for each, row in TRANSPORTS.items() if row.make({}).device_type == device_type)

@@ -1,9 +1,9 @@
-"""The checksum that both sides of a handoff compute: the writer over the pages it read, the receiver over the pages it
-got.
+"""The checksum of a handoff: the writer computes it over the pages that it read, the receiver over the pages that
+arrived.
 
-The checksum folds page digests instead of hashing all bytes, so that it grows page by page while copying. The digest of
-a page depends on the memory: xxh3_128 on the host, two sums on a GPU (kernels/pages.py). Both detect errors; neither
-protects against a party that chooses the bytes.
+The checksum is computed from the digests of the pages, one page after another while pages are copied. The digest of a
+page depends on the kind of memory: xxh3_128 on the host, two sums on a GPU (kernels/pages.py). Both detect errors;
+neither protects against an attacker who chooses the bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RunningChecksum:
             self._fold.update(digest)
 
     def hexdigest(self) -> str:
-        """Return 32 hex digits; zero pages have a checksum, too."""
+        """Return 32 hex digits; also without any page."""
         digest: str = self._fold.hexdigest()
         return digest
 

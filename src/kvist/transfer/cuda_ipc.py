@@ -1,7 +1,7 @@
 """Pools on GPUs: the peer's memory is opened by its handle, and one of our kernels copies into it.
 
-The processes share one GPU, or use two GPUs that reach each other's memory (NVLink, PCIe peer access): both are the
-same to the kernel. A dead peer's memory exists until we drop its map, so a running copy does no harm.
+The processes share one GPU, or use two GPUs that can access each other's memory (NVLink, PCIe peer access); for the
+kernel both cases are equal. The memory of a dead peer exists until we drop its map, so a running copy does no harm.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CUDA_IPC = TransportKind(device_type="cuda", build=cuda_ipc_transport)
 
 
 def read_file(descriptor: int, address: PoolAddress) -> ExportedMemory:
-    """Read the export of a pool from its file. Raises `Unavailable` when the pool has another size or cannot be
+    """Read the export of a pool from its file. Raises `Unavailable` if the pool has another size or cannot be
     shared."""
     try:
         exported = read_export(os.pread(descriptor, _MAX_FILE_BYTES, 0))

@@ -1,9 +1,9 @@
-"""Pages in GPU memory, copied and summed by one kernel (kernels/pages.py) on a stream beside the model's stream.
+"""Pages in GPU memory, copied and summed by our kernels (kernels/pages.py) on a stream beside the model's stream.
 
-The stream waits for no other stream. A page to be copied was computed by a step whose tokens the host has read (only
-such pages count as computed, with overlap too: `ActiveRequest.num_computed`), and that read waited for the whole step.
-A page to be verified was written before its writer, which had waited for its own stream, sent Done. The model's stream
-does not wait for this stream either: a result is reported to the loop only after this stream has finished the work.
+This stream does not need to wait for another stream. A page to be copied was computed by a step whose tokens the host
+has read (only such pages count as computed, also with overlap: `ActiveRequest.num_computed`), and that read waited for
+the whole step. A page to be verified was written before its writer, which had waited for its own stream, sent Done. The
+model's stream does not need to wait for this stream: a job is reported only after this stream has finished it.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The epoch of an engine process: one run of the process, and how others on the same host know that the run is over.
+"""The epoch of an engine process: one run of the process. Other processes of the host can find out that it is over.
 
 Each engine holds a lock (flock) on `<runtime_dir>/epoch-<id>.lock`, from before its id is published until the kernel
-releases the lock, which happens only after the last thread of the process has stopped. A process that can take the lock
+releases the lock, which happens only after the last thread of the process has ended. A process that can take the lock
 therefore knows that the owner can no longer read or write any page.
 
-The file is locked under another name and then renamed, so it is never visible unlocked while its owner runs. The file
-stays for at least `KEEP_DEAD_S` after the end, so that a late peer can still distinguish "dead" from "unknown"; then
-`sweep`, which every engine runs at its start, removes it. (The pool file of a dead engine has its own lock, and
-memory/device_pool.py removes it at once.)
+The file is locked under another name and then renamed, so while its owner runs it is never visible without the lock.
+While other engines of the folder run, the file stays for at least `KEEP_DEAD_S` after the end, so that a late peer can
+still distinguish "dead" from "unknown"; then `sweep`, which every engine runs at its start, removes the file.
+memory/runtime_dir.py removes the pool file of a dead engine at once, and epoch files when no engine runs.
 
-Not for other hosts: there only a lease can show that a peer has died (a later transport).
+Locks work on one host only: a transport between hosts would need leases.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def try_lock(descriptor: int, *, exclusive: bool) -> bool:
 
 
 class EpochLock:
-    """The lock of an engine's epoch. Make it before the pool, close it after everything else."""
+    """The lock of an engine's epoch. Made before the pool, and closed after all other parts."""
 
     def __init__(self, runtime_dir: Path, epoch: EpochId) -> None:
         assert _EPOCH_ID.fullmatch(epoch), f"not an epoch id: {epoch!r}"
@@ -69,7 +69,7 @@ class EpochLock:
         os.rename(unpublished, path)
 
     def close(self) -> None:
-        """End the epoch. The file stays for `KEEP_DEAD_S`, so that peers can see the end."""
+        """End the epoch. The file stays, so that peers can see the end."""
         if self._descriptor is None:
             return
         os.close(self._descriptor)
@@ -77,7 +77,7 @@ class EpochLock:
 
 
 class EpochWatch:
-    """Checks whether other epochs are over. Keeps their files open, so that removing a file changes nothing.
+    """Checks whether other epochs are over. Keeps their files open, so that the removal of a file has no effect.
 
     Mutable, used by one thread.
     """

@@ -2,14 +2,14 @@
 
     engine loop: write / verify / stop ──► jobs ──► worker: work_one() ──► reports ──► engine loop: poll
 
-A backend owns the worker (a thread, or the poll itself) and provides our pages (`OwnPages`) and a function that opens
-the pages at a peer's address.
+A transport owns the worker (a thread, or in tests the caller of `poll`), and provides our pages (`OwnPages`) and a
+function that opens the pages at a peer's address.
 
     OPEN ──stop──► STOPPED         STOPPED and FAILED handoffs write no more pages
       └──error──► FAILED
 
-A handoff is forgotten only after `MAX_HANDOFFS` newer handoffs, far more than an engine can have open. If a handoff is
-forgotten too early, its checksum starts again and the receiver refuses the pages.
+A handoff is forgotten after `MAX_HANDOFFS` newer handoffs, far more than an engine can have open. If a handoff were
+forgotten too early, its checksum would start again, and the receiver would refuse the pages.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class TransferJobs(Generic[PeerT]):
         with self._lock:
             handoff = self._handoff(job.handoff_id)
             if handoff.state is not _State.OPEN:
-                return  # its failure or its stop is already reported or queued
+                return  # the report of its failure or its stop was made or is queued
             if self._num_queued_writes < MAX_QUEUED_WRITES:
                 self._num_queued_writes += 1
                 self._jobs.append(job)
@@ -129,7 +129,7 @@ class TransferJobs(Generic[PeerT]):
     def stop(self, handoff_id: HandoffId) -> None:
         with self._lock:
             self._handoff(handoff_id).state = _State.STOPPED
-            # An earlier completion that was not polled yet must not be mistaken for the answer to this call.
+            # An earlier completion that was not polled yet must not be mistaken for the report of this stop.
             self._reports = deque(
                 report
                 for report in self._reports
@@ -189,7 +189,7 @@ class TransferJobs(Generic[PeerT]):
                 digests = self._pages.copy(job.page_ids[group], peer, job.peer_page_ids[group])
                 handoff.checksum.add(digests)
                 handoff.num_pages += len(digests)
-        except Exception as error:  # the thread must survive the failure of a handoff
+        except Exception as error:  # the thread must survive a failed handoff
             if not isinstance(error, KvistError):
                 logger.exception("copying the pages of handoff %s failed", job.handoff_id)
             self._fail(job.handoff_id, handoff, str(error) or type(error).__name__)
@@ -227,7 +227,7 @@ class TransferJobs(Generic[PeerT]):
     def _fail(self, handoff_id: HandoffId, handoff: _Handoff, message: str) -> None:
         with self._lock:
             if handoff.state is not _State.OPEN:
-                return  # stopped meanwhile: the report of the stop must stay the last one
+                return  # stopped meanwhile: the report of the stop must be the last one
             handoff.state = _State.FAILED
             self._reports.append(WritesFailed(handoff_id=handoff_id, message=message))
         self._wakeup()

@@ -1,15 +1,15 @@
 """The transport between engines of one host, for pages in any memory: a peer's pool is mapped and written.
 
 One worker thread copies whole pages while the model runs. At most `MAX_PEER_MAPS` maps of peers are kept. A map is
-dropped when its peer is found dead, which frees the peer's memory; a map that is being written is dropped after its
-group of pages is copied.
+dropped when its peer is found dead, which frees the peer's memory; a map that is being written is unmapped when its
+group of pages was copied.
 
     shm.py        pools on the CPU: the file is the pool
     cuda_ipc.py   pools on GPUs: the file holds the handle that opens the memory
 
-Trust: a pool's file must be in our own runtime folder, which only this user can write to, be locked by its running
-creator (memory/device_pool.py) and have exactly the size that its address claims. A peer can thus make us write into
-another engine's pages only by naming that engine's pool, which any process of this user could write anyway.
+Trust: a pool's file must be in our own runtime folder, to which only this user can write, must be locked by its running
+creator (memory/device_pool.py), and must have exactly the size that its address claims. A peer can therefore make us
+write into another engine's pages only by the address of that engine's pool, which any process of this user can write.
 """
 
 from __future__ import annotations

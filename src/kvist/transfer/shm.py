@@ -1,4 +1,4 @@
-"""Pools on the CPU: the peer's file is mapped into our memory and numpy writes into the map."""
+"""Pools in host memory: the peer's file is mapped, and numpy writes into the map."""
 
 from __future__ import annotations
 

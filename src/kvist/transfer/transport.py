@@ -1,7 +1,7 @@
-"""Copies whole KV pages from this engine's pool into a peer's pool, and reports completion. One interface, `Transport`.
+"""The interface of transports, which copy whole pages from this engine's pool into a peer's pool.
 
-Life cycle of a handoff at the writer: `write` once per chunk (in order), perhaps `stop`; every job is answered through
-`poll` after a call of `wakeup`. At the receiver: `verify` once, after the writer has sent Done.
+Life cycle of a handoff at the writer: `write` once per chunk (in order), perhaps `stop`; `poll` returns the reports,
+after a call of `wakeup`. At the receiver: `verify` once, after the writer has sent Done.
 
 A transport decides nothing about ownership: the scheduler decides which pages may be written and when they may be
 reused (docs/handoff.md). A transport guarantees to the scheduler:
@@ -35,14 +35,14 @@ class Transport(Protocol):
         """Where peers with the same transport find our pages."""
 
     def write(self, job: WritePages) -> None:
-        """Queue a copy into the peer's pool; answered by `WritesCompleted` (cumulative) or `WritesFailed`."""
+        """Queue a copy into the peer's pool. Report: `WritesCompleted` (cumulative) or `WritesFailed`."""
 
     def verify(self, job: VerifyPages) -> None:
-        """Queue a checksum over our own pages; answered by `PagesVerified`."""
+        """Queue a checksum over our own pages. Report: `PagesVerified`."""
 
     def stop(self, handoff_id: HandoffId) -> None:
-        """Drop jobs that have not begun. Answered by a `WritesCompleted` with the pages written so far; earlier reports
-        that were not polled are discarded, so the next `WritesCompleted` that `poll` returns is the answer."""
+        """Drop the writes that have not begun. Report: `WritesCompleted` with the pages written so far. Earlier reports
+        that were not polled are discarded, so the next `WritesCompleted` that `poll` returns is this report."""
 
     def poll(self) -> list[TransferReport]:
         """Return the reports since the last call, oldest first."""
@@ -51,12 +51,12 @@ class Transport(Protocol):
         """Return True only when the process of that epoch has certainly ended. False also means "unknown"."""
 
     def close(self) -> None:
-        """No byte is written once this returns. Jobs that have not begun are dropped without a report."""
+        """Stop: no byte is written after the return. Jobs that have not begun are dropped without a report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportContext:
-    """The part of a transport that its engine sets; the rest is in the transport's own options."""
+    """The settings of a transport that come from its engine; the others are the transport's own options."""
 
     pool: DevicePool  # our pages
     address: PoolAddress  # of the pool's file, with the transport's name
