@@ -21,7 +21,7 @@ from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerOptions
-from kvist.runner.runner import AnyRunner, InFlight
+from kvist.runner.runner import AnyRunner, LaunchedBatch
 from kvist.scheduler.budget import step_tokens
 
 VOCABULARY = 64
@@ -40,7 +40,7 @@ class Watched:
         self.max_under_way = 0
         self._runner = runner
 
-    def launch(self, batch: Batch) -> InFlight:
+    def launch(self, batch: Batch) -> LaunchedBatch:
         if batch.items:
             self.batches.append(batch)
         self.num_under_way += 1
@@ -54,7 +54,7 @@ class Watched:
 @dataclasses.dataclass
 class _Read:
     watched: Watched
-    flight: InFlight
+    flight: LaunchedBatch
 
     def is_done(self) -> bool:
         return self.flight.is_done()

@@ -16,7 +16,7 @@ from kvist.plan.events import Event, StepFinished
 from kvist.request import EngineRequest, EpochId, Outcome, RequestId, Role, SamplingParams
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerOptions
-from kvist.runner.runner import InFlight
+from kvist.runner.runner import LaunchedBatch
 from kvist.runner.sampler import SamplingRow, sample
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.specs import submit_full
@@ -84,7 +84,7 @@ class Engine:
         events: list[Event] = [submit(name, prompt) for name, prompt in prompts.items()]
         outputs: dict[str, list[int]] = {name: [] for name in prompts}
         ended: dict[str, Ended] = {}
-        under_way: list[tuple[int, InFlight]] = []
+        under_way: list[tuple[int, LaunchedBatch]] = []
         for _ in range(64):
             plan = self.scheduler.step(0.0, events)
             events = []
@@ -95,8 +95,8 @@ class Engine:
             if plan.batch is not None:
                 under_way.append((plan.batch.step_id, self.runner.launch(plan.batch)))
             if len(under_way) > (1 if self._overlap and plan.batch is not None else 0):
-                step_id, flight = under_way.pop(0)
-                events.append(StepFinished(step_id=step_id, sampled=flight.result()))
+                step_id, launched = under_way.pop(0)
+                events.append(StepFinished(step_id=step_id, sampled=launched.result()))
             elif not under_way and plan.batch is None:
                 break
         return outputs, ended

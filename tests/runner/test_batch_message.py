@@ -89,7 +89,7 @@ def test_every_rank_decodes_the_batches_and_has_the_slots_of_a_busy_scheduler() 
             assert all(same(*both) for both in zip(found.items, batch.items, strict=True))
             for table, each in zip(tables, (batch, found), strict=True):
                 table.update(each)
-            assert tables[0].open == tables[1].open
+            assert tables[0].open_slots == tables[1].open_slots
             assert torch.equal(*(table.shaping.tables.counts for table in tables))
             assert sampling_rows(batch.items, tables[0]) == sampling_rows(found.items, tables[1])
             seen["started"] += len(batch.started)

@@ -44,7 +44,7 @@ from kvist.request import (
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.inputs import build_inputs
-from kvist.runner.runner import AnyRunner, InFlight, begin, finish
+from kvist.runner.runner import AnyRunner, LaunchedBatch, begin, finish
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.specs import submit_full
 from kvist.wire import PoolAddress
@@ -170,7 +170,7 @@ def serve(
     scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool, needs_known_token=needs_known_token)
     waiting = deque(submit_full(request) for request in requests)
     streams: Streams = {request.request_id: [] for request in requests}
-    in_flight: deque[tuple[Batch, list[RequestId], InFlight]] = deque()
+    in_flight: deque[tuple[Batch, list[RequestId], LaunchedBatch]] = deque()
     opened = OpenSlots()
     events: list[Event] = []
     steps = 0

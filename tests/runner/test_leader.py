@@ -105,10 +105,10 @@ def test_a_follower_that_ends_during_a_step_ends_the_wait(world: World) -> None:
         world.followers.is_gone = world.followers.looks > 5
         return False
 
-    flight = world.leader.launch(BATCH)
+    launched = world.leader.launch(BATCH)
     world.on_poll = never
     with pytest.raises(EngineError, match="rank 1 ended with status -9"):
-        flight.result()
+        launched.result()
 
 
 def test_a_step_over_the_time_limit_ends_the_wait(world: World) -> None:
@@ -116,19 +116,19 @@ def test_a_step_over_the_time_limit_ends_the_wait(world: World) -> None:
         world.clock.advance(1.0)
         return False
 
-    flight = world.leader.launch(BATCH)
+    launched = world.leader.launch(BATCH)
     world.on_poll = slow
     with pytest.raises(EngineError, match="more than 120 s"):
-        flight.result()
+        launched.result()
     assert COLLECTIVE_TIMEOUT_S <= world.clock.now_s() <= COLLECTIVE_TIMEOUT_S + 3
 
 
 def test_is_done_raises_when_a_follower_has_ended(world: World) -> None:
-    flight = world.leader.launch(BATCH)
-    assert not flight.is_done()
+    launched = world.leader.launch(BATCH)
+    assert not launched.is_done()
     world.followers.is_gone = True
     with pytest.raises(EngineError, match="rank 1"):
-        flight.is_done()
+        launched.is_done()
 
 
 @pytest.mark.parametrize("when", ["launch", "result"])
@@ -137,16 +137,16 @@ def test_a_step_that_fails_only_at_rank_0_is_the_last(world: World, when: str) -
     with pytest.raises(EngineError, match=r"out of memory|illegal memory access"):
         world.leader.launch(BATCH).result()
     world.fails = world.fails_late = False
-    with pytest.raises(EngineError, match="out of step"):
+    with pytest.raises(EngineError, match="not in sync any more"):
         world.leader.launch(BATCH).result()
     assert world.order.count("send") == 1, "followers must not receive a step that rank 0 does not run"
 
 
 def test_a_failure_at_rank_0_is_attributed_to_a_follower_that_has_ended(world: World) -> None:
-    flight = world.leader.launch(BATCH)
+    launched = world.leader.launch(BATCH)
     world.polls_left, world.fails_late, world.followers.is_gone = 0, True, True
     with pytest.raises(EngineError, match="rank 1 ended"):
-        flight.result()
+        launched.result()
 
 
 def test_close_waits_for_the_last_step_and_drops_the_graphs_before_the_group(world: World) -> None:

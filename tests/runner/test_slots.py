@@ -19,7 +19,7 @@ from kvist.request import EngineRequest, EpochId, RequestId, Role, SamplingParam
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.leader import LeadingRunner
-from kvist.runner.runner import InFlight, Runner
+from kvist.runner.runner import LaunchedBatch, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.specs import submit_full
 from kvist.wire import Abort, PoolAddress
@@ -76,7 +76,7 @@ class Ranks:
         )
         events: list[Event] = [submit_full(request) for request in requests]
         streams: dict[str, list[int]] = {request.request_id: [] for request in requests}
-        in_flight: deque[tuple[Batch, InFlight]] = deque()
+        in_flight: deque[tuple[Batch, LaunchedBatch]] = deque()
         slots, step = OpenSlots(), 0
         while scheduler.has_work() or in_flight or events:
             if aborts and step in aborts:
@@ -98,13 +98,13 @@ class Ranks:
                 assert self.follower.sampled.pop(batch.step_id).token_ids == sampled.token_ids
                 events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
         self.leader.launch(slots.end_all()).result()
-        assert not self.first._table.open
-        assert not self.follower.runner._table.open
+        assert not self.first._table.open_slots
+        assert not self.follower.runner._table.open_slots
         return streams
 
     def _check_equal(self, batch: Batch) -> None:
         mine, other = self.first._table, self.follower.runner._table
-        assert dict(mine.open) == dict(other.open)
+        assert dict(mine.open_slots) == dict(other.open_slots)
         assert sampling_rows(batch.items, mine) == sampling_rows(batch.items, other)
 
     def alone(self, request: EngineRequest) -> list[int]:
@@ -203,6 +203,6 @@ def test_a_step_that_fails_has_ended_and_started_its_slots(ranks: Ranks) -> None
     with pytest.raises(TimeoutError):
         runner.launch(Batch(step_id=2, ended=(SlotId(0),), started=(starts[1],), items=(item,)))
     runner.between_layers = None
-    assert runner._table.open == {0: "r1"}
+    assert runner._table.open_slots == {0: "r1"}
     runner.launch(Batch(step_id=3, ended=(SlotId(0),), items=())).result()
-    assert not runner._table.open
+    assert not runner._table.open_slots

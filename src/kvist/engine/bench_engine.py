@@ -35,7 +35,7 @@ from kvist.plan.events import Event, StepFinished
 from kvist.plan.slots import OpenSlots
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
 from kvist.runner.config import RunnerLimits, RunnerOptions
-from kvist.runner.runner import AnyRunner, InFlight
+from kvist.runner.runner import AnyRunner, LaunchedBatch
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
 from kvist.wire import Submit
@@ -186,12 +186,12 @@ class ShapeBench:
             start_s = self._clock.now_s()
             batch = self._plan(events)
             planned_s = self._clock.now_s()
-            flight = self._launch(batch)
+            launched = self._launch(batch)
             launched_s = self._clock.now_s()
-            while not flight.is_done():
+            while not launched.is_done():
                 pass
             computed_s = self._clock.now_s()
-            sampled = flight.result()
+            sampled = launched.result()
             end_s = self._clock.now_s()
             events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
             self._check(batch)
@@ -211,7 +211,7 @@ class ShapeBench:
         """Return the seconds per step, each planned and launched while the previous one is computed."""
         self._new_scheduler(overlap=True)
         events = self._prefill_decodes()
-        under_way: deque[tuple[Batch, InFlight]] = deque()
+        under_way: deque[tuple[Batch, LaunchedBatch]] = deque()
         start_s = 0.0
         for number in range(self._config.warmup_steps + self._config.steps + 1):
             if number == self._config.warmup_steps + 1:
@@ -220,16 +220,16 @@ class ShapeBench:
             under_way.append((batch, self._launch(batch)))
             events = []
             if len(under_way) == 2:
-                previous, flight = under_way.popleft()
-                events = [StepFinished(step_id=previous.step_id, sampled=flight.result())]
+                previous, launched = under_way.popleft()
+                events = [StepFinished(step_id=previous.step_id, sampled=launched.result())]
                 self._check(previous)
         wall_s = self._clock.now_s() - start_s
-        for _, flight in under_way:
-            flight.result()
+        for _, launched in under_way:
+            launched.result()
         self._end_requests()
         return wall_s / self._config.steps
 
-    def _launch(self, batch: Batch) -> InFlight:
+    def _launch(self, batch: Batch) -> LaunchedBatch:
         self._slots.update(batch)
         return self._runner.launch(batch)
 

@@ -1,12 +1,12 @@
-"""A batch as rank 0 sends it to the other ranks: the parts that they do not know yet.
+"""A batch as rank 0 sends it to the other ranks, without the parts that they know already.
 
-Requests that start are sent in full, but without the tokens, which follow with the chunks, unless the choice of further
-tokens depends on them (penalties). Most items continue an item
-of an earlier step: one more token, perhaps one more page. Both ends remember the page list of every open slot, so a
-message carries only the new pages. 256 decodes take about 1.5 kB.
+A request that starts is sent with its tokens so far only if sampling needs them (`SamplingParams.needs_history`); else
+its tokens are sent in the items alone. Most items continue an item of an earlier step, with one more token and perhaps
+one more page. Both ends keep the page list of every open slot, so a message contains only the new pages. 256 decodes
+take about 1.5 kB.
 
-Page lists keep their identity at the receiver, too: a list that was sent before grows, a replaced list becomes a new
-list (attention/page_tables.py relies on it).
+Page lists keep their identity at the receiver: a list that was sent before grows, and a list that was replaced becomes
+a new list (attention/page_tables.py relies on this).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BatchEncoder:
             sent.pop(slot, None)  # a slot that never had an item has no pages
         pages: list[tuple[SlotId, int, Sequence[int]]] = []
         items = batch.items
-        for item in items:  # nearly always: nothing to add
+        for item in items:  # nearly always there is nothing to add
             known = sent.get(item.slot)
             if known is None:
                 sent[item.slot] = known = _SentPages(item.page_ids)

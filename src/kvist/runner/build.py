@@ -1,9 +1,9 @@
 """Builds a runner from a checkpoint: device, dtype, page pool, follower ranks, weights, in that order.
 
-The pool is made before the weights, because its size follows from the configuration alone: a pool that does not fit is
-refused in milliseconds. On a CPU all tensor-parallel ranks map one pool file of whole pages and each works on its own
-heads, so a page is the same for every TP size. On GPUs each rank has its own pool: the page ids are the same on all
-ranks, and a page holds the rank's own heads, which are one contiguous piece of the whole page.
+The pool is made before the weights are loaded, because its size depends on the configuration alone: a pool that does
+not fit is refused in milliseconds. On a CPU all tensor-parallel ranks map one pool file of whole pages, and each works
+on its own heads, so a page is the same for every TP size. On GPUs each rank has its own pool: the page ids are the same
+on all ranks, and a page has the rank's own heads, which are one contiguous piece of the whole page.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from kvist.runner.tp import FollowerProcesses, Rendezvous, new_rendezvous_path
 from kvist.wire import PoolAddress
 
 COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, approximately
-# Limits of a CPU's pool, unless --max-total-tokens is given: all of the pool is allocated when the engine starts, and
-# the free memory of a laptop would hold far more tokens than are of use.
+# Limits of a CPU's pool, unless --max-total-tokens is given: the whole pool is allocated when the engine starts, and
+# the free memory of a laptop is enough for far more tokens than are useful.
 CPU_CAP_TOKENS, CPU_CAP_SHARE = 32_768, 1 / 8
 DEFAULT_LIMITS = RunnerLimits()
 
@@ -78,7 +78,7 @@ def build_runner(
     device = rank_device(config, 0)
     runtime_dir = user_runtime_dir(None if runtime_dir is None else str(runtime_dir))
     layout = page_layout(model_config, config)
-    with allocation_lock(runtime_dir):  # no other engine may take the free memory meanwhile
+    with allocation_lock(runtime_dir):  # no other engine may allocate the free memory meanwhile
         size = _pool_size(model_config, layout, config, device, runtime_dir)
         pool = DevicePool.create(layout, size.num_pages, device=device, directory=runtime_dir)
     spec = RankSpec(

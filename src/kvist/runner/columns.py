@@ -1,8 +1,8 @@
-"""Turns a batch into columns of numbers, for the GPU's runner. Uses no GPU itself.
+"""Turns a batch into columns of numbers, for the runner on GPUs. Does not use a GPU itself.
 
-Nearly always a batch has the slots of the previous batch, in the same order, so the columns that do not change from
-step to step are gathered from the slot table once and carried over (`PersistentBatch`). Nearly always every item is one
-token; the loops here are written for that case.
+A batch nearly always has the slots of the previous batch, in the same order. The columns that no step changes are
+therefore gathered from the slot table once and reused (`PersistentBatch`). An item is nearly always one token; the
+loops here are fastest in that case.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PersistentBatch:
     @classmethod
     def of(cls, slots: list[SlotId], samples: list[bool], table: SlotTable) -> PersistentBatch:
         """Gather the columns. The slots are open in `table`."""
-        assert all(slot in table.open for slot in slots), "an item's slot is not open"
+        assert all(slot in table.open_slots for slot in slots), "an item's slot is not open"
         slot_column = np.array(slots, dtype=np.int64)
         sampled = np.flatnonzero(np.array(samples, dtype=np.bool_))
         sampled_slots = slot_column[sampled]
@@ -84,7 +84,7 @@ class BatchColumns:
     persistent: PersistentBatch
     inputs: HostInputs
     spans: SpanColumns
-    only_decodes: bool  # every request computes one token and samples one
+    only_decodes: bool  # every item computes one token and samples one
 
 
 def read_batch(batch: Batch, previous: PersistentBatch, table: SlotTable) -> BatchColumns:

@@ -1,4 +1,4 @@
-"""The runner's settings. No torch here: processes without torch read them, too.
+"""The runner's settings. Does not import torch: processes without torch read the settings too.
 
 `RunnerOptions` are the options that a user sets. resolve.py makes the `RunnerConfig` of a runner from them, once, when
 the device and the model are known.

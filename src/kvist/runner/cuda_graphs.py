@@ -1,9 +1,9 @@
 """Steps captured once as CUDA graphs and replayed: one launch instead of several hundred.
 
-Launching a step kernel by kernel costs the host about 12 ms for 28 layers, however small the step is. Therefore a graph
+To launch a step kernel by kernel takes the host about 12 ms for 28 layers, however small the step is. Therefore a graph
 is captured for each padded number of rows, the largest first, in two families (cuda_runner.py): decode steps, whose
-attention may split long contexts, and steps with prompt chunks, up to a few thousand tokens: above that number the
-device takes longer than the host. All graphs share one memory pool, because they are replayed one after another on one
+attention may split long contexts, and steps with prompt chunks, up to a few thousand tokens. In larger steps the device
+takes longer than the host. All graphs can share one memory pool, because they are replayed one after another on one
 stream.
 
 A padding row computes token 0 at position 0 and writes no K/V (attention's `GraphPlan` ensures that); its result is

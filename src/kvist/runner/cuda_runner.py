@@ -1,14 +1,14 @@
-"""The GPU's runner: launches a batch without waiting for the previous batch, and reads the tokens in `result`.
+"""The runner for GPUs: launches a batch without waiting for the previous batch, and reads the tokens in `result`.
 
     launch: inputs ──one copy──► device ──► replay a graph │ above the largest graph: launch every kernel
                                                └──► sampled tokens stay in their requests' slots for the next launch
                                                          └──one copy──► pinned memory ──event──► result()
 
-In decode steps the graph samples the tokens, too: all parameters of sampling lie in tables and columns on the device.
-Logprobs are computed after the graph. A step with prompt chunks runs the last layer's MLP and samples outside
-its graph: few of its rows need a token, and by then the host is ahead of the device.
+In decode steps the graph also samples the tokens: all parameters of sampling are in tables and columns on the device.
+Logprobs are computed after the graph. A step with prompt chunks runs the last layer's MLP and samples outside its
+graph: few of its rows need a token, and the host is ahead of the device by then.
 
-All work goes to one stream, so a page that is later given to another request is also written later.
+All work is queued on one stream, so the pages of a step are written before those of any later step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
 from kvist.runner.inputs import sampling_rows
 from kvist.runner.logprobs import LogprobTensors
 from kvist.runner.prompt_scores import PromptScores, ScoredRows, score_prompts
-from kvist.runner.runner import FinishedBatch, InFlight, Model
+from kvist.runner.runner import FinishedBatch, LaunchedBatch, Model
 from kvist.runner.sampler import SamplingRow, compute_logprobs, sampled_tokens
 from kvist.runner.slots import SlotTable
 from kvist.runner.staging import DeviceInputs, Staging
@@ -49,7 +49,7 @@ class StepLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchedBatch:
+class CudaBatch:
     tokens: Tensor  # int32, pinned
     logprobs: LogprobTensors | None
     scores: PromptScores | None
@@ -76,7 +76,7 @@ class CudaRunner:
         use_graphs: bool = True,
         pool_reason: str = "",
     ) -> None:
-        """`attention` must be bound to the pool; `table` has a slot for each of the most requests in a batch."""
+        """`attention` must be bound to the pool; `table` must have `limits.max_requests` slots."""
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
@@ -95,8 +95,8 @@ class CudaRunner:
             with torch.inference_mode():
                 self._capture(limits)
 
-    def launch(self, batch: Batch) -> InFlight:
-        """Launch a batch; one without items only ends and starts requests. Raises when the launch fails; `result`
+    def launch(self, batch: Batch) -> LaunchedBatch:
+        """Launch a batch; a batch without items only ends and starts requests. Raises if the launch fails; `result`
         raises an error of the execution."""
         previous, self._previous = self._previous, EMPTY_BATCH
         self._table.update(batch)
@@ -120,7 +120,7 @@ class CudaRunner:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         self._previous = columns.persistent
-        return LaunchedBatch(tokens=tokens, logprobs=logprobs, scores=scores, done=done)
+        return CudaBatch(tokens=tokens, logprobs=logprobs, scores=scores, done=done)
 
     def close(self) -> None:
         """Drop the graphs and the pool."""

@@ -28,7 +28,7 @@ from kvist.runner.tp import Rendezvous, exit_with_rank_0, frames
 
 
 def follow(stream: BinaryIO) -> None:
-    """Launch every batch that arrives on `stream`, until it ends."""
+    """Launch every batch that arrives on `stream`, until the stream ends."""
     messages = frames(stream)
     first = next(messages, None)
     if first is None:

@@ -1,15 +1,15 @@
-"""The numbers of rows for which steps are captured, and the memory of their graphs. Needs no GPU: it plans the pool."""
+"""The numbers of rows for which steps are captured, and the memory of their graphs. Needs no GPU."""
 
 from __future__ import annotations
 
-MAX_MIXED_TOKENS = 2048  # such a step takes an H200 45 ms (7B); launching a larger step kernel by kernel is not slower
+MAX_MIXED_TOKENS = 2048  # 45 ms on an H200 (7B); launching a larger step kernel by kernel is not slower
 _SAMPLING_BYTES_A_ROW = 64 << 10  # bins and lists of kernels/gpu/sampling.py
 _BYTES_A_GRAPH = 16 << 20  # the driver keeps the nodes of each graph in device memory
 
 
 def decode_sizes(max_batch: int) -> list[int]:
-    """Return 1, 2, 4, then every multiple of 8, and above 256 growing steps (a graph for each multiple of 8 would fill
-    the GPU). The last size is `max_batch`."""
+    """Return 1, 2, 4, then every multiple of 8; above 256 the distances grow, because a graph for each multiple of 8
+    would fill the GPU. The last size is `max_batch`."""
     sizes, size = [1, 2, 4], 8
     while size < max_batch:
         sizes.append(size)
@@ -26,8 +26,8 @@ def mixed_sizes(max_tokens: int) -> list[int]:
 
 
 def graphs_bytes(max_batch: int, max_tokens: int, vocab_size: int) -> int:
-    """Estimate the device memory of all graphs before the model is loaded. `max_tokens`: 0 without graphs of mixed
-    steps."""
+    """Return an estimate of the device memory of all graphs, made before the model is loaded. `max_tokens`: 0 without
+    graphs of mixed steps."""
     num_graphs = len(decode_sizes(max_batch)) + (len(mixed_sizes(max_tokens)) if max_tokens else 0)
     # the largest decode graph keeps its own logits, in fp32
     return (256 << 20) + num_graphs * _BYTES_A_GRAPH + max_batch * (vocab_size * 4 + _SAMPLING_BYTES_A_ROW)

@@ -1,4 +1,4 @@
-"""Turns a batch into the inputs of the model and of attention."""
+"""Turns a batch into the inputs of the model and of attention, for the runner on CPUs."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Rank 0's runner of a tensor-parallel engine: runs its own part of each step and sends the batch to the other ranks.
+"""The runner of rank 0 of a tensor-parallel engine: sends each batch to the other ranks, and runs rank 0's part of it.
 
 Every rank has the same kind of runner and gets the same batches. All ranks sample the same tokens, because they use the
 same logits and the same rules, and each continues from its own tokens: a follower sends no answer and never waits for
 rank 0's host. `launch` sends the batch to the followers first, then launches it on rank 0.
 
-Collectives wait for every rank. Rank 0 therefore polls instead of blocking, and checks the followers meanwhile. A rank
-that has ended, a step that fails only at rank 0 or a step over the time limit leaves the ranks out of step for good:
-`EngineError`, and the engine must be restarted.
+Collectives wait for every rank. Rank 0 therefore polls instead of blocking, and checks the followers meanwhile. If a
+rank has ended, or a step fails at rank 0 alone or exceeds the time limit, the ranks can never be in sync again: the
+error is an `EngineError`, and the engine must be restarted.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from kvist.errors import EngineError
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
 from kvist.runner.batch_message import BatchEncoder
-from kvist.runner.runner import AnyRunner, InFlight
+from kvist.runner.runner import AnyRunner, LaunchedBatch
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
 
-_POLL_S = 20e-6  # the system sleeps about 70 us; the scheduler plans one step ahead, so no time is lost
+_POLL_S = 20e-6  # the system sleeps for about 70 us; with steps planned ahead, this costs no time
 
 
 class Followers(Protocol):
@@ -38,7 +38,7 @@ class Followers(Protocol):
 
 
 class LeadingRunner:
-    """Owns the runner of rank 0's share and the follower processes."""
+    """Owns the runner of rank 0 and the follower processes."""
 
     def __init__(self, runner: AnyRunner, followers: Followers, clock: Clock | None = None) -> None:
         self.pool = runner.pool
@@ -49,40 +49,40 @@ class LeadingRunner:
         self._clock = clock or MonotonicClock()
         self._encoder = BatchEncoder()
         self._last: WatchedBatch | None = None  # the batch launched last
-        self._is_in_step = True
+        self._is_in_sync = True
 
-    def launch(self, batch: Batch) -> InFlight:
-        with self.in_step():
+    def launch(self, batch: Batch) -> LaunchedBatch:
+        with self.keep_in_sync():
             self._followers.send(self._encoder.encode(batch))
             self._last = WatchedBatch(self._runner.launch(batch), self)
         return self._last
 
     @contextlib.contextmanager
-    def in_step(self) -> Iterator[None]:
-        """Guard a step: after any exception inside, the ranks are out of step for good."""
-        if not self._is_in_step:
-            raise EngineError("the tensor-parallel ranks are out of step. Restart the worker")
+    def keep_in_sync(self) -> Iterator[None]:
+        """Guard a part of a step: after an exception inside, the ranks can never be in sync again."""
+        if not self._is_in_sync:
+            raise EngineError("the tensor-parallel ranks are not in sync any more. Restart the worker")
         try:
             yield
         except BaseException as error:
-            self._is_in_step = False
+            self._is_in_sync = False
             if isinstance(error, EngineError) or not isinstance(error, Exception):
                 raise
             self._followers.check_alive()  # raises with a more precise reason
             raise EngineError(f"tensor-parallel rank 0 failed in a step: {error}. Restart the worker") from error
 
-    def is_done(self, flight: InFlight) -> bool:
-        with self.in_step():
-            if flight.is_done():
+    def is_done(self, launched: LaunchedBatch) -> bool:
+        with self.keep_in_sync():
+            if launched.is_done():
                 return True
             self._followers.check_alive()
             return False
 
-    def wait(self, flight: InFlight) -> None:
-        """Wait until the result of `flight` is available. Raises `EngineError` after `COLLECTIVE_TIMEOUT_S`."""
+    def wait(self, launched: LaunchedBatch) -> None:
+        """Wait until the result of `launched` is available. Raises `EngineError` after `COLLECTIVE_TIMEOUT_S`."""
         deadline_s = self._clock.now_s() + COLLECTIVE_TIMEOUT_S
-        while not self.is_done(flight):
-            with self.in_step():
+        while not self.is_done(launched):
+            with self.keep_in_sync():
                 if self._clock.now_s() > deadline_s:
                     raise EngineError(
                         f"a tensor-parallel step took more than {COLLECTIVE_TIMEOUT_S:.0f} s. Restart the worker"
@@ -90,11 +90,11 @@ class LeadingRunner:
             time.sleep(_POLL_S)
 
     def close(self) -> None:
-        """Close the runner and the followers. The time is bounded, unless rank 0's device is stuck."""
+        """Close the runner and the followers. Takes a bounded time, unless the device of rank 0 is stuck."""
         if self._last is not None:
             with contextlib.suppress(EngineError):
                 self._last.wait()
-        if self._is_in_step:
+        if self._is_in_sync:
             self._runner.close()
             self._followers.close()
         else:
@@ -105,18 +105,18 @@ class LeadingRunner:
 class WatchedBatch:
     """A batch in flight on all ranks."""
 
-    def __init__(self, flight: InFlight, leader: LeadingRunner) -> None:
-        self._flight = flight
+    def __init__(self, launched: LaunchedBatch, leader: LeadingRunner) -> None:
+        self._launched = launched
         self._leader = leader
 
     def is_done(self) -> bool:
         """Return whether the result is available. Raises `EngineError` when the step cannot finish."""
-        return self._leader.is_done(self._flight)
+        return self._leader.is_done(self._launched)
 
     def wait(self) -> None:
-        self._leader.wait(self._flight)
+        self._leader.wait(self._launched)
 
     def result(self) -> SampledTokens:
         self.wait()
-        with self._leader.in_step():
-            return self._flight.result()
+        with self._leader.keep_in_sync():
+            return self._launched.result()

@@ -1,9 +1,9 @@
 """Scores the tokens of prompts: their logprobs under the model, given the tokens before them.
 
-A token's logprobs come from the row of the token before it. The logits of a whole prompt would need gigabytes; they are
-therefore computed for `_SLICE_ROWS` rows at a time, and only the logprobs that are asked for are kept. On a
-tensor-parallel engine each slice takes part in collectives; the number of slices follows from the batch, which all
-ranks have.
+A token's logprobs are computed from the row of the token before it. The logits of a whole prompt would need gigabytes;
+they are therefore computed for `_SLICE_ROWS` rows at a time, and only the requested logprobs are kept. On a
+tensor-parallel engine each slice needs collectives, so all ranks must compute the same number of slices: it follows
+from the batch, which all ranks have.
 """
 
 from __future__ import annotations

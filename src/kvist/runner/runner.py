@@ -1,11 +1,12 @@
 """Runs one batch: tensors in, tokens out.
 
 Owns the model, the page pool and the attention over the pool; on a tensor-parallel engine, one rank's part of them
-(leader.py coordinates the ranks). `launch` begins a batch, `InFlight.result` waits for its tokens; batches run in the
-order of their launches. This file is the runner for CPUs, where `launch` does all the work; cuda_runner.py is for GPUs.
+(leader.py coordinates the ranks). `launch` begins a batch, `LaunchedBatch.result` waits for its tokens; batches run in
+the order of their launches. This file is the runner for CPUs, where `launch` does all the work; cuda_runner.py is for
+GPUs.
 
-The result depends only on the pages, the batch and the slots of its requests (slots.py): their parameters, and with
-`takes_sampled` the token sampled last. The scheduler decides which requests run, in which pages and until when.
+The result depends only on the pages, the batch and the slots of its requests (slots.py): their parameters and tokens so
+far. The scheduler decides which requests run, in which pages and until when.
 """
 
 from __future__ import annotations
@@ -42,32 +43,32 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
-class InFlight(Protocol):
+class LaunchedBatch(Protocol):
     """A batch that was launched."""
 
     def is_done(self) -> bool:
         """Return whether `result` would return at once."""
 
     def result(self) -> SampledTokens:
-        """Wait until the K/V of every token of the batch is in the pages of all ranks, and return the sampled tokens.
-        Raises the device's error. Call it once per batch, in the order of the launches."""
+        """Wait until the K/V of every token of the batch is in the pages, on all ranks, and return the sampled tokens.
+        Raises an error of the device. Called once per batch, in the order of the launches."""
 
 
 class AnyRunner(Protocol):
-    """The interface of a runner to the engine, for any device."""
+    """The interface between engine and runner, the same for every device."""
 
     pool: DevicePool
-    pool_reason: str  # the limit that set the pool's size, for the log
+    pool_reason: str  # for the log: the size of the pool, and the limit that set it
     attention_name: str
 
-    def launch(self, batch: Batch) -> InFlight: ...
+    def launch(self, batch: Batch) -> LaunchedBatch: ...
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedBatch:
-    """A batch whose launch has already computed the result."""
+    """A batch whose result was computed by `launch`."""
 
     sampled: SampledTokens
 
@@ -93,13 +94,13 @@ class Runner:
         self._last_tokens = np.zeros(table.num_slots, dtype=np.int64)  # by slot
         self.between_layers: Callable[[], None] | None = None  # an exception from it ends the step
 
-    def launch(self, batch: Batch) -> InFlight:
-        """Run the batch; one without items only ends and starts requests. An exception means a broken device or a bug,
-        unless `between_layers` raised it."""
+    def launch(self, batch: Batch) -> LaunchedBatch:
+        """Run the batch; a batch without items only ends and starts requests. An exception means a broken device or a
+        bug, unless `between_layers` raised it."""
         self._table.update(batch)
         if not batch.items:
             return FinishedBatch(SampledTokens(token_ids=()))
-        assert all(item.slot in self._table.open for item in batch.items), "an item's slot is not open"
+        assert all(item.slot in self._table.open_slots for item in batch.items), "an item's slot is not open"
         with torch.inference_mode():
             inputs = build_inputs(batch.items, self._last_tokens, self._device)
             unfinished = begin(self.model, self._attention, inputs, self.between_layers)

@@ -1,10 +1,10 @@
 """The requests that a rank knows between their start and their end, and the state that their next tokens depend on.
 
 Every rank keeps such a table: rank 0 and the followers, on CPUs and GPUs. All ranks get the same batches in the same
-order, so their tables are equal. A state of its own (`SlotState`) is kept for each concern and indexed by slot; the
-state of a slot is undefined while the slot is closed.
+order, so their tables are equal. Each concern (sampling, scored prompts, shaping) has a `SlotState`, indexed by slot;
+the state of a slot is undefined while the slot is closed.
 
-Not here: the tokens that were sampled last, which live where the next step reads them (`Runner`, staging.py).
+The tokens that were sampled last are not here, but where the next step reads them (`Runner`, staging.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SlotState(Protocol):
     """The state of one concern, for every slot."""
 
     def open(self, start: StartRequest) -> None:
-        """Fill the state of a slot; an earlier request may have left its own there."""
+        """Fill the state of a slot, which may contain the state of an earlier request."""
 
     def close(self, slot: SlotId) -> None:
         """Drop the state of a slot whose request has ended."""
@@ -41,7 +41,7 @@ class SlotSampling:
         self.hashed_seeds = np.zeros(num_slots, dtype=np.uint64)
         self.top_k = np.zeros(num_slots, dtype=np.int32)
         self.top_p = np.zeros(num_slots, dtype=np.float32)
-        self.reach = np.zeros(num_slots, dtype=np.float32)  # of min_p: `SamplingColumns`
+        self.reach = np.zeros(num_slots, dtype=np.float32)  # of min_p (`min_p_reach`)
         self.wants_logprobs = np.zeros(num_slots, dtype=np.bool_)
         self._params: dict[SlotId, SamplingParams] = {}
 
@@ -72,11 +72,11 @@ class SlotTable:
         self.scoring = SlotScoring()
         self.shaping = SlotShaping(sizes, device)
         self._states: tuple[SlotState, ...] = (self.sampling, self.scoring, self.shaping)
-        self.open = OpenSlots()
+        self.open_slots = OpenSlots()
 
     def update(self, batch: Batch) -> None:
-        """End and start the batch's requests; to be called before anything of its launch can fail."""
-        self.open.update(batch)
+        """End and start the requests of the batch. Must be called before any part of the launch that can fail."""
+        self.open_slots.update(batch)
         for slot in batch.ended:
             for state in self._states:
                 state.close(slot)

@@ -1,12 +1,12 @@
-"""The ranks of a tensor-parallel engine: their processes, the file through which they synchronise, and their end.
+"""The ranks of a tensor-parallel engine: their processes, the file through which they synchronise, their exit.
 
     rank 0: start ─► barrier ─► send(batch) per step ─► close: closes their standard input, and the followers exit
     rank n: spec on standard input ─► barrier ─► launch for each frame ─► end of input: exit
 
-Frames go over standard input: a pipe that the kernel closes when rank 0 ends for any reason. With `exit_with_rank_0` a
-rank that is stuck on its device exits then, too. Tensors travel in collectives of torch.distributed, on this host only:
-gloo between CPUs, NCCL between GPUs. No rank waits forever for a rank that has ended: rank 0 checks its processes
-whenever it waits (leader.py).
+Frames are sent over standard input, a pipe that the kernel closes when rank 0 ends for any reason. With
+`exit_with_rank_0` even a rank that is stuck on its device then exits. Tensors are exchanged in collectives of
+torch.distributed, on this host only: gloo between CPUs, NCCL between GPUs. No rank waits forever for a rank that has
+ended: rank 0 checks the other processes whenever it waits (leader.py).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ FOLLOWER = (sys.executable, "-m", "kvist.runner.follower")
 
 
 class Rendezvous:
-    """Synchronises the ranks and exchanges values through a file; any process could connect to a socket."""
+    """Synchronises the ranks and exchanges values through a file, not a socket, which any process could connect to."""
 
     def __init__(self, path: str, *, rank: int, size: int, check: Callable[[], None] = lambda: None) -> None:
-        """`check` raises when waiting for the other ranks is pointless."""
+        """`check` raises an error if another rank has ended."""
         self._rank = rank
         self._size = size
         self._check = check
@@ -54,24 +54,24 @@ class Rendezvous:
         self._store = FileStore(path, -1)
 
     def barrier(self, stage: str) -> None:
-        """Wait until every rank has called this for `stage`; collectives would time out while a rank loads. Raises
-        `EngineError` after `_BARRIER_TIMEOUT_S`."""
+        """Wait until every rank has called `barrier` for `stage`. Not a collective, which would time out while a rank
+        loads. Raises `EngineError` after `_BARRIER_TIMEOUT_S`."""
         self._store.set(f"{stage}/{self._rank}", "here")
-        everybody = [f"{stage}/{rank}" for rank in range(self._size)]
+        all_ranks = [f"{stage}/{rank}" for rank in range(self._size)]
         deadline_s = self._clock.now_s() + _BARRIER_TIMEOUT_S
-        while not self._store.check(everybody):
+        while not self._store.check(all_ranks):
             self._check()
             if self._clock.now_s() > deadline_s:
                 raise EngineError(f"not all tensor-parallel ranks were {stage} within {_BARRIER_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
 
-    def put(self, what: str, value: str) -> None:
+    def put(self, name: str, value: str) -> None:
         """Publish a value of this rank to all ranks."""
-        self._store.set(f"{what} of {self._rank}", value)
+        self._store.set(f"{name} of {self._rank}", value)
 
-    def get(self, what: str, rank: int) -> str:
-        """Return the value that `rank` has published. Call it after a barrier that follows that rank's `put`."""
-        return bytes(self._store.get(f"{what} of {rank}")).decode()
+    def get(self, name: str, rank: int) -> str:
+        """Return the value that `rank` has published. A barrier must lie between that rank's `put` and this call."""
+        return bytes(self._store.get(f"{name} of {rank}")).decode()
 
     def join(self, device: torch.device) -> TensorParallel:
         """Join the group for collectives on `device`. A barrier comes first: no rank waits for a failed rank."""
@@ -140,7 +140,7 @@ class FollowerProcesses:
 
     def close(self, *, kill: bool = False) -> None:
         """Close the input of the followers, so that they exit; rank 0 leaves the group with them. Graphs that contain
-        collectives must be dropped before: the group does not end while they exist. `kill`: do not wait for
+        collectives must be dropped before, because the group cannot end while they exist. `kill`: do not wait for
         running steps, and abort their collectives."""
         leaving = threading.Thread(
             target=leave_tensor_parallel, kwargs={"abort": kill}, name="kvist-leave", daemon=True
