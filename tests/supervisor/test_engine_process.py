@@ -108,28 +108,36 @@ async def test_an_engine_that_does_not_end_is_killed() -> None:
     assert await engine.wait() == -9
 
 
-async def test_the_supervisor_restarts_a_dead_engine_and_reports_each_change(
+async def spec_of(supervisor: EngineSupervisor, *, not_of: EngineSpec | None = None) -> EngineSpec:
+    """Wait until an engine runs, another one than `not_of`; return its spec."""
+    async with asyncio.timeout(60):
+        while supervisor.spec is None or supervisor.spec is not_of:
+            await asyncio.sleep(0.005)
+    return supervisor.spec
+
+
+async def until_ended(supervisor: EngineSupervisor) -> None:
+    async with asyncio.timeout(60):
+        while supervisor.spec is not None:
+            await asyncio.sleep(0.005)
+
+
+async def test_the_supervisor_restarts_a_dead_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(child, "FIRST_RESTART_WAIT_S", 0.01)
-    changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
     doings: list[str] = []
 
     def on_progress(_text: str) -> None:
         doings.append(supervisor.health.doing)
 
-    supervisor = EngineSupervisor(
-        config("well"), on_change=changes.put_nowait, on_progress=on_progress, command=COMMAND
-    )
+    supervisor = EngineSupervisor(config("well"), on_progress=on_progress, command=COMMAND)
     running = asyncio.create_task(supervisor.run())
-    first = await asyncio.wait_for(changes.get(), 60)
-    assert first is not None
+    first = await spec_of(supervisor)
     assert supervisor.state is EngineState.RUNNING
     assert (doings, supervisor.health.doing) == (["loading weights 40%"], "")
     os.kill(int(first.epoch), 9)
-    assert await asyncio.wait_for(changes.get(), 60) is None
-    second = await asyncio.wait_for(changes.get(), 60)
-    assert second is not None
+    second = await spec_of(supervisor, not_of=first)
     assert second.epoch != first.epoch
     assert supervisor.num_restarts == 1
     assert "status -9" in str(supervisor.failure)
@@ -141,7 +149,7 @@ async def test_the_supervisor_restarts_a_dead_engine_and_reports_each_change(
 
 
 async def test_a_failed_first_start_is_not_retried() -> None:
-    supervisor = EngineSupervisor(config("refuse"), on_change=lambda _spec: None, command=COMMAND)
+    supervisor = EngineSupervisor(config("refuse"), command=COMMAND)
     with pytest.raises(ModelLoadError):
         await supervisor.run()
     assert supervisor.state is EngineState.STOPPED
@@ -152,14 +160,12 @@ def test_restart_waits_double_up_to_a_limit() -> None:
 
 
 async def until_killed(play: str, stop_it: bool) -> tuple[EngineSupervisor, EngineSpec]:
-    changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
-    supervisor = EngineSupervisor(config(play, stall_restart_s=1.0), on_change=changes.put_nowait, command=COMMAND)
+    supervisor = EngineSupervisor(config(play, stall_restart_s=1.0), command=COMMAND)
     running = asyncio.create_task(supervisor.run())
-    first = await asyncio.wait_for(changes.get(), 60)
-    assert first is not None
+    first = await spec_of(supervisor)
     if stop_it:
         os.kill(int(first.epoch), signal.SIGSTOP)
-    assert await asyncio.wait_for(changes.get(), 60) is None
+    await until_ended(supervisor)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     return supervisor, first
@@ -179,10 +185,9 @@ async def test_the_supervisor_kills_and_logs_an_engine_without_progress(
 
 @pytest.mark.case("signal-to-all")
 async def test_a_draining_supervisor_drains_its_engine_and_starts_no_other() -> None:
-    changes: asyncio.Queue[EngineSpec | None] = asyncio.Queue()
-    supervisor = EngineSupervisor(config("well"), on_change=changes.put_nowait, command=COMMAND)
+    supervisor = EngineSupervisor(config("well"), command=COMMAND)
     running = asyncio.create_task(supervisor.run())
-    assert await asyncio.wait_for(changes.get(), 60) is not None
+    await spec_of(supervisor)
     supervisor.drain()
     await asyncio.wait_for(running, 60)
     assert supervisor.num_restarts == 0

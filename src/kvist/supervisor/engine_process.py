@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kvist.clock import Clock, MonotonicClock, PauseMeter
+from kvist.clock import MonotonicClock, PauseMeter
 from kvist.engine.config import EngineConfig
 from kvist.engine.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line
 from kvist.errors import ConfigError, EngineError, KvistError, Timeout, WorkerLost, error_from_wire
@@ -181,18 +181,15 @@ class EngineSupervisor:
     """Keeps one engine running. Mutable; owned by the task that runs `run`; others call `drain` and read the
     attributes.
 
-    `on_change` is called when `spec` changes, to the spec of another run or to None: the gateway then connects or
-    disconnects. `on_progress` is called with each stage of a start, which is also in `health.doing`.
+    `on_progress` is called with each stage of a start, which is also in `health.doing`.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         *,
-        on_change: Callable[[EngineSpec | None], None] = lambda _spec: None,
         on_progress: Callable[[str], None] = lambda _text: None,
         command: Sequence[str] = ENGINE_COMMAND,
-        clock: Clock | None = None,
     ) -> None:
         self.state = EngineState.STOPPED
         self.spec: EngineSpec | None = None
@@ -201,9 +198,8 @@ class EngineSupervisor:
         self.health = EngineHealth()
         self._config = config
         self._command = command
-        self._on_change = on_change
         self._on_progress = on_progress
-        self._clock = clock or MonotonicClock()
+        self._clock = MonotonicClock()
         self._engine: EngineProcess | None = None
         self._draining = False
 
@@ -257,11 +253,11 @@ class EngineSupervisor:
         try:
             self.state, self._engine = EngineState.RUNNING, engine
             self.health = EngineHealth()
-            self._set_spec(engine.spec)
+            self.spec = engine.spec
             self._record_failure(WorkerLost(await self._watch(engine)))
         finally:
             self._engine = None
-            self._set_spec(None)
+            self.spec = None
             await asyncio.shield(engine.stop())
 
     async def _watch(self, engine: EngineProcess) -> str:
@@ -285,10 +281,6 @@ class EngineSupervisor:
 
     def _record_failure(self, error: KvistError) -> None:
         self.failure, self.health = error, EngineHealth(problem=error.message)
-
-    def _set_spec(self, spec: EngineSpec | None) -> None:
-        self.spec = spec
-        self._on_change(spec)
 
 
 def restart_wait_s(num_early_exits: int) -> float:
