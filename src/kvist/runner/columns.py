@@ -44,7 +44,7 @@ class PersistentBatch:
 
     @classmethod
     def of(cls, slots: list[SlotId], samples: list[bool], table: SlotTable) -> PersistentBatch:
-        """Gather the columns. The slots are open in `table`."""
+        """Gather the columns from `table`, in which the slots must be open."""
         assert all(slot in table.open_slots for slot in slots), "an item's slot is not open"
         slot_column = np.array(slots, dtype=np.int64)
         sampled = np.flatnonzero(np.array(samples, dtype=np.bool_))
@@ -88,7 +88,7 @@ class BatchColumns:
 
 
 def read_batch(batch: Batch, previous: PersistentBatch, table: SlotTable) -> BatchColumns:
-    """Build the columns of the batch's items. `previous`: of the batch before. `table`: with the slots that the batch
+    """Build the columns of a batch with items. `previous`: of the previous batch. `table` has the slots that the batch
     starts. An item with `takes_sampled` reads the last token of its slot."""
     items = batch.items
     slots = [item.slot for item in items]

@@ -51,7 +51,8 @@ class StepGraphs(Generic[Result]):
         self._captured: dict[int, _Captured[Result]] = {}
 
     def capture(self, sizes: Sequence[int], what: str) -> None:
-        """Capture a graph for each of `sizes`, in ascending order. Takes a few seconds; no page is written."""
+        """Capture a graph for each of `sizes`, which are in ascending order. Takes a few seconds; no page is
+        written."""
         start_s, free_bytes = time.perf_counter(), torch.cuda.mem_get_info()[0]
         self._plan.fill([])
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -79,8 +80,8 @@ class StepGraphs(Generic[Result]):
         return None if num_rows > self._sizes[-1] else self._sizes[bisect_left(self._sizes, num_rows)]
 
     def replay(self, size: int, spans: Sequence[Span]) -> Result:
-        """Replay the graph of `size` rows; its inputs were sent before. Return the result tensors of `step`, which the
-        next replay of any size overwrites."""
+        """Replay the graph of `size` rows, whose inputs must have been sent. Return the result tensors of `step`, which
+        the next replay of any size overwrites."""
         self._plan.fill(spans)
         captured = self._captured[size]
         captured.graph.replay()

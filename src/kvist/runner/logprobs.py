@@ -1,7 +1,7 @@
 """Logprobs of tokens under the model's own distribution: before penalties, temperature and truncation.
 
-The same function serves the tokens that a step samples and the tokens of a prompt. On a GPU the host does not wait: the
-values are tensors until `LogprobTensors.by_row` reads them.
+The same function is used for the tokens that a step samples and for the tokens of a prompt. On a GPU the host does not
+wait: the values are tensors until `LogprobTensors.by_row` reads them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from kvist.request import TokenLogprobs
 
 
 class LogprobRow(NamedTuple):
-    """A row of logits whose logprobs a request asks for."""
+    """A row of logits whose logprobs were requested."""
 
     place: int  # of the row in the logits
     num_top: int  # of the likeliest tokens
-    asked_token_ids: Sequence[int]  # further tokens; ids outside the vocabulary are not allowed
+    requested_token_ids: Sequence[int]  # further tokens, all in the vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +32,8 @@ class LogprobTensors:
     of_chosen: Tensor  # [len(rows)]
     top_values: Tensor  # [len(rows), the largest num_top]
     top_ids: Tensor
-    asked_values: Tensor | None  # [len(rows), the most asked ids]; None: no row asks for further tokens
-    ranks: Tensor | None  # [len(rows)] of the chosen tokens; None: not asked for
+    requested_values: Tensor | None  # [len(rows), the most requested ids]; None: no row has any
+    ranks: Tensor | None  # [len(rows)] of the chosen tokens; None: not requested
 
     def start_copy(self) -> LogprobTensors:
         """Start the copy to the host. The values are valid once the stream has reached this point."""
@@ -42,7 +42,7 @@ class LogprobTensors:
             of_chosen=_to_host(self.of_chosen),
             top_values=_to_host(self.top_values),
             top_ids=_to_host(self.top_ids),
-            asked_values=None if self.asked_values is None else _to_host(self.asked_values),
+            requested_values=None if self.requested_values is None else _to_host(self.requested_values),
             ranks=None if self.ranks is None else _to_host(self.ranks),
         )
 
@@ -54,7 +54,7 @@ class LogprobTensors:
             self.of_chosen.tolist(),
             self.top_values.tolist(),
             self.top_ids.tolist(),
-            [()] * num_rows if self.asked_values is None else self.asked_values.tolist(),
+            [()] * num_rows if self.requested_values is None else self.requested_values.tolist(),
             [None] * num_rows if self.ranks is None else self.ranks.tolist(),
             strict=True,
         )
@@ -63,18 +63,18 @@ class LogprobTensors:
                 logprob=logprob,
                 top_token_ids=tuple(ids[: row.num_top]),
                 top_logprobs=tuple(values[: row.num_top]),
-                requested_logprobs=tuple(asked[: len(row.asked_token_ids)]),
+                requested_logprobs=tuple(requested[: len(row.requested_token_ids)]),
                 rank=rank,
             )
-            for row, logprob, values, ids, asked, rank in columns
+            for row, logprob, values, ids, requested, rank in columns
         }
 
 
 def token_logprobs(
     logits: Tensor, rows: Sequence[LogprobRow], chosen: Tensor, *, with_ranks: bool = False
 ) -> LogprobTensors:
-    """Return logprobs of the tokens `chosen` [num_rows of logits], int64 ids in the vocabulary, for the given rows of
-    `logits` [num_rows, vocab_size], fp32."""
+    """Return the logprobs of some rows of `logits` [num_rows, vocab_size], fp32. `chosen` [num_rows]: int64 token ids
+    in the vocabulary, for all rows of `logits`."""
     if len(rows) < logits.shape[0]:
         places = on_device([row.place for row in rows], torch.int64, logits.device)
         logits, chosen = logits.index_select(0, places), chosen.index_select(0, places)
@@ -86,17 +86,17 @@ def token_logprobs(
         of_chosen=of_chosen.squeeze(1),
         top_values=top_values,
         top_ids=top_ids,
-        asked_values=_asked(logprobs, rows),
+        requested_values=_requested(logprobs, rows),
         ranks=(logprobs > of_chosen).sum(dim=-1) + 1 if with_ranks else None,
     )
 
 
-def _asked(logprobs: Tensor, rows: Sequence[LogprobRow]) -> Tensor | None:
-    most = max(len(row.asked_token_ids) for row in rows)
+def _requested(logprobs: Tensor, rows: Sequence[LogprobRow]) -> Tensor | None:
+    most = max(len(row.requested_token_ids) for row in rows)
     if not most:
         return None
-    numbers: dict[tuple[int, ...], int] = {}  # the rows of one request have one list
-    of_row = [numbers.setdefault(tuple(row.asked_token_ids), len(numbers)) for row in rows]
+    numbers: dict[tuple[int, ...], int] = {}  # the rows of a request share one list
+    of_row = [numbers.setdefault(tuple(row.requested_token_ids), len(numbers)) for row in rows]
     padded = on_device([[*ids, *[0] * (most - len(ids))] for ids in numbers], torch.int64, logprobs.device)
     return logprobs.gather(1, padded.index_select(0, on_device(of_row, torch.int64, logprobs.device)))
 

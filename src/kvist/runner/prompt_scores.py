@@ -45,17 +45,17 @@ class ScoredRows:
 
     rows: npt.NDArray[np.int64]  # of the batch's tokens
     token_ids: list[int]  # the scored tokens
-    asked: list[tuple[int, Sequence[int]]]  # by row: number of likeliest tokens, further tokens
-    counts: dict[int, int]  # rows of each item that has some, by item index
+    requested: list[tuple[int, Sequence[int]]]  # of each row: the number of likeliest tokens, and further tokens
+    counts: dict[int, int]  # item index → number of its scored rows, for items that have any
 
     @classmethod
     def of(cls, items: Sequence[BatchItem], scoring: SlotScoring) -> ScoredRows | None:
-        """Return the scored rows of the items, None if there are none."""
+        """Return the scored rows of the items; None if there are none."""
         if not scoring.params:
             return None
         rows: list[npt.NDArray[np.int64]] = []
         token_ids: list[int] = []
-        asked: list[tuple[int, Sequence[int]]] = []
+        requested: list[tuple[int, Sequence[int]]] = []
         counts: dict[int, int] = {}
         first_row = 0
         for index, item in enumerate(items):
@@ -66,10 +66,10 @@ class ScoredRows:
                 assert first_row <= row <= first_row + item.num_tokens - count, "the item has the tokens before"
                 rows.append(np.arange(row, row + count))
                 token_ids += item.scored_token_ids
-                asked += [(params.prompt_logprobs, params.logprob_token_ids)] * count
+                requested += [(params.prompt_logprobs, params.logprob_token_ids)] * count
                 counts[index] = count
             first_row += item.num_tokens
-        return cls(rows=np.concatenate(rows), token_ids=token_ids, asked=asked, counts=counts) if rows else None
+        return cls(rows=np.concatenate(rows), token_ids=token_ids, requested=requested, counts=counts) if rows else None
 
 
 class Head(Protocol):
@@ -111,6 +111,6 @@ def score_prompts(head: Head, unfinished: PartialForward, scored: ScoredRows) ->
         rows = on_device(scored.rows[part].tolist(), torch.int64, device)
         logits = head.logits(head.finish_forward(unfinished.select(rows)))
         chosen = on_device(scored.token_ids[part], torch.int64, device)
-        wanted = [LogprobRow(place, *asked) for place, asked in enumerate(scored.asked[part])]
+        wanted = [LogprobRow(place, *requested) for place, requested in enumerate(scored.requested[part])]
         slices.append(token_logprobs(logits, wanted, chosen, with_ranks=True))
     return PromptScores(slices=slices, counts=scored.counts)

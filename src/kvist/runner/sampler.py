@@ -36,7 +36,7 @@ _NEG_INF = float("-inf")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRow:
     params: SamplingParams
-    position: int  # of the token to be sampled; the counter of its noise
+    position: int  # of the token to be sampled; also the counter of its noise
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow], shaped: ShapedRows | None = None) -> SampledTokens:
@@ -67,7 +67,7 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 class _Draw(enum.Enum):
-    """Rows that are drawn in the same way are computed together."""
+    """How a row is drawn; rows that are drawn in the same way are computed together."""
 
     BEST = enum.auto()  # greedy: one argmax
     ALL = enum.auto()
@@ -104,7 +104,7 @@ def _draw_from_all(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw_truncated(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Look for the tokens to keep among the likeliest few hundred, then among more of them."""
+    """Search the tokens to keep among the few hundred likeliest tokens first, then among more."""
     shifted, columns = _shift(logits), columns_of(rows, logits.device)
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     left = torch.arange(len(rows), device=logits.device)  # the rows whose tokens to keep are not found yet
@@ -130,7 +130,8 @@ def _all_tokens(like: Tensor) -> Tensor:
 
 
 def _draw(values: Tensor, token_ids: Tensor, columns: SamplingColumns) -> Tensor:
-    """Scale, add noise, take the best. `values` [num_rows, n] of `token_ids` [num_rows or 1, n]; -inf: never drawn."""
+    """Return the token with the largest sum of scaled logit and noise. `values` [num_rows, n]: the logits of
+    `token_ids` [num_rows or 1, n]; -inf: never drawn."""
     noise = gumbel_noise(columns.keys, token_ids)
     best = (values / columns.temperatures[:, None] + noise).argmax(dim=-1, keepdim=True)
     return token_ids.expand(values.shape).gather(1, best).squeeze(1)
@@ -148,7 +149,7 @@ def columns_of(rows: Sequence[SamplingRow], device: torch.device) -> SamplingCol
 
 
 def min_p_reach(params: SamplingParams) -> float:
-    """Return how far a logit may lie from the largest one for the token to be kept by min_p, as a negative number."""
+    """Return the smallest difference, <= 0, from the largest logit with which min_p keeps a token."""
     return params.temperature * math.log(params.min_p) if params.min_p > 0.0 else _NEG_INF
 
 
@@ -177,7 +178,7 @@ def key_words_at(hashed_seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np
 
 
 def _mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The splitmix64 finaliser: every input bit changes every output bit half the time."""
+    """The splitmix64 finaliser: every input bit changes every output bit with probability 1/2."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -187,7 +188,7 @@ def _mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def compute_logprobs(logits: Tensor, rows: Sequence[SamplingRow], chosen: Tensor) -> LogprobTensors | None:
-    """Return the logprobs of the chosen tokens. None: no row asks for logprobs."""
+    """Return the logprobs of the chosen tokens; None if no row needs logprobs."""
     wanted = [
         LogprobRow(place, row.params.num_logprobs, row.params.logprob_token_ids)
         for place, row in enumerate(rows)

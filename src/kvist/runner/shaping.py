@@ -1,12 +1,12 @@
-"""Fills the tables that shape the tokens of each slot (kernels/shaping.py) from what its request asks for.
+"""Fills the tables that shape the logits of each slot (kernels/shaping.py), from the parameters of its request.
 
     open:    bans, bias, penalties, bad words ──► the slot's rows of the tables; counts and recent tokens by replay of
              all tokens so far
-    step:    the bans that depend on the position (min_tokens) or on tokens that only the host knows
-    chosen:  the device itself counts the chosen tokens
+    step:    the bans that depend on the position (min_tokens), or on tokens that only the host knows (long bad words)
+    chosen:  the device itself records the chosen tokens
 
-A request that starts again is replayed, so its tables are those of an uninterrupted request. On a GPU the writes go to
-the one stream of the steps, and the host waits for none of them.
+A request that starts again is replayed, so its tables are those of an uninterrupted request. On a GPU the writes are
+queued on the stream of the steps, and the host does not wait for them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Words = npt.NDArray[np.uint32]  # packed bits, one per token of the vocabulary
 
 
 def table_sizes(num_slots: int, *, vocab_size: int, context_len: int) -> TableSizes:
-    """`context_len`: most tokens of one request."""
+    """Return the sizes of the tables. `context_len`: the most tokens of one request."""
     return TableSizes(
         num_slots=num_slots,
         vocab_size=vocab_size,
@@ -59,7 +59,7 @@ class _ChangingBans:
 
 
 class SlotShaping:
-    """The state of all slots. Mutable; owned by the slot table of one rank."""
+    """A `SlotState`: the tables, and the bans that may change. Mutable; owned by the slot table of one rank."""
 
     def __init__(self, sizes: TableSizes, device: torch.device) -> None:
         self.tables = make_tables(sizes, device)
@@ -96,7 +96,7 @@ class SlotShaping:
         )
 
     def before_step(self, items: Iterable[BatchItem]) -> None:
-        """Write the bans of the tokens that the step samples, where they differ from those of the step before."""
+        """Write the bans of the tokens that the step samples, if they differ from those of the previous step."""
         if not self._changing:
             return
         for item in items:
@@ -153,7 +153,7 @@ class SlotShaping:
         _write(self.tables.bias_values[slot], values)
 
     def _write_counts(self, slot: SlotId, start: StartRequest) -> None:
-        """Replay: count the output tokens and mark the prompt's."""
+        """Replay the tokens so far: count the output tokens, and mark the tokens of the prompt."""
         row = self.tables.counts[slot]
         token_ids = np.array(start.token_ids, dtype=np.int64)
         seen = np.unique(token_ids)

@@ -40,8 +40,8 @@ class HostInputs:
     keys: npt.NDArray[np.int32] | None  # [R, 2]; None: all greedy
 
     def pack(self, words: npt.NDArray[np.int32], num_tokens: int, num_sampled: int, num_slots: int) -> None:
-        """Fill `words` for a step padded to `num_tokens` and `num_sampled`; a padding row is token 0 at position 0,
-        greedy, and its slot is `num_slots`, one beyond those of requests."""
+        """Fill `words` for a step padded to `num_tokens` and `num_sampled`. A padding row is token 0 at position 0,
+        greedy, in the slot `num_slots`, which no request has."""
         count, sampled = len(self.token_ids), len(self.rows)
         token_ids, sources, positions = words[: 3 * num_tokens].reshape(3, num_tokens)
         tail = words[3 * num_tokens :].reshape(NUM_ROW_WORDS, num_sampled)
@@ -74,8 +74,9 @@ class DeviceInputs:
     columns: SamplingColumns
 
     def token_ids(self) -> Tensor:
-        """Return [T]; last tokens are read in stream order. A row that got no token (NO_TOKEN) counts as token 0: its
-        request fails as soon as the host has read the result, and results computed from the 0 are dropped."""
+        """Return [T]; last tokens are read in stream order. NO_TOKEN, of a row for which no token could be chosen, is
+        read as token 0: the request fails when the host reads the result, and results computed from the 0 are
+        dropped."""
         return self.known.index_select(0, self.sources).clamp_(min=0)
 
 
@@ -128,8 +129,8 @@ class Staging:
         self._ring.send(self._device[self._first_word : self._first_word + num_words])
 
     def write_sampled(self, chosen: Tensor, slots: Tensor) -> None:
-        """Write chosen [n] int64, the tokens of a step, for `start_read`, and as the last tokens of `slots` [n] int32
-        for the next step. Needs no host: it may be captured into a graph."""
+        """Write `chosen` [n] int64, the tokens of a step: for `start_read`, and as the last tokens of `slots` [n]
+        int32. Does not involve the host, so that it can be captured in a graph."""
         sampled = self._sampled[: chosen.shape[0]]
         sampled.copy_(chosen)
         self._device.index_copy_(0, slots.long(), sampled)
