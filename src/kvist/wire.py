@@ -61,6 +61,8 @@ class PrefillPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(_Message, frozen=True):
+    """A request, and the part of it that this engine runs."""
+
     request: EngineRequest
     mode: Mode
     handoff_id: HandoffId | None = None  # set for PREFILL and DECODE
@@ -308,7 +310,7 @@ class Done(_Message, frozen=True):
 
 class Closed(_Message, frozen=True):
     """Prefill writes no more bytes for this handoff: refused, failed, or in answer to `Revoke`. Also the answer to a
-    Grant or Revoke for a handoff that prefill does not know."""
+    Grant or Revoke for a closed handoff, and to a Revoke for an unknown one."""
 
     handoff_id: HandoffId
     target_epoch: EpochId

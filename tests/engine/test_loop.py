@@ -503,7 +503,7 @@ def test_a_step_with_nan_logits_is_counted_and_logged(engine: LoopBench, caplog:
         (finished,) = engine.iterate()
         assert isinstance(finished, StepFinished)
         assert finished.sampled.invalid_rows == {0}
-    assert "step 1: the logits of 1 of its 1 requests are not numbers" in caplog.text
+    assert "step 1: 1 of its 1 requests have no valid token" in caplog.text
     engine.clock.advance(2.0)
     engine.iterate()
     assert reports(engine, G1)[-1].totals["failed_steps"] == 11.0

@@ -81,7 +81,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprints:
-    """Fingerprints that must be equal for engines and a router to work together."""
+    """The fingerprints of the served model: engines and a router work together only if theirs are equal."""
 
     model: str
     tokenizer: str  # "": no tokenizer
@@ -291,7 +291,7 @@ def _assemble(
             overlap=limits.overlap,
         )
         loop = EngineLoop(parts)
-        if isinstance(runner, Runner):  # not with --tp or a GPU: other ranks, or the GPU, would go on
+        if isinstance(runner, Runner):  # not with --tp or a GPU: other ranks, or the GPU, would continue
             runner.between_layers = loop.between_layers
         watchdog = Watchdog(
             lambda: loop.num_iterations,

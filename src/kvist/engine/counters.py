@@ -15,7 +15,7 @@ LOOP_COUNTERS = CounterGroup(
         Counter(
             name="failed_steps",
             unit="steps",
-            text="engine steps that failed in the model or on the device, or in which the model computed NaN",
+            text="engine steps that failed in the model or on the device, or in which a request had no valid token",
         ),
         Counter(
             name="abandoned_steps",

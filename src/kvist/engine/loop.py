@@ -314,7 +314,7 @@ class EngineLoop:
         if sampled.invalid_rows:
             self._num_failed_steps += 1
             logger.error(
-                "step %d: the logits of %d of its %d requests are not numbers (NaN or infinity); those requests fail",
+                "step %d: %d of its %d requests have no valid token (NaN, infinity, or all tokens banned) and fail",
                 batch.step_id,
                 len(sampled.invalid_rows),
                 len(batch.items),

@@ -26,7 +26,9 @@ class SampledTokens:
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by index in token_ids, if requested
     # logprobs of the scored tokens of items with `score_from`, by the item's index in the batch
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
-    invalid_rows: frozenset[int] = frozenset()  # rows whose logits were NaN or infinite: they have no valid token
+    invalid_rows: frozenset[int] = (
+        frozenset()
+    )  # rows without a valid token: NaN or infinite logits, or every token was banned
 
     @property
     def num_rows(self) -> int:

@@ -1,4 +1,4 @@
-"""The output of a scheduler: one `Plan` a step. The engine loop carries the plan out in the order of its fields."""
+"""The output of a scheduler: one `Plan` per step. The engine loop carries the plan out in the order of its fields."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ class Plan:
     messages: tuple[ToSource | ToTarget, ...] = ()  # to peer engines
     transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
     tier_jobs: tuple[TierJob, ...] = ()  # copies between device pool, host tier and store
-    watched_epochs: frozenset[EpochId] = frozenset()  # report the death of these peers until the next plan
-    page_events: tuple[
-        PageEvents, ...
-    ] = ()  # pages that entered and left each tier in this step, net; one event per tier
+    watched_epochs: frozenset[EpochId] = frozenset()  # peers whose death must be reported
+    page_events: tuple[PageEvents, ...] = ()  # net changes of each tier in this step; one event per tier
     batch: Batch | None = None  # to be launched; runs after the pending batch, if any
-    wake_at_s: float | None = None  # call `step` again by then even without events
+    wake_at_s: float | None = None  # the latest time of the next call of `step`

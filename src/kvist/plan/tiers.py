@@ -46,7 +46,7 @@ class ForgetPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesForgotten:
-    job_id: int  # the records are erased
+    job_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ class SchedulerContext:
 
     config: SchedulerConfig
     role: Role  # read at each Submit, so that it may change
-    context_len: int  # tokens of one request that fit this engine
+    context_len: int  # the most tokens of one request
     now_s: float = 0.0
     step_count: int = 0
     timers: Timers = field(default_factory=Timers)

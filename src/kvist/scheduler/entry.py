@@ -1,7 +1,7 @@
 """The rules for new requests: which requests are refused at once, and which request is displaced from a full queue.
 
-A full queue drops the newest waiting request of the caller with by far the most requests there, in favour of a caller
-with fewer (fairness.py). A request that was ever admitted is not displaced: its client may have received a token.
+A full queue drops the newest waiting request of the caller with the most requests there, in favour of a caller with at
+least two fewer (fairness.py). A request that was ever admitted is not displaced: its client may have received a token.
 """
 
 from __future__ import annotations

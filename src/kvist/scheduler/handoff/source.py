@@ -62,7 +62,7 @@ class SourceHandoff:
 
     @property
     def target_epoch(self) -> EpochId | None:
-        """The decode engine whose Grant was accepted; None before that."""
+        """The decode engine whose Grant has arrived; None before."""
         return None if self.writes is None else self.writes.grant.target_epoch
 
 
