@@ -177,7 +177,7 @@ class PageCache:
     # ---------------------------------------------------------------- the tiers behind the device pool
 
     def prefetch(self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int) -> Prefetch | None:
-        """Start to fetch the pages that neither tier has from the store. Return None if there is nothing to wait for.
+        """Start a prefetch of the pages that are in neither tier. Return None if there is nothing to wait for.
 
         The caller closes the prefetch (`storage.close`) when the request ends or, after `start_load`, is admitted."""
         num_pages = min(len(token_ids), max_tokens) // self._page_size
