@@ -46,7 +46,7 @@ class Inbox:
         on_storage_command: Callable[[bytes, wire.StorageCommand], None] | None,  # None: no host tier
     ) -> None:
         self._spec = spec
-        self._ask_storage = on_storage_command
+        self._on_storage_command = on_storage_command
         self._gateways = gateways
         self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → the gateway that sent the call
         self._log = BoundedLog(logger)
@@ -112,9 +112,9 @@ class Inbox:
                 self._flushes[message.call_id] = gateway.identity
                 return message
             case wire.StorageCommand():
-                if self._ask_storage is None:
+                if self._on_storage_command is None:
                     return Reply(identity=gateway.identity, message=_no_host_tier(message))
-                self._ask_storage(gateway.identity, message)
+                self._on_storage_command(gateway.identity, message)
                 return None
 
     def _submitted(self, gateway: ConnectedGateway, submit: wire.Submit) -> Event | Reply:

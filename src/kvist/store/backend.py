@@ -7,10 +7,10 @@ even if a call hangs.
 
 Every store guarantees to its caller:
 
-- `get` returns byte for byte the page that was put under that key in that namespace, or a miss; - a damaged page, a
-full store or a failed disk leads to a miss or to a page that is not stored, and is counted; it never
-  leads to an exception. An exception is a bug, and opens the circuit breaker. Only opening a store raises, `StoreError`
-  or `ConfigError`; errors of other libraries are translated, with `param` set to the option to change;
+- `get` returns byte for byte the page that was put under that key in that namespace, or a miss;
+- a damaged page, a full store or a failed disk leads to a miss or to a page that is not stored, and is counted; it
+  never leads to an exception. An exception is a bug, and opens the circuit breaker. Only opening a store raises,
+  `StoreError` or `ConfigError`; errors of other libraries are translated, with `param` set to the option to change;
 - the least recently used page is evicted first, and of the pages of one call the last page: callers pass the pages of a
   prefix in order, and later pages are useless without the earlier ones;
 - a call never evicts pages that the same call has stored or found: if not all pages fit, the first pages stay;
