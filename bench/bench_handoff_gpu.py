@@ -28,7 +28,7 @@ from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
 from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted
 from kvist.request import HandoffId
-from kvist.transfer import TransferReport, Transport, make_transport
+from kvist.transfer import TransferReport, make_transports
 from kvist.wire import PoolAddress
 
 LAYOUT = PageLayout(num_kv_heads=4, num_layers=28, page_size=16, head_dim=128, dtype="bfloat16")
@@ -43,7 +43,8 @@ class Side:
     def __init__(self, device: torch.device, num_pages: int, runtime_dir: Path) -> None:
         self.pool = DevicePool.create(LAYOUT, num_pages, device=device, directory=runtime_dir)
         self._woken = threading.Event()
-        self.transport: Transport = make_transport(self.pool, runtime_dir=runtime_dir, wakeup=self._woken.set)
+        self.transport = make_transports(self.pool, runtime_dir=runtime_dir, wakeup=self._woken.set)
+        self.address = self.transport.addresses[0]
 
     def wait(self) -> TransferReport:
         while True:
@@ -56,7 +57,8 @@ class Side:
     def verify(self, page_ids: tuple[int, ...]) -> tuple[str, float]:
         """Return the checksum, and the milliseconds it took."""
         start_s = time.perf_counter()
-        self.transport.verify(VerifyPages(handoff_id=HandoffId("h"), page_ids=page_ids))
+        name = self.address.transport
+        self.transport.verify(VerifyPages(handoff_id=HandoffId("h"), page_ids=page_ids, transport=name))
         report = self.wait()
         assert isinstance(report, PagesVerified)
         return report.checksum, 1e3 * (time.perf_counter() - start_s)
@@ -69,7 +71,7 @@ class Side:
 def be_the_peer(device: str, num_pages: int, runtime_dir: Path) -> None:
     """Print the address of the pool, then (checksum, milliseconds) for each line of page ids."""
     end = Side(torch.device(device), num_pages, runtime_dir)
-    print(msgspec.json.encode(end.pool.address).decode(), flush=True)
+    print(msgspec.json.encode(end.address).decode(), flush=True)
     for line in sys.stdin:
         print(json.dumps(end.verify(tuple(json.loads(line)))), flush=True)
     end.close()

@@ -50,7 +50,7 @@ from kvist.runner.staging import NUM_ROW_WORDS
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import FakeTransport
-from kvist.testing.specs import make_request, make_spec, submit_full
+from kvist.testing.specs import make_peer_spec, make_request, make_spec, submit_full
 
 PAGE_SIZE = 16
 MAX_WARM_UP_STEPS = 1000  # before the measured ones
@@ -155,7 +155,7 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) 
     )
     cache = PageCache(num_pages=num_pages, page_size=PAGE_SIZE, namespace="bench")
     pool = wire.PoolAddress(transport="none", location="", num_pages=num_pages, page_bytes=1, layout="bench")
-    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), pool)
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), make_peer_spec(pool))
     scheduler.step = watch.around("plan", scheduler.step)  # type: ignore[method-assign]
     spec = make_spec(
         epoch=EpochId("bench"),

@@ -22,7 +22,7 @@ from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.request import EpochId, RequestId, Role, SlotId
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.testing.specs import make_request, submit_full
+from kvist.testing.specs import make_peer_spec, make_request, submit_full
 from kvist.wire import PoolAddress, TokenChunk
 
 
@@ -50,7 +50,7 @@ def measure_steps(*, running: int, steps: int, context: int, seed: int) -> list[
     )
     cache = PageCache(num_pages=num_pages, page_size=16, namespace="bench")
     pool = PoolAddress(transport="inproc", location="", num_pages=num_pages, page_bytes=1, layout="bench")
-    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), pool)
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), make_peer_spec(pool))
     events: list[Event] = [
         submit_full(
             make_request(

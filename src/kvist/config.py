@@ -28,6 +28,7 @@ class OptionHelp:
     maximum: float | None = None
     secret: bool = False  # never printed or logged
     unset: str = ""  # name of the value None, in --help and on the command line
+    several: bool = False  # a text: one of `choices`, or several with commas between them
 
 
 def check_api_key(key: str) -> None:
@@ -51,6 +52,7 @@ def option(
     maximum: float | None = None,
     secret: bool = False,
     unset: str = "",
+    several: bool = False,
 ) -> T:
     """Declare a dataclass field with help. Flags have SGLang's names where the meaning is the same."""
     note = OptionHelp(
@@ -63,6 +65,7 @@ def option(
         maximum=maximum,
         secret=secret,
         unset=unset,
+        several=several,
     )
     field: T = dataclasses.field(default=default, repr=not secret, metadata={"option": note})
     return field

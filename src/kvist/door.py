@@ -76,6 +76,13 @@ class DoorOptions:
     chosen_by: str  # the field of the same config that names the backend
     title: str  # of the door, in headings and errors: "routing policy"
     prefix: str  # of the options' flags and keys
+    several: bool = False  # several backends may be chosen
+
+    def rows(self, chosen: object) -> list[Backend[Any, Any]]:
+        """Return the rows of the chosen backends: none for None, and for an "auto" that stands for one backend."""
+        if self.several:
+            return [self.door[name] for name in names_of(self.door, str(chosen))]
+        return [row for name, row in self.door.items() if name == chosen]
 
 
 def choice_of(
@@ -85,17 +92,26 @@ def choice_of(
     *,
     auto: str = "",
     unset: str = "",
+    several: bool = False,
 ) -> Name:
     """Declare the field that names a door's backend. The help has each backend's own line; `auto` is the line of the
-    name "auto", if the config resolves it."""
+    name "auto", if the config resolves it. With `several` the field may name several, and `names_of` reads it."""
     names = ("auto", *door) if auto else tuple(door)
     lines = [f"auto: {auto}"] if auto else []
     lines += [f"{name}: {row.text}" for name, row in door.items()]
-    return option(default, f"{text}. {'; '.join(lines)}", choices=names, unset=unset)
+    return option(default, f"{text}. {'; '.join(lines)}", choices=names, unset=unset, several=several)
 
 
-def options_of_choice(door: Mapping[str, Backend[P, T]], *, chosen_by: str, title: str, prefix: str = "") -> Given:
-    """Declare the field that holds the options given to the backend that the field `chosen_by` names."""
-    note = DoorOptions(door=door, chosen_by=chosen_by, title=title, prefix=prefix)
+def names_of(door: Mapping[str, Backend[P, T]], chosen: str) -> tuple[str, ...]:
+    """Return the names in a choice of several backends: those between the commas, or for "auto" all."""
+    return tuple(door) if chosen == "auto" else tuple(chosen.split(","))
+
+
+def options_of_choice(
+    door: Mapping[str, Backend[P, T]], *, chosen_by: str, title: str, prefix: str = "", several: bool = False
+) -> Given:
+    """Declare the field that holds the options given to the backend, or to all backends, that the field `chosen_by`
+    names."""
+    note = DoorOptions(door=door, chosen_by=chosen_by, title=title, prefix=prefix, several=several)
     held: Given = dataclasses.field(default_factory=dict, metadata={"door": note})
     return held

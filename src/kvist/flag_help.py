@@ -112,7 +112,7 @@ def _placeholder(option: Option) -> str:
     if option.is_switch:
         return ""
     if option.choices:
-        word = "{" + ",".join(str(choice) for choice in option.choices) + "}"
+        word = "{" + ",".join(str(choice) for choice in option.choices) + "}" + (",..." if option.help.several else "")
     else:
         word = option.help.unit.upper().replace(" ", "_") or _PLACEHOLDERS[option.kinds[-1]]
     return f" {word}" + (" ..." if option.many else "")

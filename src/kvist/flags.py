@@ -45,7 +45,8 @@ class _Given:
 
 def _allowed(option: Option) -> str:
     if option.choices:
-        return "one of " + ", ".join(str(choice) for choice in option.choices)
+        several = " (or several, with commas)" if option.help.several else ""
+        return "one of " + ", ".join(str(choice) for choice in option.choices) + several
     kind = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "text"}
     words = " or ".join([*filter(None, [option.help.unset]), *(kind[item] for item in option.kinds)])
     low, high = option.help.minimum, option.help.maximum
@@ -72,7 +73,7 @@ def _read_scalar(option: Option, source: str, raw: object) -> object:
         return None
     for kind in sorted(option.kinds, key=_reading_order):
         value = _as_kind(kind, raw)
-        if value is not None and (not option.choices or value in option.choices) and _within(option.help, value):
+        if value is not None and option.allows(value) and _within(option.help, value):
             return value
     raise _bad_value(option, source, raw)
 
@@ -296,7 +297,8 @@ def _check_backends(options: Sequence[Option], given: Mapping[str, _Given]) -> N
             continue
         choice = by_key[owners.chosen_by]
         chosen = given[choice.key].value if choice.key in given else choice.default
-        if chosen not in owners.names:
+        names = set(str(chosen).split(",")) if choice.help.several else {chosen}
+        if not names & {*owners.names} and not (choice.help.several and chosen == "auto"):
             now = "none is chosen" if chosen is None else f"{choice.flags[0]} is {chosen}"
             raise ConfigError(
                 f"{given[option.key].source} is an option of the {owners.title} {' and '.join(owners.names)}, and "

@@ -49,6 +49,13 @@ class Option:
     group: str
     owners: Owners | None = None  # None: no backend's option
 
+    def allows(self, value: object) -> bool:
+        """Return whether the choices allow the value."""
+        if not self.choices or value in self.choices:
+            return True
+        names = value.split(",") if self.help.several and isinstance(value, str) else []
+        return bool(names) and len(names) == len(set(names)) and set(names) <= {*self.choices} - {"auto"}
+
     @property
     def env(self) -> str:
         return ENV_PREFIX + self.key.upper()
@@ -155,17 +162,17 @@ def compose(settings_class: type[T], values: Mapping[str, object]) -> T:
 
 
 def _given_to_backend(door: DoorOptions, chosen: object, values: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the values of the chosen backend's options. Raises `ConfigError` if they contradict each other."""
-    row = door.door.get(cast(str, chosen))
-    if row is None:  # none is chosen, or "auto"
-        return {}
-    names = [field.name for field in dataclasses.fields(row.options) if door.prefix + field.name in values]
-    given = {name: values[door.prefix + name] for name in names}
-    try:
-        row.options(**given)
-    except ConfigError as error:  # a backend does not know its door's prefix
-        param = None if error.param is None else door.prefix + error.param.removeprefix(door.prefix)
-        raise ConfigError(error.message, param=param) from error
+    """Return the values of the chosen backends' options. Raises `ConfigError` if they contradict each other."""
+    given: dict[str, object] = {}
+    for row in door.rows(chosen):
+        names = [field.name for field in dataclasses.fields(row.options) if door.prefix + field.name in values]
+        given_here = {name: values[door.prefix + name] for name in names}
+        try:
+            row.options(**given_here)
+        except ConfigError as error:  # a backend does not know its door's prefix
+            param = None if error.param is None else door.prefix + error.param.removeprefix(door.prefix)
+            raise ConfigError(error.message, param=param) from error
+        given |= given_here
     return given
 
 

@@ -7,6 +7,11 @@
 
 Every engine binds one ROUTER socket; gateways and decode engines connect DEALER sockets to it. A receiver logs and
 drops a message that it cannot decode; the sender's own bounded wait then reports the failure.
+
+Processes of neighbouring protocol versions work together (`interworks`): a cluster is upgraded one process at a time. A
+receiver ignores fields that it does not know, and a field that is added to a message has a default; a new message is
+sent only to a peer whose version has it. A change that an older peer must not ignore needs two versions: the first one
+reads the new form, the second one sends it.
 """
 
 from __future__ import annotations
@@ -30,11 +35,48 @@ from kvist.request import (
     WorkerId,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
+OLDEST_PROTOCOL_VERSION = 4  # earlier versions work with no other version
+
+
+def interworks(version: int, other: int) -> bool:
+    """Return whether processes of these two protocol versions work together."""
+    return abs(version - other) <= 1 and min(version, other) >= OLDEST_PROTOCOL_VERSION
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
     pass
+
+
+# ---------------------------------------------------------------- in several directions
+
+
+class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """How a peer can write to a page pool by one transport. `location` is the pool's address in that transport (in shm
+    and cuda-ipc: the path of the pool's file)."""
+
+    transport: str  # a key of `transfer.TRANSPORTS`
+    location: str
+    num_pages: int
+    page_bytes: int
+    layout: str  # `PageLayout.describe`; must be equal on both sides
+    device: str = "cpu"  # type of the device that has the pages: "cpu" or "cuda"
+    from_devices: tuple[str, ...] = ("cpu", "cuda")  # types of the devices whose pools can be written into this one
+    same_host: bool = True  # only processes with an equal `host_id` can use the address
+
+
+class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of an `EngineSpec` that another engine needs before a handoff; plan/compat.py compares two of them."""
+
+    worker_id: WorkerId
+    protocol_version: int
+    model_fingerprint: str
+    dtype: str
+    page_size: int  # tokens
+    layout: str  # `PageLayout.describe` of whole pages, with the heads of all ranks
+    page_bytes: int  # of a whole page
+    host_id: str  # equal only for processes that can map each other's files (memory/runtime_dir.py)
+    transports: tuple[PoolAddress, ...]  # the engine's pool, by each transport that it offers, best first
 
 
 # ---------------------------------------------------------------- gateway → engine
@@ -58,6 +100,7 @@ class PrefillPeer(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     endpoint: str  # the prefill engine's ROUTER address
     epoch: EpochId
+    spec: PeerSpec | None = None  # None: the gateway does not know it
 
 
 class Submit(_Message, frozen=True):
@@ -124,6 +167,11 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int
     max_running_requests: int
     max_queued_requests: int
+    protocol_version: int = PROTOCOL_VERSION
+    layout: str  # `PageLayout.describe` of whole pages, with the heads of all ranks
+    page_bytes: int  # of a whole page
+    host_id: str  # equal only for processes that can map each other's files
+    transports: tuple[PoolAddress, ...]  # the pool, by each transport that the engine offers, best first
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +198,8 @@ class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
     duration_s: float  # grant sent → pages verified
     wait_s: float  # the last part of `duration_s`: Done received → pages verified; the delay of the stream
+    transport: str = ""  # by which the pages travelled; empty if no page did
+    transport_reason: str = ""  # why it was chosen; a text to be read
 
 
 class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step, none in a reference cycle
@@ -253,17 +303,6 @@ class StorageAnswer(_Message, frozen=True):
 # ---------------------------------------------------------------- decode → prefill
 
 
-class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """How a peer can write to a page pool. `transport` is a key of `transfer.TRANSPORTS`; `location` is the pool's
-    address in that transport (in shm and cuda-ipc: the path of the pool's file)."""
-
-    transport: str
-    location: str
-    num_pages: int
-    page_bytes: int
-    layout: str  # `PageLayout.describe`; must be equal on both sides
-
-
 class Grant(_Message, frozen=True):
     """Permission to write into pages of decode. `page_ids` are decode's pages for the prompt pages
     [first_page, first_page + len(page_ids))."""
@@ -272,9 +311,14 @@ class Grant(_Message, frozen=True):
     request_id: RequestId
     target_epoch: EpochId  # of the decode engine
     source_epoch: EpochId  # of the prefill engine that the Grant is for
-    pool: PoolAddress
+    target: PeerSpec  # the decode engine, with the addresses of its pool
     first_page: int  # decode has pages [0, first_page) cached already
     page_ids: tuple[int, ...]
+
+    @property
+    def pools(self) -> tuple[PoolAddress, ...]:
+        """The addresses of decode's pool, one per transport that it offers."""
+        return self.target.transports
 
 
 class Ack(_Message, frozen=True):
@@ -306,6 +350,7 @@ class Done(_Message, frozen=True):
     checksum: str  # transfer.checksum over the written pages, in order
     first_token: SampledToken
     finish_reason: FinishReason | None = None  # set: the first token is the last one
+    transport: str = ""  # that wrote the pages; empty if there were none
 
 
 class Closed(_Message, frozen=True):

@@ -17,7 +17,7 @@ from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
 from kvist.plan.transfers import PagesVerified, VerifyPages
 from kvist.request import EpochId, HandoffId
-from kvist.transfer import make_transport
+from kvist.transfer import make_transports
 from kvist.transfer.epoch import EpochLock
 
 
@@ -30,9 +30,10 @@ def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str,
         directory=Path(runtime_dir),
     )
     woken = threading.Event()
-    transport = make_transport(pool, runtime_dir=Path(runtime_dir), wakeup=woken.set, name=name)
+    transport = make_transports(pool, runtime_dir=Path(runtime_dir), wakeup=woken.set, names=name)
+    [address] = transport.addresses
     memory = pool.tensor.view(torch.uint8).view(pool.num_pages, -1)
-    print(msgspec.json.encode(transport.address).decode(), flush=True)
+    print(msgspec.json.encode(address).decode(), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "pages":
@@ -43,7 +44,8 @@ def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str,
             torch.cuda.synchronize(pool.tensor.device)
             print(flush=True)
         else:
-            transport.verify(VerifyPages(handoff_id=HandoffId("h"), page_ids=tuple(command["page_ids"])))
+            page_ids = tuple(command["page_ids"])
+            transport.verify(VerifyPages(handoff_id=HandoffId("h"), page_ids=page_ids, transport=name))
             assert woken.wait(timeout=60)
             woken.clear()
             [report] = transport.poll()

@@ -25,10 +25,10 @@ from kvist.memory.device_pool import DevicePool
 from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
 from kvist.testing.inproc_transport import INPROC, InprocTransport, PoolDirectory
-from kvist.transfer import TransferReport, Transport, make_transport
+from kvist.transfer import TransferReport, Transport, Transports, make_transports
 from kvist.transfer.checksum import fold
 from kvist.transfer.device_pages import DevicePages
-from kvist.transfer.epoch import EpochLock
+from kvist.transfer.epoch import EpochLock, EpochWatch
 from kvist.transfer.host_pages import HostPages, Pages
 from kvist.transfer.same_host import SameHostTransport
 from kvist.transfer.shm import map_file
@@ -151,7 +151,7 @@ class CpuHost:
         self.closing.append(kill)
         return Side(
             epoch=epoch,
-            address=transport.address,
+            address=transport.addresses[0],
             transport=transport,
             woken=woken,
             kill=kill,
@@ -160,14 +160,21 @@ class CpuHost:
             digests=device_digests if self.transport == DEVICE_PAGES_ON_A_CPU else host_digests,
         )
 
-    def _transport(self, pool: DevicePool, woken: threading.Event) -> Transport:
+    def _transport(self, pool: DevicePool, woken: threading.Event) -> Transports:
         if self.transport != DEVICE_PAGES_ON_A_CPU:
-            return make_transport(pool, runtime_dir=self.runtime_dir, wakeup=woken.set, name=self.transport)
+            return make_transports(pool, runtime_dir=self.runtime_dir, wakeup=woken.set, names=self.transport)
+        watch = EpochWatch(self.runtime_dir)
         pages = DevicePages(pool.tensor)
         pages.pages_at_once = 2
-        return SameHostTransport(
-            address=pool.address, pages=pages, map_pool=MappedFile, runtime_dir=self.runtime_dir, wakeup=woken.set
+        offered = SameHostTransport(
+            address=pool.address,
+            pages=pages,
+            map_pool=MappedFile,
+            runtime_dir=self.runtime_dir,
+            watch=watch,
+            wakeup=woken.set,
         )
+        return Transports({pool.address.transport: offered}, watch=watch, wakeup=woken.set)
 
     def close(self) -> None:
         for kill in self.closing:
@@ -293,7 +300,7 @@ class GpuHost:
         runtime_dir, woken = self._peers.runtime_dir, threading.Event()
         lock = EpochLock(runtime_dir, EpochId(name))
         pool = DevicePool.create(LAYOUT, NUM_PAGES, device=torch.device("cuda", 0), directory=runtime_dir)
-        transport = make_transport(pool, runtime_dir=runtime_dir, wakeup=woken.set, name=self._transport)
+        transport = make_transports(pool, runtime_dir=runtime_dir, wakeup=woken.set, names=self._transport)
         memory = pool.tensor.view(torch.uint8).view(NUM_PAGES, -1)
 
         def put(pages: Pages) -> None:
@@ -303,7 +310,7 @@ class GpuHost:
         self._closing += [transport.close, pool.close, lock.close]
         return Side(
             epoch=EpochId(name),
-            address=transport.address,
+            address=transport.addresses[0],
             transport=transport,
             woken=woken,
             kill=lambda: None,

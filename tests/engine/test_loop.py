@@ -35,7 +35,7 @@ from kvist.request import (
 )
 from kvist.testing.loop_bench import FakeStorage, LoopBench
 from kvist.testing.page_events import page_event
-from kvist.testing.specs import make_pool, make_request, make_spec, submit_full
+from kvist.testing.specs import make_peer_spec, make_pool, make_request, make_spec, submit_full
 from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke
 
 G1, G2 = b"gateway-1", b"gateway-2"
@@ -88,7 +88,7 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: LoopBench) -> 
         request_id=RequestId("r"),
         target_epoch=target,
         source_epoch=source,
-        pool=POOL,
+        target=make_peer_spec(POOL),
         first_page=0,
         page_ids=(1,),
     )
@@ -302,7 +302,7 @@ def test_transfers_and_peer_messages_go_where_the_plan_says(engine: LoopBench) -
     handoff = HandoffId("h")
     jobs = (
         WritePages(handoff_id=handoff, pool=POOL, page_ids=(1,), peer_page_ids=(2,)),
-        VerifyPages(handoff_id=handoff, page_ids=(1,)),
+        VerifyPages(handoff_id=handoff, page_ids=(1,), transport="shm"),
         StopWrites(handoff_id=handoff),
     )
     ack = wire.Ack(handoff_id=handoff, target_epoch=EpochId("d"))
@@ -330,7 +330,7 @@ def test_a_grant_that_cannot_be_sent_counts_as_refused(engine: LoopBench) -> Non
         request_id=RequestId("r"),
         target_epoch=EpochId("e"),
         source_epoch=EpochId("p"),
-        pool=POOL,
+        target=make_peer_spec(POOL),
         first_page=0,
         page_ids=(1,),
     )

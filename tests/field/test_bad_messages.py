@@ -27,7 +27,7 @@ from kvist.request import (
 from kvist.router.discovery import find_engine
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
-from kvist.testing.specs import make_request, make_spec, submit_full
+from kvist.testing.specs import make_peer_spec, make_pool, make_request, make_spec, submit_full
 
 SPEC = make_spec()
 HANDOFF, DECODE_EPOCH, PREFILL_EPOCH = HandoffId("h"), EpochId("d"), EpochId("p")
@@ -36,7 +36,7 @@ GRANT = wire.Grant(
     request_id=RequestId("r"),
     target_epoch=DECODE_EPOCH,
     source_epoch=PREFILL_EPOCH,
-    pool=wire.PoolAddress(transport="shm", location="/x", num_pages=4, page_bytes=64, layout="l"),
+    target=make_peer_spec(make_pool()),
     first_page=0,
     page_ids=(1,),
 )
@@ -102,7 +102,7 @@ def test_an_engine_of_any_role_answers_for_a_handoff_that_it_does_not_know(role:
     config = SchedulerConfig(max_running_requests=4, chunked_prefill_size=8, max_prefill_tokens=8, grant_timeout_s=5.0)
     pool = wire.PoolAddress(transport="t", location="p", num_pages=8, page_bytes=64, layout="l")
     cache = PageCache(num_pages=8, page_size=4, namespace="n")
-    scheduler = build_scheduler(role, config, cache, PREFILL_EPOCH, pool)
+    scheduler = build_scheduler(role, config, cache, PREFILL_EPOCH, make_peer_spec(pool))
     (sent,) = scheduler.step(1.0, events).messages
     assert isinstance(sent.message, wire.Closed)  # in answer to Revoke; the others need no answer
     grant = msgspec.structs.replace(GRANT, handoff_id=HandoffId("another"))

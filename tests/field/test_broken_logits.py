@@ -19,7 +19,7 @@ from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import LaunchedBatch
 from kvist.runner.sampler import SamplingRow, sample
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.testing.specs import submit_full
+from kvist.testing.specs import make_peer_spec, submit_full
 from kvist.wire import Ended, PoolAddress, Submit, TokenChunk
 
 NAN, INF = float("nan"), float("inf")
@@ -76,7 +76,7 @@ class Engine:
         limits = SchedulerConfig(
             max_running_requests=8, chunked_prefill_size=64, max_prefill_tokens=64, overlap=overlap, max_model_len=64
         )
-        self.scheduler = build_scheduler(Role.UNIFIED, limits, self.cache, EpochId("e"), address)
+        self.scheduler = build_scheduler(Role.UNIFIED, limits, self.cache, EpochId("e"), make_peer_spec(address))
         self._overlap = overlap
 
     def run(self, **prompts: list[int]) -> tuple[dict[str, list[int]], dict[str, Ended]]:

@@ -16,7 +16,7 @@ from kvist.request import (
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import LoopBench, SlowRunner
-from kvist.testing.specs import make_pool, make_request, make_spec, submit_full
+from kvist.testing.specs import make_peer_spec, make_pool, make_request, make_spec, submit_full
 
 GATEWAY, STRANGER = b"gateway", b"stranger"
 LAYER_S, NUM_LAYERS = 0.04, 30
@@ -29,7 +29,9 @@ class Engine(LoopBench):
         clock = FakeClock(1.0)
         cache = PageCache(num_pages=2048, page_size=4, namespace="t")
         config = SchedulerConfig(max_running_requests=64, chunked_prefill_size=512, max_prefill_tokens=512)
-        self.real_scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), make_pool(num_pages=2048))
+        self.real_scheduler = build_scheduler(
+            Role.UNIFIED, config, cache, EpochId("e"), make_peer_spec(make_pool(num_pages=2048))
+        )
         self.slow_runner = SlowRunner(clock, layer_s=LAYER_S, num_layers=NUM_LAYERS)
         super().__init__(
             spec=make_spec(

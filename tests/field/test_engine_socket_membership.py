@@ -17,6 +17,7 @@ from kvist.channel import ChannelConfig, EngineChannel, Member, with_cluster_key
 from kvist.cluster.plan import plan_cluster
 from kvist.errors import ConfigError
 from kvist.request import EpochId, HandoffId, RequestId
+from kvist.testing.specs import make_peer_spec
 
 KEY = "the key of this cluster"
 POOL = wire.PoolAddress(transport="shm", location="/x", num_pages=12, page_bytes=64, layout="l")
@@ -50,7 +51,7 @@ class Sockets:
             request_id=RequestId("r"),
             target_epoch=target_epoch,
             source_epoch=EpochId("p"),
-            pool=POOL,
+            target=make_peer_spec(POOL),
             first_page=0,
             page_ids=tuple(range(12)),
         )

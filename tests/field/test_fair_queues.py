@@ -21,7 +21,7 @@ from kvist.router.registry import Registry
 from kvist.router.route import Router
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.testing.gateway_bench import GatewayBench
-from kvist.testing.specs import make_load, make_spec, submit_full
+from kvist.testing.specs import make_load, make_peer_spec, make_spec, submit_full
 from kvist.wire import Grant, PoolAddress, PrefillPeer, Submit, Welcome
 from tests.server.conftest import MakeBench
 
@@ -38,7 +38,7 @@ class Engine:
         )
         cache = PageCache(num_pages=4096, page_size=4, namespace="t")
         epoch = DECODE if role is Role.DECODE else PREFILL
-        self.scheduler: Scheduler = build_scheduler(role, config, cache, epoch, POOL)
+        self.scheduler: Scheduler = build_scheduler(role, config, cache, epoch, make_peer_spec(POOL))
         self.now_s = 0.0
         self.batch: Batch | None = None
 

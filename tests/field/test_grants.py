@@ -21,7 +21,7 @@ from kvist.request import (
     SampledToken,
 )
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
-from kvist.testing.specs import make_request
+from kvist.testing.specs import make_peer_spec, make_request
 from kvist.wire import Closed, Done, Grant, PoolAddress, PrefillPeer, Revoke, Submit
 
 P, D, THIEF = EpochId("prefill"), EpochId("decode"), EpochId("thief")
@@ -32,7 +32,7 @@ POOL = PoolAddress(transport="shm", location="/pool", num_pages=12, page_bytes=6
 def scheduler_of(role: Role) -> Scheduler:
     config = SchedulerConfig(max_running_requests=4, chunked_prefill_size=32, max_prefill_tokens=32, max_model_len=40)
     cache = PageCache(num_pages=12, page_size=4, namespace="n")
-    return build_scheduler(role, config, cache, D if role is Role.DECODE else P, POOL)
+    return build_scheduler(role, config, cache, D if role is Role.DECODE else P, make_peer_spec(POOL))
 
 
 def submit(mode: Mode, **fields: object) -> Submit:
@@ -47,7 +47,7 @@ GRANT = Grant(
     request_id=RequestId("r"),
     target_epoch=D,
     source_epoch=P,
-    pool=POOL,
+    target=make_peer_spec(POOL),
     first_page=0,
     page_ids=(9, 10, 11),
 )

@@ -53,7 +53,7 @@ from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.testing.clocks import FakeClock
 from kvist.testing.loop_bench import FakeTransport
 from kvist.testing.router_bench import MemoryEngines
-from kvist.testing.specs import make_load, make_request, make_spec
+from kvist.testing.specs import make_load, make_peer_spec, make_request, make_spec
 from tests.runner.tables import small_table
 
 VOCAB, NUM_PAGES, PAGE_SIZE = 50, 24, 4
@@ -86,7 +86,7 @@ def scheduler_of(role: Role) -> Scheduler:
         max_running_requests=8, max_queued_requests=8, chunked_prefill_size=8, max_prefill_tokens=16, max_model_len=64
     )
     cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="n")
-    return build_scheduler(role, config, cache, EPOCHS[role], POOL)
+    return build_scheduler(role, config, cache, EPOCHS[role], make_peer_spec(POOL))
 
 
 # ---------------------------------------------------------------- valid and mutated messages
@@ -111,12 +111,17 @@ class Messages:
         done = wire.Done(
             handoff_id=handoff, target_epoch=target, source_epoch=source, num_pages=len(page_ids), checksum="s",
             first_token=SampledToken(token_id=dice.randrange(VOCAB)),
-            finish_reason=dice.choice((None, FinishReason.STOP)),
+            finish_reason=dice.choice((None, FinishReason.STOP)), transport="shm",
         )  # fmt: skip
         grant = wire.Grant(
-            handoff_id=handoff, request_id=request, target_epoch=target, source_epoch=source, pool=POOL, first_page=0,
+            handoff_id=handoff,
+            request_id=request,
+            target_epoch=target,
+            source_epoch=source,
+            target=make_peer_spec(POOL),
+            first_page=0,
             page_ids=page_ids,
-        )  # fmt: skip
+        )
         return (
             wire.Hello(gateway_id="g", resync=dice.random() < 0.1),
             wire.Abort(request_id=request),
@@ -311,7 +316,7 @@ def grant_for(submit: wire.Submit) -> wire.Grant:
         request_id=submit.request.request_id,
         target_epoch=EpochId("D"),
         source_epoch=EpochId("P"),
-        pool=POOL,
+        target=make_peer_spec(POOL),
         first_page=0,
         page_ids=tuple(range(-(-num_tokens // PAGE_SIZE))),
     )
@@ -325,6 +330,7 @@ def done_for(grant: wire.Grant) -> wire.Done:
         num_pages=len(grant.page_ids),
         checksum="s",
         first_token=SampledToken(token_id=1),
+        transport="shm",
     )
 
 

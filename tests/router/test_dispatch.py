@@ -23,6 +23,7 @@ from kvist.errors import (
 )
 from kvist.kv.keys import page_digests
 from kvist.options import compose
+from kvist.plan.compat import peer_spec
 from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, SamplingParams, TokenLogprobs, WorkerId
 from kvist.router import route
 from kvist.router.config import RouterConfig
@@ -84,7 +85,10 @@ async def test_a_pair_gets_one_handoff_id_and_its_chunks_are_merged() -> None:
     (ask_prefill,), (ask_decode,) = world.engines.submits(prefill), world.engines.submits(decode)
     assert (ask_prefill.mode, ask_decode.mode) == (Mode.PREFILL, Mode.DECODE)
     assert ask_prefill.handoff_id == ask_decode.handoff_id is not None
-    assert ask_decode.prefill == wire.PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=EpochId("epoch-p"))
+    assert prefill.spec is not None
+    assert ask_decode.prefill == wire.PrefillPeer(
+        worker_id=WorkerId("p"), endpoint="tcp://p", epoch=EpochId("epoch-p"), spec=peer_spec(prefill.spec)
+    )
     world.engines.emit(decode, 1, 8)  # before the chunk of prefill
     await settle()
     assert not first.done()

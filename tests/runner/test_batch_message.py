@@ -15,7 +15,7 @@ from kvist.request import EngineRequest, EpochId, RequestId, Role, SamplingParam
 from kvist.runner.batch_message import BatchDecoder, BatchEncoder
 from kvist.runner.inputs import sampling_rows
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.testing.specs import submit_full
+from kvist.testing.specs import make_peer_spec, submit_full
 from kvist.wire import Abort, PoolAddress
 from tests.runner.tables import small_table
 
@@ -63,7 +63,7 @@ def test_every_rank_decodes_the_batches_and_has_the_slots_of_a_busy_scheduler() 
     )
     cache = PageCache(num_pages=70, page_size=4, namespace="t")  # too few for all requests, so some are preempted
     pool = PoolAddress(transport="none", location="", num_pages=70, page_bytes=1, layout="t")
-    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool)
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), make_peer_spec(pool))
     pair, events, launched, seen = Pair(), list[Event](), list[Batch](), Counter[str]()
     tables = (small_table(12), small_table(12))
     for step in range(400):

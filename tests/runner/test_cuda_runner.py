@@ -46,7 +46,7 @@ from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.inputs import build_inputs
 from kvist.runner.runner import AnyRunner, LaunchedBatch, begin, finish
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.testing.specs import submit_full
+from kvist.testing.specs import make_peer_spec, submit_full
 from kvist.wire import PoolAddress
 from tests.runner.scoring import assert_scores, plain_logprobs, score
 
@@ -167,7 +167,9 @@ def serve(
     )
     cache = PageCache(num_pages=runner.pool.num_pages, page_size=16, namespace="t")
     pool = PoolAddress(transport="none", location="", num_pages=runner.pool.num_pages, page_bytes=1, layout="t")
-    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), pool, needs_known_token=needs_known_token)
+    scheduler = build_scheduler(
+        Role.UNIFIED, config, cache, EpochId("e"), make_peer_spec(pool), needs_known_token=needs_known_token
+    )
     waiting = deque(submit_full(request) for request in requests)
     streams: Streams = {request.request_id: [] for request in requests}
     in_flight: deque[tuple[Batch, list[RequestId], LaunchedBatch]] = deque()

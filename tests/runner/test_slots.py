@@ -21,7 +21,7 @@ from kvist.runner.inputs import sampling_rows
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import LaunchedBatch, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
-from kvist.testing.specs import submit_full
+from kvist.testing.specs import make_peer_spec, submit_full
 from kvist.wire import Abort, PoolAddress
 from tests.runner.hand_driven import make_plain_runner
 
@@ -72,7 +72,7 @@ class Ranks:
         cache = PageCache(num_pages=NUM_PAGES, page_size=PAGE_SIZE, namespace="t")
         pool = PoolAddress(transport="none", location="", num_pages=NUM_PAGES, page_bytes=1, layout="t")
         scheduler = build_scheduler(
-            Role.UNIFIED, config, cache, EpochId("e"), pool, needs_known_token=needs_known_token
+            Role.UNIFIED, config, cache, EpochId("e"), make_peer_spec(pool), needs_known_token=needs_known_token
         )
         events: list[Event] = [submit_full(request) for request in requests]
         streams: dict[str, list[int]] = {request.request_id: [] for request in requests}

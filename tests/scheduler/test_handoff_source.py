@@ -14,8 +14,8 @@ from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesComplet
 from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, RequestId, Role
 from kvist.testing.sim_cluster import sim_request
 from kvist.testing.sim_engine import PAGE_BYTES
-from kvist.testing.specs import submit_full
-from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
+from kvist.testing.specs import make_peer_spec, submit_full
+from kvist.wire import PROTOCOL_VERSION, Abort, Ack, Closed, Done, Grant, PeerSpec, Revoke, Submit
 from tests.scheduler.handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool
 
 
@@ -31,13 +31,19 @@ def written_pages(plan: Plan) -> list[int]:
     return [page for job in writes for page in job.peer_page_ids]
 
 
-def grant(first_page: int = 0, *, page_ids: Sequence[int] | None = None, handoff_id: HandoffId = H) -> Grant:
+def grant(
+    first_page: int = 0,
+    *,
+    page_ids: Sequence[int] | None = None,
+    handoff_id: HandoffId = H,
+    target: PeerSpec | None = None,
+) -> Grant:
     return Grant(
         handoff_id=handoff_id,
         request_id=RequestId("r"),
         target_epoch=D,
         source_epoch=P,
-        pool=pool(D),
+        target=target or make_peer_spec(pool(D)),
         first_page=first_page,
         page_ids=tuple(range(7 + first_page, 10) if page_ids is None else page_ids),
     )
@@ -310,9 +316,14 @@ def test_a_refused_request_closes_its_early_grant_with_the_same_code() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        msgspec.structs.replace(grant(), pool=pool(D, layout="another")),
-        msgspec.structs.replace(grant(), pool=msgspec.structs.replace(pool(D), transport="another")),
-        msgspec.structs.replace(grant(), pool=msgspec.structs.replace(pool(D), page_bytes=PAGE_BYTES * 2)),
+        grant(target=make_peer_spec(pool(D, layout="another"))),
+        grant(target=make_peer_spec(msgspec.structs.replace(pool(D), page_bytes=PAGE_BYTES * 2))),
+        grant(target=make_peer_spec(pool(D), dtype="bfloat16")),
+        grant(target=make_peer_spec(pool(D), page_size=32)),
+        grant(target=make_peer_spec(pool(D), model_fingerprint="another")),
+        grant(target=make_peer_spec(pool(D), protocol_version=PROTOCOL_VERSION + 2)),
+        grant(target=make_peer_spec(pool(D), host_id="another")),
+        grant(target=make_peer_spec(msgspec.structs.replace(pool(D), transport="another"))),
         grant(page_ids=(7, 8)),
         grant(page_ids=(7, 8, 12)),
         msgspec.structs.replace(grant(), first_page=-1, page_ids=(7, 8, 9, 10)),

@@ -22,7 +22,9 @@ def decode_arrived(request_id: str = "r", handoff_id: HandoffId = H, **fields: A
 
 
 def done(**fields: Any) -> Done:
-    message = Done(handoff_id=H, target_epoch=D, source_epoch=P, num_pages=3, checksum="sum", first_token=FIRST)
+    message = Done(
+        handoff_id=H, target_epoch=D, source_epoch=P, num_pages=3, checksum="sum", first_token=FIRST, transport="sim"
+    )
     return msgspec.structs.replace(message, **fields)
 
 
@@ -74,7 +76,7 @@ def test_decode_verifies_the_pages_before_it_answers_done() -> None:
     (grant_message,) = messages(bench.plan)
     assert isinstance(grant_message, Grant)
     plan = bench.step(done())
-    assert plan.transfers == (VerifyPages(handoff_id=H, page_ids=grant_message.page_ids),)
+    assert plan.transfers == (VerifyPages(handoff_id=H, page_ids=grant_message.page_ids, transport="sim"),)
     assert not plan.messages
     assert plan.batch is None
 
@@ -95,7 +97,7 @@ def test_verified_pages_are_acknowledged_cached_and_used() -> None:
     (chunk,) = bench.finish(token_id=6).chunks
     assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (1, (6,), None)
     assert chunk.handoff is not None
-    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5)
+    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5, "sim", "")
     assert bench.finish(token_id=6).chunks[0].handoff is None
 
 

@@ -9,6 +9,7 @@ from kvist.request import HandoffId, Mode, Outcome, Role, WorkerId
 from kvist.scheduler import build_scheduler
 from kvist.testing.sim_cluster import sim_request
 from kvist.testing.sim_engine import small_config
+from kvist.testing.specs import make_peer_spec
 from kvist.wire import Done, PrefillPeer, Submit
 from tests.scheduler.handoff_bench import FIRST, PROMPT, D, P, messages, pool
 
@@ -33,7 +34,7 @@ def test_a_role_admits_exactly_its_modes(role: Role, modes: set[Mode]) -> None:
 @pytest.mark.parametrize("role", list(Role))
 def test_a_refused_request_leaves_no_handoff_and_a_later_message_for_it_is_harmless(role: Role) -> None:
     cache = PageCache(num_pages=12, page_size=4, namespace="t")
-    scheduler = build_scheduler(role, small_config(), cache, D, pool(D))
+    scheduler = build_scheduler(role, small_config(), cache, D, make_peer_spec(pool(D)))
     wrong = Mode.PREFILL if role is Role.DECODE else Mode.DECODE
     submit = Submit(
         request=sim_request("r", PROMPT),

@@ -109,7 +109,7 @@ def test_group_size_changes_neither_the_order_nor_the_checksum() -> None:
 def test_unreadable_pages_get_a_checksum_that_matches_no_writer() -> None:
     copier = Copier()
     copier.digests = None  # type: ignore[method-assign, assignment]
-    copier.jobs.verify(VerifyPages(handoff_id=HandoffId("a"), page_ids=(0,)))
+    copier.jobs.verify(VerifyPages(handoff_id=HandoffId("a"), page_ids=(0,), transport="test"))
     assert copier.work() == [PagesVerified(handoff_id=HandoffId("a"), checksum="")]
 
 

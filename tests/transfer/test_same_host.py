@@ -17,9 +17,8 @@ from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
 from kvist.plan.transfers import WritePages, WritesFailed
 from kvist.request import EpochId, HandoffId
-from kvist.testing.clocks import FakeClock
 from kvist.transfer import same_host
-from kvist.transfer.epoch import EpochLock
+from kvist.transfer.epoch import EpochLock, EpochWatch
 from kvist.transfer.same_host import SameHostTransport
 from kvist.wire import PoolAddress
 
@@ -53,7 +52,7 @@ class SlowPages:
 
 
 class Writer:
-    def __init__(self, runtime_dir: Path, settle_s: float = 0.0, clock: FakeClock | None = None) -> None:
+    def __init__(self, runtime_dir: Path) -> None:
         self.pages = SlowPages()
         self.mappings: list[weakref.ref[Mapping]] = []
         self.woken = threading.Event()
@@ -61,8 +60,8 @@ class Writer:
             transport="shm", location="", num_pages=8, page_bytes=LAYOUT.page_bytes, layout=LAYOUT.describe()
         )
         self.transport = SameHostTransport(
-            address=own, pages=self.pages, map_pool=self._map, runtime_dir=runtime_dir, wakeup=self.woken.set,
-            settle_s=settle_s, clock=clock,
+            address=own, pages=self.pages, map_pool=self._map, runtime_dir=runtime_dir, watch=EpochWatch(runtime_dir),
+            wakeup=self.woken.set,
         )  # fmt: skip
 
     def _map(self, _descriptor: int, _address: PoolAddress) -> Mapping:
@@ -127,22 +126,6 @@ def test_a_pool_is_mapped_once_and_unmapped_when_its_engine_is_dead(writer: Writ
     peer.die()
     assert writer.transport.peer_is_dead(peer.epoch)
     writer.wait_until_mapped([False])
-
-
-def test_a_peer_is_dead_only_after_its_last_writes_have_settled(tmp_path: Path, peer: Peer) -> None:
-    clock = FakeClock(5.0)
-    writer = Writer(tmp_path.resolve(), settle_s=0.5, clock=clock)
-    try:
-        assert not writer.transport.peer_is_dead(peer.epoch)
-        clock.advance(9.0)
-        peer.die()
-        answers = []
-        for _ in range(7):
-            answers.append(writer.transport.peer_is_dead(peer.epoch))
-            clock.advance(0.125)
-        assert answers == [False] * 4 + [True] * 3
-    finally:
-        writer.transport.close()
 
 
 def test_a_pool_being_written_stays_mapped_until_the_group_is_copied(writer: Writer, peer: Peer) -> None:

@@ -37,10 +37,11 @@ from kvist.memory.device_pool import DevicePool, available_host_bytes
 from kvist.memory.host_pool import HostPool, plan_host_pages
 from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages, reusable_bytes
-from kvist.memory.runtime_dir import allocation_lock, remove_leftovers
+from kvist.memory.runtime_dir import allocation_lock, host_id, remove_leftovers
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig, load_model_config
 from kvist.plan.batch import Batch, BatchItem, StartRequest
+from kvist.plan.compat import peer_spec
 from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId, needs_known_token
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerLimits, RunnerOptions
@@ -52,9 +53,9 @@ from kvist.store.config import StorageConfig
 from kvist.store.control import StorageControl
 from kvist.store.mover import StoreMover
 from kvist.text.fingerprint import tokenizer_fingerprint
-from kvist.transfer import make_transport
+from kvist.transfer import make_transports
 from kvist.transfer.epoch import EpochLock, num_live_epochs, sweep
-from kvist.wire import EngineSpec
+from kvist.wire import EngineSpec, PoolAddress
 
 logger = logging.getLogger(__name__)
 
@@ -228,19 +229,20 @@ def _assemble(
             advertise_host=endpoint.engine_advertise_host,
         )
         closing.callback(channel.close)
-        if pool.export_error and not endpoint.role.serves_alone:
-            raise ConfigError(
-                f"--role {endpoint.role}: this GPU's memory cannot be shared: {pool.export_error}", param="role"
-            )
-        transport = make_transport(
+        transports = make_transports(
             pool,
             runtime_dir=runtime_dir,
             wakeup=channel.wakeup,
-            name=options.transfer.disaggregation_transfer_backend,
+            names=options.transfer.disaggregation_transfer_backend,
             given=options.transfer.disaggregation_transfer_options,
         )
-        closing.callback(transport.close)
-        spec = _describe(config, limits, served, fingerprints, pool, member.epoch, channel.endpoint)
+        closing.callback(transports.close)
+        if not transports.addresses and not endpoint.role.serves_alone:
+            raise ConfigError(
+                f"--role {endpoint.role}: no transport works with this pool: {pool.export_error}", param="role"
+            )
+        reach = _Reach(pool=pool, host_id=host_id(runtime_dir), transports=transports.addresses)
+        spec = _describe(config, limits, served, fingerprints, reach, member.epoch, channel.endpoint)
         scheduler_config = dataclasses.replace(
             limits, max_model_len=spec.max_model_len, eos_token_ids=served.config.eos_token_ids
         )
@@ -277,12 +279,12 @@ def _assemble(
                 scheduler_config,
                 cache,
                 member.epoch,
-                transport.address,
+                peer_spec(spec),
                 needs_known_token=needs_known_token,
             ),
             runner=runner,
             channel=channel,
-            transport=transport,
+            transport=transports,
             reports=LoadReports(snapshot=cache.snapshot),
             mover=mover,
             storage=storage,
@@ -360,15 +362,25 @@ def _close_storage(storage: StorageControl, pool_closing: contextlib.ExitStack) 
         pool_closing.pop_all()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reach:
+    """The pool, and how other engines reach it."""
+
+    pool: DevicePool
+    host_id: str
+    transports: tuple[PoolAddress, ...]
+
+
 def _describe(
     config: EngineConfig,
     limits: SchedulerConfig,
     served: ServedModel,
     fingerprints: Fingerprints,
-    pool: DevicePool,
+    reach: _Reach,
     epoch: EpochId,
     endpoint: str,
 ) -> EngineSpec:
+    pool = reach.pool
     return EngineSpec(
         worker_id=WorkerId(config.worker_id or endpoint.removeprefix("tcp://")),
         epoch=epoch,
@@ -389,4 +401,8 @@ def _describe(
         tp_size=config.options.runner.tp,
         max_running_requests=limits.max_running_requests,
         max_queued_requests=limits.max_queued_requests,
+        layout=pool.whole_layout.describe(),
+        page_bytes=pool.whole_layout.page_bytes,
+        host_id=reach.host_id,
+        transports=reach.transports,
     )

@@ -29,16 +29,17 @@ from kvist.engine.bench_shapes import Shape, StepsConfig
 from kvist.engine.config import ModelOptions, RuntimeOptions
 from kvist.errors import ConfigError
 from kvist.kv.cache import PageCache
+from kvist.kv.layout import PageLayout
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, StepFinished
 from kvist.plan.slots import OpenSlots
-from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams
+from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, WorkerId
 from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.runner import AnyRunner, LaunchedBatch
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
-from kvist.wire import Submit
+from kvist.wire import PROTOCOL_VERSION, PeerSpec, Submit
 
 PREFILL_STEP_TOKENS = 2048  # of the steps that prefill the context of the decodes, before the measured steps
 MAX_STEPS_BEFORE = 100_000  # limit of these prefill steps, in case the scheduler makes no progress
@@ -245,7 +246,7 @@ class ShapeBench:
             self._limits, max_model_len=pool.num_pages * pool.layout.page_size, overlap=overlap
         )
         cache = PageCache(num_pages=pool.num_pages, page_size=pool.layout.page_size, namespace="bench")
-        self._scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), pool.address)
+        self._scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("bench"), _without_peers(pool.layout))
 
     def _new_prompts(self) -> list[Event]:
         return [self._source.arrival(self._shape.prompt, 1) for _ in range(self._shape.num_prompts)]
@@ -312,3 +313,18 @@ def _write(path: Path, results: Sequence[ShapeResult], about: dict[str, str | in
         for each in results
     ]
     path.write_text(json.dumps({**about, "runs": runs}, indent=1))
+
+
+def _without_peers(layout: PageLayout) -> PeerSpec:
+    """Describe an engine that hands nothing over."""
+    return PeerSpec(
+        worker_id=WorkerId("bench"),
+        protocol_version=PROTOCOL_VERSION,
+        model_fingerprint="",
+        dtype=layout.dtype,
+        page_size=layout.page_size,
+        layout=layout.describe(),
+        page_bytes=layout.page_bytes,
+        host_id="",
+        transports=(),
+    )

@@ -81,6 +81,7 @@ class DevicePool:
             num_pages=self.num_pages,
             page_bytes=layout.page_bytes,
             layout=layout.describe(),
+            device=tensor.device.type,
         )
         self._path = path
         self._lock_fd = lock_fd  # None: attached, not created here

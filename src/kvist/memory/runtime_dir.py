@@ -11,7 +11,9 @@ Files in the directory are mapped and trusted: the directory must belong to this
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import platform
 import re
 import secrets
 import tempfile
@@ -24,6 +26,7 @@ from kvist.errors import ConfigError
 from kvist.own_files import open_own, own_folder
 
 _SHARED_MEMORY = Path("/dev/shm")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 POOL_PREFIX, _POOL_SUFFIX = "pool-", ".pages"
 _POOL = re.compile(r"pool-\d+-[0-9a-f]{8}\.pages")
 _UNFINISHED = re.compile(r"pool-\d+-[0-9a-f]{8}\.new|\.epoch-[\w-]{1,64}\.lock\.new")
@@ -56,6 +59,18 @@ def _default() -> Path:
     user = os.geteuid() if hasattr(os, "geteuid") else 0
     on_memory = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
     return (_SHARED_MEMORY if on_memory else Path(tempfile.gettempdir())) / f"kvist-{user}"
+
+
+def host_id(directory: Path) -> str:
+    """Return an id that only processes with the same directory on the same running system share: they can map each
+    other's files. Containers of one host have different ids unless they share the directory, at the same path."""
+    try:
+        running = _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        running = platform.node()
+    status = os.stat(directory)  # a file system has one device number in all containers of a host
+    place = f"{running}/{status.st_dev}/{status.st_ino}/{directory.resolve()}"
+    return hashlib.blake2b(place.encode(), digest_size=6).hexdigest()
 
 
 def free_bytes(directory: Path) -> int:

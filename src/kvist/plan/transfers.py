@@ -10,7 +10,7 @@ from kvist.wire import PoolAddress, SourceToTarget, TargetToSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WritePages:
-    """Copy our pages into a peer's pool. Report: `WritesCompleted` or `WritesFailed`."""
+    """Copy our pages into a peer's pool by the address's transport. Report: `WritesCompleted` or `WritesFailed`."""
 
     handoff_id: HandoffId
     pool: PoolAddress
@@ -24,6 +24,7 @@ class VerifyPages:
 
     handoff_id: HandoffId
     page_ids: tuple[int, ...]
+    transport: str  # that wrote the pages: the digest of a page depends on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

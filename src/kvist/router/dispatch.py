@@ -24,6 +24,7 @@ from kvist.clock import Clock
 from kvist.errors import EngineError, KvistError, RequestError, Timeout, Unavailable, WorkerLost, error_from_wire
 from kvist.fairness import caller_path
 from kvist.metrics import Histogram
+from kvist.plan.compat import peer_spec
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, WorkerId
 from kvist.router.attempt import Attempt
 from kvist.router.checks import checked_retry_after_s, fault_of_chunk, fault_of_prompt_logprobs
@@ -269,7 +270,9 @@ class Dispatcher:
         assert spec is not None
         assert target is not None
         handoff_id = HandoffId(secrets.token_hex(8))
-        peer = wire.PrefillPeer(worker_id=spec.worker_id, endpoint=route.prefill.endpoint, epoch=spec.epoch)
+        peer = wire.PrefillPeer(
+            worker_id=spec.worker_id, endpoint=route.prefill.endpoint, epoch=spec.epoch, spec=peer_spec(spec)
+        )
         submit_decode = wire.Submit(request=sent, mode=Mode.DECODE, handoff_id=handoff_id, prefill=peer)
         submit_prefill = wire.Submit(request=sent, mode=Mode.PREFILL, handoff_id=handoff_id, target_epoch=target.epoch)
         self._submit(attempt, route.prefill, route.num_prompt_tokens_left, submit_prefill)

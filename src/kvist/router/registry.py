@@ -21,7 +21,7 @@ from kvist.router.known_pages import KnownPages
 from kvist.router.policy import WorkerView
 from kvist.router.stream import WorkerSnapshot
 from kvist.service_time import SHORTEST_WAIT_S, retry_after_s
-from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome
+from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome, interworks
 
 logger = logging.getLogger(__name__)
 
@@ -252,10 +252,10 @@ class Registry:
 
     def _problem(self, worker: Worker, welcome: Welcome) -> str:
         spec = welcome.spec
-        if welcome.protocol_version != PROTOCOL_VERSION:
+        if not interworks(welcome.protocol_version, PROTOCOL_VERSION):
             return (
                 f"worker {spec.worker_id} uses protocol {welcome.protocol_version}, this gateway {PROTOCOL_VERSION}:"
-                " run the same version of Kvist on both"
+                " run versions of Kvist that are at most one protocol version apart"
             )
         fault = fault_of_spec(spec)
         if fault is not None:

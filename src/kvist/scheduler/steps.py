@@ -33,7 +33,7 @@ from kvist.scheduler.results import Results
 from kvist.scheduler.states import Requests
 from kvist.scheduler.status import SchedulerStatus
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import Abort, FlushCache, PoolAddress, Submit
+from kvist.wire import Abort, FlushCache, PeerSpec, Submit
 
 
 def build_scheduler(
@@ -41,11 +41,11 @@ def build_scheduler(
     config: SchedulerConfig,
     cache: PageCache,
     epoch: EpochId,
-    pool_address: PoolAddress,
+    own: PeerSpec,
     *,
     needs_known_token: TokenRule | None = None,
 ) -> Steps:
-    """Build a scheduler, with both sides of its handoffs. Peers find our pages at `pool_address`.
+    """Build a scheduler, with both sides of its handoffs. `own` is this engine as its peers see it.
 
     `needs_known_token`: whether all tokens of a request with these parameters must be known before its next token is
     planned, so that its steps do not overlap. None: no request needs this."""
@@ -55,7 +55,7 @@ def build_scheduler(
     requests = Requests(context, cache)
     pending = PendingSteps(overlap=config.overlap)
     endings = Endings(context, requests, cache, pending)
-    parts = SideParts(context=context, requests=requests, cache=cache, endings=endings, epoch=epoch, pool=pool_address)
+    parts = SideParts(context=context, requests=requests, cache=cache, endings=endings, epoch=epoch, own=own)
     handoffs = Handoffs(SourceSide(parts), TargetSide(parts), endings)
     return Steps(
         context=context,

@@ -57,5 +57,7 @@ def _report_one(choice: ChoiceState) -> dict[str, object]:
             "num_bytes": handoff.num_bytes,
             "duration_ms": round(handoff.duration_s * 1000, 3),
             "wait_ms": round(handoff.wait_s * 1000, 3),
+            "transport": handoff.transport,
+            "transport_reason": handoff.transport_reason,
         },
     }

@@ -114,7 +114,7 @@ class MemoryCluster:
         stream = self.streams[request.request_id] = Stream(epochs, num_submits=2)
         handoff = f"handoff-{request.request_id}"
         source, target = prefill.channel, decode.channel
-        peer = make_peer(source.epoch, endpoint=source.endpoint, worker_id=source.epoch)
+        peer = make_peer(source.epoch, endpoint=source.endpoint, worker_id=source.epoch, spec=prefill.as_peer)
         to_prefill = submit_prefill(request, handoff_id=handoff, target_epoch=target.epoch)
         to_decode = submit_decode(request, handoff_id=handoff, prefill=peer)
         prefill.channel.waiting.append((GATEWAY, to_prefill))

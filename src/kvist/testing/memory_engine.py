@@ -27,6 +27,7 @@ from kvist.kv.tiers.storage import StorageTier
 from kvist.memory.device_pool import DevicePool
 from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover
+from kvist.memory.runtime_dir import host_id
 from kvist.models.decoder import CausalLM
 from kvist.plan.tiers import CancelFetch, StorageAttached, StoreJob, StoreReport
 from kvist.request import EpochId, Role, needs_known_token
@@ -36,9 +37,9 @@ from kvist.runner.slots import SlotTable
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
 from kvist.store.config import StorageConfig
 from kvist.store.control import StorageControl
-from kvist.testing.specs import make_spec
+from kvist.testing.specs import make_peer_spec, make_spec
 from kvist.testing.tiny_model import MAX_MODEL_LEN
-from kvist.transfer import Transport, make_transport
+from kvist.transfer import make_transports
 from kvist.transfer.epoch import EpochLock
 
 PAGE_SIZE = 4
@@ -137,11 +138,19 @@ class MemoryEngine:
         self._pool.tensor.fill_(float("nan"))  # pages that were never written must not matter
         cache = make_cache(shape, self.namespace)
         config = scheduler_config(model, shape)
-        self.scheduler: Scheduler = build_scheduler(
-            shape.role, config, cache, epoch, self._pool.address, needs_known_token=needs_known_token
-        )
         wakeup = self.channel.wakeup
-        self._transport: Transport = make_transport(self._pool, runtime_dir=runtime_dir, wakeup=wakeup)
+        self._transport = make_transports(self._pool, runtime_dir=runtime_dir, wakeup=wakeup)
+        self.as_peer = make_peer_spec(
+            *self._transport.addresses,
+            worker_id=epoch,
+            model_fingerprint=shape.fingerprint,
+            dtype=layout.dtype,
+            page_size=layout.page_size,
+            host_id=host_id(runtime_dir),
+        )
+        self.scheduler: Scheduler = build_scheduler(
+            shape.role, config, cache, epoch, self.as_peer, needs_known_token=needs_known_token
+        )
         self._mover: PageMover | None = None
         self._storage: StorageControl | None = None
         self._watched: WatchedStorage | None = None

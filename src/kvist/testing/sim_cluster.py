@@ -92,7 +92,7 @@ class SimCluster:
         handoff_id = HandoffId(f"h-{request.request_id}")
         self.submitted[request.request_id] = Submitted(request, [(prefill, Mode.PREFILL), (decode, Mode.DECODE)])
         to_prefill = submit_prefill(request, handoff_id=handoff_id, target_epoch=decode.epoch)
-        peer = make_peer(prefill.epoch, endpoint=prefill.name)
+        peer = make_peer(prefill.epoch, endpoint=prefill.name, spec=prefill.as_peer)
         self.wires.send(GATEWAY, prefill.name, to_prefill)
         self.wires.send(GATEWAY, decode.name, submit_decode(request, handoff_id=handoff_id, prefill=peer))
         return handoff_id

@@ -33,8 +33,8 @@ from kvist.testing.sim_mover import SimMover
 from kvist.testing.sim_slots import SlotCheck
 from kvist.testing.sim_store import SimStore
 from kvist.testing.sim_transport import SimTransport
-from kvist.testing.specs import make_pool
-from kvist.wire import Grant, PoolAddress
+from kvist.testing.specs import make_peer_spec, make_pool
+from kvist.wire import Grant, PeerSpec
 
 if TYPE_CHECKING:
     from kvist.testing.sim_cluster import SimCluster
@@ -158,9 +158,10 @@ class SimEngine:
         self.transport = SimTransport(self, world.by_epoch.get)
         self.mover = SimMover(self.cache, self.device, shape.num_host_pages)
         self.store = None if storage is None else SimStore(self.mover.host, world.stored)
+        self.as_peer = self._describe()
         needs_known_token = shape.rows.need_known_token
         self.scheduler = build_scheduler(
-            shape.role, shape.config, self.cache, self.epoch, self._address(), needs_known_token=needs_known_token
+            shape.role, shape.config, self.cache, self.epoch, self.as_peer, needs_known_token=needs_known_token
         )
         self.events: list[Event] = [] if storage is None else [StorageAttached(attached=True)]  # for the next step
         self.slot_check = SlotCheck(shape.config.max_running_requests, needs_known_token)
@@ -170,14 +171,15 @@ class SimEngine:
         self.in_flight_pages: dict[int, HandoffId] = {}  # page id → handoff, from the grants that it sent
         self.fail_next_step = False
 
-    def _address(self) -> PoolAddress:
-        return make_pool(
+    def _describe(self) -> PeerSpec:
+        pool = make_pool(
             transport="sim",
             location=self.epoch,
             num_pages=self.shape.num_pages,
             page_bytes=PAGE_BYTES,
             layout=LAYOUT,
         )
+        return make_peer_spec(pool, worker_id=self.name, page_size=self.shape.page_size)
 
     @property
     def role(self) -> Role:

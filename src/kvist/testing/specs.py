@@ -11,6 +11,7 @@ from typing import TypedDict, Unpack
 import msgspec
 
 from kvist import wire
+from kvist.plan.compat import peer_spec
 from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, Role, SamplingParams, WorkerId
 
 
@@ -33,8 +34,14 @@ class SpecFields(TypedDict, total=False):
     tp_size: int
     max_running_requests: int
     max_queued_requests: int
+    protocol_version: int
+    layout: str
+    page_bytes: int
+    host_id: str
+    transports: tuple[wire.PoolAddress, ...]
 
 
+_POOL = wire.PoolAddress(transport="shm", location="/x", num_pages=4, page_bytes=64, layout="l")
 _SPEC = wire.EngineSpec(
     worker_id=WorkerId("w"),
     epoch=EpochId("e"),
@@ -51,6 +58,10 @@ _SPEC = wire.EngineSpec(
     tp_size=1,
     max_running_requests=4,
     max_queued_requests=4,
+    layout="l",
+    page_bytes=64,
+    host_id="h",
+    transports=(_POOL,),
 )
 
 
@@ -116,14 +127,22 @@ class PoolFields(TypedDict, total=False):
     num_pages: int
     page_bytes: int
     layout: str
-
-
-_POOL = wire.PoolAddress(transport="shm", location="/x", num_pages=4, page_bytes=64, layout="l")
+    device: str
+    from_devices: tuple[str, ...]
+    same_host: bool
 
 
 def make_pool(**changes: Unpack[PoolFields]) -> wire.PoolAddress:
     """Return the address of a pool of four small pages, with these changes."""
     return msgspec.structs.replace(_POOL, **changes)
+
+
+def make_peer_spec(*pools: wire.PoolAddress, **changes: Unpack[SpecFields]) -> wire.PeerSpec:
+    """Return the spec of an engine as its peers see it: with these pools, if any, and their layout."""
+    found = make_spec(**changes)
+    if pools:
+        found = msgspec.structs.replace(found, transports=pools, layout=pools[0].layout, page_bytes=pools[0].page_bytes)
+    return peer_spec(found)
 
 
 class SamplingFields(TypedDict, total=False):
@@ -197,6 +216,8 @@ def submit_decode(request: EngineRequest, *, handoff_id: str, prefill: wire.Pref
     return wire.Submit(request=request, mode=Mode.DECODE, handoff_id=HandoffId(handoff_id), prefill=prefill)
 
 
-def make_peer(epoch: str, *, endpoint: str = "tcp://127.0.0.1:1", worker_id: str = "w") -> wire.PrefillPeer:
+def make_peer(
+    epoch: str, *, endpoint: str = "tcp://127.0.0.1:1", worker_id: str = "w", spec: wire.PeerSpec | None = None
+) -> wire.PrefillPeer:
     """Return the address of a prefill engine, for `submit_decode`."""
-    return wire.PrefillPeer(worker_id=WorkerId(worker_id), endpoint=endpoint, epoch=EpochId(epoch))
+    return wire.PrefillPeer(worker_id=WorkerId(worker_id), endpoint=endpoint, epoch=EpochId(epoch), spec=spec)

@@ -3,21 +3,34 @@ one row here."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from kvist.door import Door, Given, backend
+from kvist.door import Backend, Door, Given, backend, names_of
 from kvist.errors import ConfigError
 from kvist.plan.transfers import TransferReport
-from kvist.transfer.transport import Transport, TransportContext, TransportKind
+from kvist.transfer.epoch import EpochWatch
+from kvist.transfer.transport import OfferedTransport, Transport, TransportContext, TransportKind
+from kvist.transfer.transports import Transports
 
 if TYPE_CHECKING:
     from kvist.memory.device_pool import DevicePool
 
-__all__ = ["TRANSPORTS", "TransferReport", "Transport", "TransportContext", "TransportKind", "make_transport"]
+__all__ = [
+    "TRANSPORTS",
+    "OfferedTransport",
+    "TransferReport",
+    "Transport",
+    "TransportContext",
+    "TransportKind",
+    "Transports",
+    "make_transports",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def _shm() -> TransportKind:
@@ -32,26 +45,38 @@ def _cuda_ipc() -> TransportKind:
     return CUDA_IPC
 
 
-TRANSPORTS: Door[[], TransportKind] = {  # by `PoolAddress.transport`; "auto" takes the first for pools on the device
+TRANSPORTS: Door[[], TransportKind] = {  # by `PoolAddress.transport`; a pair of engines prefers the first it has
     "shm": backend(_shm, text="between pools in the memory of one host, by mapping the peer's file"),
     "cuda-ipc": backend(_cuda_ipc, text="between pools on the GPUs of one host, by opening the peer's memory"),
 }
 
 
-def make_transport(
-    pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None], name: str = "auto", given: Given | None = None
-) -> Transport:
-    """Make the transport named by `--disaggregation-transfer-backend`, with the `given` options. Raises `ConfigError`
-    if it does not copy between pools on this device."""
-    device_type = pool.tensor.device.type
-    if name == "auto":
-        name = next(each for each, row in TRANSPORTS.items() if row.make({}).device_type == device_type)
-    kind = TRANSPORTS[name].make(given or {})
-    if kind.device_type != device_type:
-        raise ConfigError(
-            f"--disaggregation-transfer-backend {name} copies between pools on {kind.device_type}, and this pool is on "
-            f"{device_type}: use auto",
-            param="disaggregation_transfer_backend",
-        )
-    address = msgspec.structs.replace(pool.address, transport=name)
-    return kind.build(TransportContext(pool=pool, address=address, runtime_dir=runtime_dir, wakeup=wakeup))
+def make_transports(
+    pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None], names: str = "auto", given: Given | None = None
+) -> Transports:
+    """Make the transports that `--disaggregation-transfer-backend` names, with their given options: for "auto" all
+    that work with this pool. Raises `ConfigError` for a named one that does not."""
+    watch = EpochWatch(runtime_dir)
+    offered: dict[str, OfferedTransport] = {}
+    settle_s = 0.0
+    for name in names_of(TRANSPORTS, names):
+        row = TRANSPORTS[name]
+        kind = row.make({key: value for key, value in (given or {}).items() if key in _fields(row)})
+        obstacle = kind.obstacle_for(pool)
+        if not obstacle:
+            address = kind.address(name, pool)
+            context = TransportContext(pool=pool, address=address, runtime_dir=runtime_dir, watch=watch, wakeup=wakeup)
+            offered[name] = kind.build(context)
+            settle_s = max(settle_s, kind.settle_s)
+        elif names != "auto":
+            raise ConfigError(
+                f"--disaggregation-transfer-backend {name}: {obstacle}. Use auto, which offers all that work here",
+                param="disaggregation_transfer_backend",
+            )
+        else:
+            logger.info("the transport %s is not offered: %s", name, obstacle)
+    return Transports(offered, watch=watch, wakeup=wakeup, settle_s=settle_s)
+
+
+def _fields(row: Backend[[], TransportKind]) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(row.options))

@@ -1,4 +1,4 @@
-"""The option that chooses the transport."""
+"""The option that names the transports which an engine offers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ class TransferConfig:
     disaggregation_transfer_backend: str = choice_of(
         TRANSPORTS,
         "auto",
-        "how pages are copied between engines; the same on all workers",
-        auto="the first one for pools on this device",
+        "how pages are copied between engines: transports that this worker offers, best first. A pair of workers uses "
+        "the first one of prefill's that decode offers too",
+        auto="all that work here",
+        several=True,
     )
     disaggregation_transfer_options: Given = options_of_choice(
-        TRANSPORTS, chosen_by="disaggregation_transfer_backend", title="transport", prefix="transfer_"
+        TRANSPORTS, chosen_by="disaggregation_transfer_backend", title="transport", prefix="transfer_", several=True
     )

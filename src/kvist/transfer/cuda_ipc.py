@@ -30,12 +30,17 @@ def cuda_ipc_transport(context: TransportContext) -> SameHostTransport[Mapped]:
         pages=DevicePages(context.pool.tensor),
         map_pool=lambda descriptor, address: open_memory(read_file(descriptor, address), device),
         runtime_dir=context.runtime_dir,
+        watch=context.watch,
         wakeup=context.wakeup,
-        settle_s=SETTLE_S,
     )
 
 
-CUDA_IPC = TransportKind(device_type="cuda", build=cuda_ipc_transport)
+CUDA_IPC = TransportKind(
+    device_pairs=frozenset({("cuda", "cuda")}),
+    build=cuda_ipc_transport,
+    settle_s=SETTLE_S,
+    obstacle=lambda pool: pool.export_error and f"this GPU's memory cannot be shared: {pool.export_error}",
+)
 
 
 def read_file(descriptor: int, address: PoolAddress) -> ExportedMemory:

@@ -211,8 +211,8 @@ class TransferJobs(Generic[PeerT]):
         ours = self._address
         if address.transport != ours.transport:
             raise Unavailable(
-                f"the peer's pool uses transport {address.transport!r}, ours uses {ours.transport!r}: use the "
-                "same --device and --disaggregation-transfer-backend for both workers"
+                f"the peer's pool uses the transport {address.transport!r}, this is {ours.transport!r}: offer the same "
+                "one with --disaggregation-transfer-backend on both workers"
             )
         if address.layout != ours.layout or address.page_bytes != ours.page_bytes:
             raise Unavailable(

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
-from kvist.clock import Clock, MonotonicClock
 from kvist.errors import Unavailable
 from kvist.own_files import open_own
 from kvist.request import EpochId
-from kvist.transfer.epoch import MAX_WATCHED, EpochWatch, try_lock
+from kvist.transfer.epoch import EpochWatch, try_lock
 from kvist.transfer.jobs import OwnPages, PeerT, TransferJobs
 from kvist.wire import PoolAddress
 
@@ -54,19 +53,14 @@ class SameHostTransport(TransferJobs[PeerT]):
         pages: OwnPages[PeerT],
         map_pool: MapPool[PeerT],
         runtime_dir: Path,
+        watch: EpochWatch,
         wakeup: Callable[[], None],
-        settle_s: float = 0.0,
-        clock: Clock | None = None,
     ) -> None:
-        """`settle_s`: the time after the end of a peer's process during which its last writes may still arrive."""
         super().__init__(address=address, pages=pages, open_peer=self._pages_of, wakeup=wakeup)
         self._runtime_dir = runtime_dir.resolve()
         self._map_pool = map_pool
-        self._watch = EpochWatch(self._runtime_dir)
+        self._watch = watch
         self._maps: OrderedDict[Path, _PeerMap[PeerT]] = OrderedDict()  # least recently written to first
-        self._settle_s = settle_s
-        self._clock = clock or MonotonicClock()
-        self._found_dead_s: OrderedDict[EpochId, float] = OrderedDict()
         self._maps_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="kvist-transfer", daemon=True)
         self._thread.start()
@@ -76,18 +70,11 @@ class SameHostTransport(TransferJobs[PeerT]):
         if dead:
             with self._maps_lock:
                 self._drop_dead_maps()
-        return dead and self._has_settled(epoch)
-
-    def _has_settled(self, epoch: EpochId) -> bool:
-        now_s = self._clock.now_s()
-        while epoch not in self._found_dead_s and len(self._found_dead_s) >= MAX_WATCHED:
-            self._found_dead_s.popitem(last=False)
-        return now_s - self._found_dead_s.setdefault(epoch, now_s) >= self._settle_s
+        return dead
 
     def close(self) -> None:
         super().close()
         self._thread.join()  # at most one group of pages, or one handoff's checksum
-        self._watch.close()
         with self._maps_lock:
             for path in list(self._maps):
                 self._drop(path)

@@ -21,11 +21,12 @@ def shm_transport(context: TransportContext) -> SameHostTransport[Pages]:
         pages=HostPages(context.pool.bytes),
         map_pool=map_file,
         runtime_dir=context.runtime_dir,
+        watch=context.watch,
         wakeup=context.wakeup,
     )
 
 
-SHM = TransportKind(device_type="cpu", build=shm_transport)
+SHM = TransportKind(device_pairs=frozenset({("cpu", "cpu")}), build=shm_transport)
 
 
 def map_file(descriptor: int, address: PoolAddress) -> Pages:

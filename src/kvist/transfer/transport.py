@@ -10,6 +10,8 @@ reused (docs/handoff.md). A transport guarantees to the scheduler:
 - after `stop`, exactly one more `WritesCompleted` is reported for that handoff, and no byte is written after it;
 - after `WritesFailed` no byte is written for that handoff;
 - no byte is written before the peer's pool was checked to have our layout and the size that its address claims.
+
+An engine has one `Transports` (transports.py), which holds each transport that the engine offers.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvist.plan.transfers import TransferReport, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
+from kvist.transfer.epoch import EpochWatch
 from kvist.wire import PoolAddress
 
 if TYPE_CHECKING:
@@ -29,10 +32,6 @@ if TYPE_CHECKING:
 
 class Transport(Protocol):
     """All methods are called by the engine loop's thread and return at once; `wakeup` may be called by any thread."""
-
-    @property
-    def address(self) -> PoolAddress:
-        """Where peers with the same transport find our pages."""
 
     def write(self, job: WritePages) -> None:
         """Queue a copy into the peer's pool. Report: `WritesCompleted` (cumulative) or `WritesFailed`."""
@@ -54,13 +53,22 @@ class Transport(Protocol):
         """Stop: no byte is written after the return. Jobs that have not begun are dropped without a report."""
 
 
+class OfferedTransport(Transport, Protocol):
+    """One transport of an engine: a backend of the door `TRANSPORTS`."""
+
+    @property
+    def address(self) -> PoolAddress:
+        """Where peers with the same transport find our pages."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportContext:
     """The settings of a transport that come from its engine; the others are the transport's own options."""
 
     pool: DevicePool  # our pages
-    address: PoolAddress  # of the pool's file, with the transport's name
+    address: PoolAddress  # of the pool's file, as this transport's
     runtime_dir: Path  # this host's folder of pool and lock files
+    watch: EpochWatch  # of processes of this host; closed by the engine
     wakeup: Callable[[], None]  # makes the engine's loop call `poll`
 
 
@@ -68,5 +76,30 @@ class TransportContext:
 class TransportKind:
     """The needs of a transport, known before it is made, and the function that makes it."""
 
-    device_type: str  # of the pools that it copies between, on both sides: "cpu" or "cuda"
-    build: Callable[[TransportContext], Transport]
+    device_pairs: frozenset[tuple[str, str]]  # (device of our pool, of the peer's pool) between which it copies
+    build: Callable[[TransportContext], OfferedTransport]
+    same_host: bool = True  # both engines must run on one host, with one runtime folder
+    settle_s: float = 0.0  # time after the end of a peer's process during which its last writes may still arrive
+    obstacle: Callable[[DevicePool], str] = lambda _pool: ""  # why it cannot serve this pool; empty if it can
+
+    def obstacle_for(self, pool: DevicePool) -> str:
+        """Return why an engine with this pool cannot offer the transport; empty if it can."""
+        device = pool.tensor.device.type
+        if not any(device in pair for pair in self.device_pairs):
+            ends = sorted({end for pair in self.device_pairs for end in pair})
+            return f"copies between pools on {' and '.join(ends)}, and this pool is on {device}"
+        return self.obstacle(pool)
+
+    def address(self, name: str, pool: DevicePool) -> PoolAddress:
+        """Return the address of the pool's file, as that of the transport `name`."""
+        address, device = pool.address, pool.tensor.device.type
+        return PoolAddress(
+            transport=name,
+            location=address.location,
+            num_pages=address.num_pages,
+            page_bytes=address.page_bytes,
+            layout=address.layout,
+            device=device,
+            from_devices=tuple(sorted(ours for ours, peers in self.device_pairs if peers == device)),
+            same_host=self.same_host,
+        )

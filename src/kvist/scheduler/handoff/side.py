@@ -1,4 +1,4 @@
-"""The values that both sides of a handoff use: requests, endings, timers, and the engine's epoch and pool."""
+"""The values that both sides of a handoff use: requests, endings, timers, and the engine itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvist.scheduler.endings import Endings
 from kvist.scheduler.handoff.memory import ExpiringMap
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import PoolAddress
+from kvist.wire import PeerSpec
 
 V = TypeVar("V")
 
@@ -24,7 +24,7 @@ class SideParts:
     cache: PageCache
     endings: Endings
     epoch: EpochId  # of this engine
-    pool: PoolAddress  # of this engine
+    own: PeerSpec  # this engine, as its peers see it
 
     def set_timer(self, kind: TimerKind, handoff_id: HandoffId, after_s: float) -> None:
         self.context.timers.set(kind, handoff_id, self.context.now_s + after_s)

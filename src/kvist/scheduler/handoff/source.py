@@ -23,10 +23,11 @@ from kvist.request import EpochId, HandoffId, Outcome
 from kvist.scheduler.active import PrefillRequest, RequestState
 from kvist.scheduler.chunks import send_first_token
 from kvist.scheduler.handoff.memory import ExpiringMap
+from kvist.scheduler.handoff.peers import KnownPeers
 from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.handoff.tables import SOURCE_TRANSITIONS, SourceState, SourceTrigger
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import Ack, Closed, Done, Grant, Revoke
+from kvist.wire import Ack, Closed, Done, Grant, PoolAddress, Revoke
 
 _Refusal = tuple[str | None, str]  # error code, None without a failure; message
 
@@ -36,6 +37,7 @@ class PageWrites:
     """The writes into the pages of one Grant. Pages are numbered along the sequence: page 0 holds token 0."""
 
     grant: Grant
+    pool: PoolAddress  # of decode, by the chosen transport
     granted_s: float
     next_page: int  # writes of pages [grant.first_page, next_page) were requested
     num_written: int = 0
@@ -74,6 +76,7 @@ class SourceSide:
         self._context = parts.context
         self._endings = parts.endings
         self._epoch = parts.epoch
+        self._peers = KnownPeers(parts.own)
         self._open: dict[HandoffId, SourceHandoff] = {}
         self._early_grants: OrderedDict[HandoffId, Grant] = OrderedDict()
         self._closed: ExpiringMap[HandoffId, _Refusal] = parts.closed_handoffs()
@@ -272,7 +275,7 @@ class SourceSide:
             num_pages = len(writes.grant.page_ids)
             context.count("handoffs_sent")
             context.count("handoff_pages", num_pages)
-            context.count("handoff_bytes", num_pages * self._parts.pool.page_bytes)
+            context.count("handoff_bytes", num_pages * self._parts.own.page_bytes)
             context.count("handoff_seconds", context.now_s - writes.granted_s)
             return
         context.count("handoffs_cancelled" if handoff.refusal[0] is None else "handoffs_failed")
@@ -288,12 +291,16 @@ class SourceSide:
             self._accept_grant(handoff, grant)
 
     def _accept_grant(self, handoff: SourceHandoff, grant: Grant) -> None:
-        handoff.writes = PageWrites(grant=grant, granted_s=self._context.now_s, next_page=grant.first_page)
-        self._parts.cancel_timers(handoff.handoff_id, TimerKind.GRANT)
-        fault = self._grant_error(grant, handoff.num_pages)
-        if fault is not None:
-            self._fire(handoff, SourceTrigger.BAD_GRANT, ("handoff_failed", fault))
+        choice = self._peers.to(grant.target_epoch, grant.target)
+        pool = next((pool for pool in grant.pools if pool.transport == choice.name), None)
+        fault = None if pool is None else _fault_of_pages(grant, pool, handoff.num_pages)
+        if pool is None or fault is not None:
+            refusal = ("handoff_failed", fault or choice.reason)
+            self._send_closed(grant.handoff_id, grant.target_epoch, refusal)
+            self._fire(handoff, SourceTrigger.BAD_GRANT, refusal)
             return
+        handoff.writes = PageWrites(grant=grant, pool=pool, granted_s=self._context.now_s, next_page=grant.first_page)
+        self._parts.cancel_timers(handoff.handoff_id, TimerKind.GRANT)
         self._fire(handoff, SourceTrigger.GRANT, (None, ""))
         self._on_granted(handoff.request)
         self._write_ready_pages(handoff)
@@ -308,29 +315,6 @@ class SourceSide:
         elif request.state is RequestState.WAITING:
             requests.waiting.requeue(request)
 
-    def _grant_error(self, grant: Grant, num_pages: int) -> str | None:
-        own = self._parts.pool
-        if grant.pool.transport != own.transport:
-            return (
-                f"the decode worker uses the transport {grant.pool.transport!r}, the prefill worker "
-                f"{own.transport!r}: start both with the same --device and --disaggregation-transfer-backend"
-            )
-        if grant.pool.layout != own.layout or grant.pool.page_bytes != own.page_bytes:
-            return (
-                f"the decode worker has the page layout {grant.pool.layout} ({grant.pool.page_bytes} bytes), the "
-                f"prefill worker {own.layout} ({own.page_bytes} bytes): start both with the same model, "
-                "dtype and page size"
-            )
-        if grant.first_page < 0 or grant.first_page + len(grant.page_ids) != num_pages:
-            return (
-                f"the grant ends at page {grant.first_page + len(grant.page_ids)}, but the prompt at page {num_pages}"
-            )
-        if any(not 0 <= page_id < grant.pool.num_pages for page_id in grant.page_ids):
-            return f"the grant names a page outside the decode worker's pool of {grant.pool.num_pages} pages"
-        if len(set(grant.page_ids)) != len(grant.page_ids):
-            return "the grant names a page twice"
-        return None
-
     def _write_ready_pages(self, handoff: SourceHandoff) -> None:
         """Request the writes of newly computed pages: of full pages, and at the end of the prompt of the last page."""
         request, writes = handoff.request, handoff.writes
@@ -343,7 +327,7 @@ class SourceSide:
             self._context.out.transfers.append(
                 WritePages(
                     handoff_id=handoff.handoff_id,
-                    pool=grant.pool,
+                    pool=writes.pool,
                     page_ids=tuple(request.page_ids[writes.next_page : ready]),
                     peer_page_ids=grant.page_ids[writes.next_page - grant.first_page : ready - grant.first_page],
                 )
@@ -373,6 +357,7 @@ class SourceSide:
             checksum=writes.checksum,
             first_token=first_token,
             finish_reason=handoff.request.first_token_finish,
+            transport=writes.pool.transport if writes.grant.page_ids else "",
         )
         self._context.out.to_target(done.target_epoch, done)
         self._parts.set_timer(TimerKind.RESEND_DONE, handoff.handoff_id, self._context.config.ack_timeout_s)
@@ -402,3 +387,14 @@ class SourceSide:
             message=refusal[1],
         )
         self._context.out.to_target(target_epoch, closed)
+
+
+def _fault_of_pages(grant: Grant, pool: PoolAddress, num_pages: int) -> str | None:
+    """Return why the pages of a Grant cannot be those of a sequence of `num_pages` pages."""
+    if grant.first_page < 0 or grant.first_page + len(grant.page_ids) != num_pages:
+        return f"the grant ends at page {grant.first_page + len(grant.page_ids)}, but the prompt at page {num_pages}"
+    if any(not 0 <= page_id < pool.num_pages for page_id in grant.page_ids):
+        return f"the grant names a page outside the decode worker's pool of {pool.num_pages} pages"
+    if len(set(grant.page_ids)) != len(grant.page_ids):
+        return "the grant names a page twice"
+    return None

@@ -20,6 +20,7 @@ from kvist.plan.transfers import PagesVerified, PeerDied, VerifyPages
 from kvist.request import EpochId, HandoffId, Outcome
 from kvist.scheduler.active import DecodeRequest, PrefillRequest, RequestState
 from kvist.scheduler.handoff.memory import ExpiringMap
+from kvist.scheduler.handoff.peers import KnownPeers
 from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.handoff.tables import TARGET_TRANSITIONS, TargetState, TargetTrigger
 from kvist.scheduler.timers import TimerKind
@@ -78,6 +79,7 @@ class TargetSide:
         self._context = parts.context
         self._endings = parts.endings
         self._epoch = parts.epoch
+        self._peers = KnownPeers(parts.own)
         self._open: dict[HandoffId, TargetHandoff] = {}
         self._closed: ExpiringMap[HandoffId, _Answer] = parts.closed_handoffs()
         # Entries do not expire: a prefill engine keeps pages until its Done is answered, however late it arrives.
@@ -108,7 +110,7 @@ class TargetSide:
     # ---------------------------------------------------------------- the request of a handoff
 
     def on_arrived(self, request: DecodeRequest) -> None:
-        """End an accepted request whose handoff id was used before."""
+        """End an accepted request whose handoff id was used before, or whose prefill engine cannot hand pages over."""
         handoff_id, prefill = request.handoff_id, request.prefill
         self._endpoints.put(prefill.epoch, prefill.endpoint, self._context.now_s)
         others = [each for each in self._parts.requests.live.values() if each is not request]
@@ -119,6 +121,10 @@ class TargetSide:
         ):
             message = f"handoff {handoff_id} was used before"
             self._endings.end(request, Outcome.FAILED, "invalid_request", message)
+        elif prefill.spec is not None:
+            choice = self._peers.from_(prefill.epoch, prefill.spec)
+            if choice.name is None:
+                self._endings.end(request, Outcome.FAILED, "handoff_failed", choice.reason)
 
     def grant_pages(self, request: DecodeRequest) -> None:
         """Open the handoff: grant the pages of the request that are not cached."""
@@ -129,7 +135,7 @@ class TargetSide:
             request_id=request.request_id,
             target_epoch=self._epoch,
             source_epoch=source.epoch,
-            pool=self._parts.pool,
+            target=self._parts.own,
             first_page=first_page,
             page_ids=tuple(request.page_ids[first_page:]),
         )
@@ -234,27 +240,39 @@ class TargetSide:
             self._fire(handoff, TargetTrigger.MISMATCH, message)
         elif not page_ids:
             self._fire(handoff, TargetTrigger.VERIFIED, "")
+        elif handoff.received.transport not in (pool.transport for pool in handoff.grant.pools):
+            message = f"the prefill worker wrote pages by {handoff.received.transport!r}, which was not offered"
+            self._fire(handoff, TargetTrigger.MISMATCH, message)
         else:
-            verify = VerifyPages(handoff_id=handoff.handoff_id, page_ids=page_ids)
+            transport = handoff.received.transport
+            verify = VerifyPages(handoff_id=handoff.handoff_id, page_ids=page_ids, transport=transport)
             self._context.out.transfers.append(verify)
 
     def _take_over(self, handoff: TargetHandoff) -> None:
         context, num_pages = self._context, len(handoff.grant.page_ids)
         self._close(handoff, _Answer(taken_over=True))
         self._send_ack(handoff.endpoint, handoff.handoff_id)
-        num_bytes = num_pages * self._parts.pool.page_bytes
+        num_bytes = num_pages * self._parts.own.page_bytes
         handoff.request.handoff_report = HandoffReport(
             num_pages=num_pages,
             num_pages_reused=handoff.grant.first_page,
             num_bytes=num_bytes,
             duration_s=context.now_s - handoff.granted_s,
             wait_s=context.now_s - handoff.done_s,
+            transport=handoff.received.transport,
+            transport_reason=self._reason_for(handoff),
         )
         context.count("handoffs_received")
         context.count("handoff_pages", num_pages)
         context.count("handoff_bytes", num_bytes)
         context.count("handoff_seconds", context.now_s - handoff.granted_s)
         self._start_decoding(handoff.request, handoff.received)
+
+    def _reason_for(self, handoff: TargetHandoff) -> str:
+        """Return why the transport that wrote the pages was chosen; empty if only the prefill engine knows."""
+        peer = handoff.request.prefill
+        choice = None if peer.spec is None else self._peers.from_(peer.epoch, peer.spec)
+        return "" if choice is None or choice.name != handoff.received.transport else choice.reason
 
     def _start_decoding(self, request: DecodeRequest, done: Done) -> None:
         """Start the request. The K/V of its tokens on arrival is in its pages; prefill has already sent the first token

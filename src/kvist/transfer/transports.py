@@ -1,0 +1,99 @@
+"""All transports of one engine behind the interface of one.
+
+The scheduler chooses the transport of a handoff (plan/compat.py): a write names it in the peer's address, a
+verification by its name. A stop goes to the transport that writes the handoff's pages.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+
+from kvist.clock import Clock, MonotonicClock
+from kvist.plan.transfers import PagesVerified, TransferReport, VerifyPages, WritePages, WritesFailed
+from kvist.request import EpochId, HandoffId
+from kvist.transfer.epoch import MAX_WATCHED, EpochWatch
+from kvist.transfer.jobs import MAX_HANDOFFS
+from kvist.transfer.transport import OfferedTransport
+from kvist.wire import PoolAddress
+
+
+class Transports:
+    """As `Transport`. Mutable; used by the engine loop's thread."""
+
+    def __init__(
+        self,
+        offered: Mapping[str, OfferedTransport],
+        *,
+        watch: EpochWatch,
+        wakeup: Callable[[], None],
+        settle_s: float = 0.0,
+        clock: Clock | None = None,
+    ) -> None:
+        """`settle_s`: the longest time after the end of a peer's process during which its last writes may still arrive
+        by one of the transports."""
+        self._offered = offered
+        self._watch = watch
+        self._wakeup = wakeup
+        self._settle_s = settle_s
+        self._clock = clock or MonotonicClock()
+        self._found_dead_s: OrderedDict[EpochId, float] = OrderedDict()
+        self._writers: OrderedDict[HandoffId, OfferedTransport] = OrderedDict()  # the newest handoffs
+        self._refused: deque[TransferReport] = deque()
+
+    @property
+    def addresses(self) -> tuple[PoolAddress, ...]:
+        """The addresses of our pool, one per transport, best first."""
+        return tuple(each.address for each in self._offered.values())
+
+    def write(self, job: WritePages) -> None:
+        transport = self._offered.get(job.pool.transport)
+        if transport is None:
+            self._refuse(WritesFailed(handoff_id=job.handoff_id, message=self._unknown(job.pool.transport)))
+            return
+        self._writers[job.handoff_id] = transport
+        self._writers.move_to_end(job.handoff_id)
+        while len(self._writers) > MAX_HANDOFFS:
+            self._writers.popitem(last=False)
+        transport.write(job)
+
+    def verify(self, job: VerifyPages) -> None:
+        transport = self._offered.get(job.transport)
+        if transport is None:
+            self._refuse(PagesVerified(handoff_id=job.handoff_id, checksum=""))  # equals no writer's checksum
+            return
+        transport.verify(job)
+
+    def stop(self, handoff_id: HandoffId) -> None:
+        """Stop the writes of a handoff. Of an unknown one no page was written, which any transport can answer."""
+        any_transport = next(iter(self._offered.values()))
+        self._writers.get(handoff_id, any_transport).stop(handoff_id)
+
+    def poll(self) -> list[TransferReport]:
+        reports = list(self._refused)
+        self._refused.clear()
+        for transport in self._offered.values():
+            reports += transport.poll()
+        return reports
+
+    def peer_is_dead(self, epoch: EpochId) -> bool:
+        dead = [transport.peer_is_dead(epoch) for transport in self._offered.values()]  # each drops what it has mapped
+        return any(dead) and self._has_settled(epoch)
+
+    def close(self) -> None:
+        for transport in self._offered.values():
+            transport.close()
+        self._watch.close()
+
+    def _has_settled(self, epoch: EpochId) -> bool:
+        now_s = self._clock.now_s()
+        while epoch not in self._found_dead_s and len(self._found_dead_s) >= MAX_WATCHED:
+            self._found_dead_s.popitem(last=False)
+        return now_s - self._found_dead_s.setdefault(epoch, now_s) >= self._settle_s
+
+    def _refuse(self, report: TransferReport) -> None:
+        self._refused.append(report)
+        self._wakeup()
+
+    def _unknown(self, name: str) -> str:
+        return f"the peer's pool uses the transport {name!r}, and this engine offers {', '.join(self._offered)}"
