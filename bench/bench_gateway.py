@@ -69,7 +69,7 @@ def run_gateway(endpoint: str, port: int) -> None:
         from kvist.channel import ChannelConfig
         from kvist.checkpoint import find_checkpoint
         from kvist.cluster.serving import LocalEngineTransport
-        from kvist.router import RouterConfig, WorkerUrls, build_dispatcher
+        from kvist.router import RouterConfig, WorkerUrls, build_router
         from kvist.server.app import build_app
         from kvist.server.config import ServerConfig
         from kvist.text import load_tokenizer
@@ -79,7 +79,7 @@ def run_gateway(endpoint: str, port: int) -> None:
         own = LocalEngineTransport(lambda: spec)
         channel = ChannelConfig(cluster_key=CLUSTER_KEY)
         router = RouterConfig(urls=WorkerUrls(worker_urls=("http://own:1",)))
-        dispatcher = build_dispatcher(router, channel, transport=own)
+        dispatcher = build_router(router, channel, transport=own).dispatcher
         await dispatcher.start()
         tokenizer = load_tokenizer(find_checkpoint(None))
         app = build_app(dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake")

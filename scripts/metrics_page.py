@@ -16,8 +16,9 @@ from prometheus_client.core import Metric
 from kvist.engine.counters import COUNTER_BY_NAME, ENGINE_COUNTERS
 from kvist.metrics import GatewayMetrics
 from kvist.request import Role, WorkerId
+from kvist.router.members import MemberCounts
 from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
-from kvist.server.worker_metrics import worker_families
+from kvist.server.worker_metrics import member_families, worker_families
 from kvist.wire import LoadReport
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -48,6 +49,8 @@ def families() -> Iterator[tuple[str, Metric]]:
             yield TIERS, family
         else:
             yield WORKERS, family
+    for family in member_families(MemberCounts()):
+        yield GATEWAY, family
 
 
 def labels_of(family: Metric) -> tuple[str, ...]:

@@ -5,6 +5,7 @@
     │   ├── UnsupportedField        a known field that is not supported
     │   ├── PromptTooLong           the request has more tokens than the model or the page pool can hold
     │   ├── UnknownModel            a model name that is not served (404)
+    │   ├── UnknownWorker           no worker has this URL or name (404)
     │   ├── BodyTooLarge            the HTTP body is over the limit (413)
     │   ├── SlowBody                the HTTP body did not arrive in time (408)
     │   ├── Conflict                the request conflicts with the current state (409)
@@ -65,6 +66,11 @@ class PromptTooLong(RequestError):
 
 class UnknownModel(RequestError):
     code = "model_not_found"
+    http_status = 404
+
+
+class UnknownWorker(RequestError):
+    code = "worker_not_found"
     http_status = 404
 
 

@@ -100,14 +100,6 @@ class RouterSettings:
     file: FileConfig = group(FileConfig)
     parent: ParentConfig = group(ParentConfig)
 
-    def __post_init__(self) -> None:
-        urls = self.router.urls
-        if not (urls.prefill or urls.decode or urls.worker_urls):
-            raise ConfigError(
-                "the router has no workers: name them with --prefill URL --decode URL, or with --worker-urls URL ...",
-                param="worker_urls",
-            )
-
 
 DEMO_HOST_TIER_GB = 0.25
 

@@ -78,7 +78,7 @@ def test_kvist_without_a_command_shows_the_commands_and_fails(capsys: pytest.Cap
         (["serve", "--prot", "1"], ["kvist serve:", "--prot", "did you mean --port?"]),
         (["serve", "--role", "prefiller"], ["--role", "prefiller", "unified, prefill, decode"]),
         (["serve", "--model-path", "/no/such/model", "--port", "0"], ["/no/such/model"]),
-        (["router"], ["no workers", "--prefill"]),
+        (["router", "--allowed-worker-hosts", "http://h"], ["--allowed-worker-hosts", "*.SUFFIX"]),
         (["router", "--worker-urls", "ftp://x", "--port", "0"], ["ftp://x", "http://HOST:PORT"]),
         (["up", "--prefill", "0"], ["--prefill 0", "--unified"]),
         (["bench"], ["single", "multiturn", "engine"]),

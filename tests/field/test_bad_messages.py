@@ -83,7 +83,7 @@ async def test_a_worker_url_with_an_invalid_answer_is_reported_and_retried(conte
     transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=content))
     async with httpx.AsyncClient(transport=transport) as client:
         with pytest.raises(Unavailable, match="http://w:1"):
-            await find_engine(client, "http://w:1", timeout_s=60.0, stalled_s=60.0)
+            await find_engine(client, "http://w:1", api_key=None, timeout_s=60.0, stalled_s=60.0)
 
 
 @pytest.mark.parametrize(

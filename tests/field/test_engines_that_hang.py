@@ -16,7 +16,7 @@ from kvist.channel import ChannelConfig, EngineChannel, GatewayLink
 from kvist.channel.security import Member
 from kvist.errors import WorkerLost
 from kvist.request import EpochId, WorkerId
-from kvist.router import Dispatcher, LinkOptions, RouterConfig, WorkerUrls, build_dispatcher
+from kvist.router import Dispatcher, LinkOptions, RouterConfig, WorkerUrls, build_router
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.specs import make_request, make_roomy_spec
 
@@ -38,14 +38,14 @@ async def ask_worker(engine: FakeEngine) -> AsyncIterator[tuple[Dispatcher, Call
     def set_health(**health: float) -> None:
         server_info["engine_health"] = wire.EngineHealth(**health)  # type: ignore[arg-type]
 
-    dispatcher = build_dispatcher(
+    dispatcher = build_router(
         RouterConfig(
             urls=WorkerUrls(worker_urls=("http://u:1",)),
             links=LinkOptions(keepalive_s=0.05, worker_timeout_s=TIMEOUT_S),
         ),
         ChannelConfig(cluster_key=CLUSTER_KEY),
         transport=httpx.MockTransport(lambda _request: httpx.Response(200, content=msgspec.json.encode(server_info))),
-    )
+    ).dispatcher
     await dispatcher.start()
     await until(dispatcher.ready)
     yield dispatcher, set_health

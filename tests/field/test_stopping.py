@@ -17,7 +17,7 @@ from kvist.cluster.listener import bound_socket
 from kvist.cluster.serving import LocalEngineTransport, Serving
 from kvist.cluster.stopping import StopSignals
 from kvist.request import EpochId, WorkerId
-from kvist.router import LinkOptions, RouterConfig, WorkerUrls, build_dispatcher
+from kvist.router import LinkOptions, RouterConfig, WorkerUrls, build_router
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
@@ -62,9 +62,9 @@ def serve(tokenizer: Tokenizer) -> Callable[..., object]:
         engine = FakeEngine(spec=make_roomy_spec(worker_id=WorkerId("u"), epoch=EpochId("e"), vocab_size=49152)).start()
         config = ServerConfig(port=0, **settings)  # type: ignore[arg-type]
         router = RouterConfig(urls=WorkerUrls(worker_urls=("http://own:1",)), links=LinkOptions(keepalive_s=0.05))
-        dispatcher = build_dispatcher(
+        dispatcher = build_router(
             router, ChannelConfig(cluster_key=CLUSTER_KEY), transport=LocalEngineTransport(lambda: engine.spec)
-        )
+        ).dispatcher
         lifecycle, stop = Lifecycle(), StopSignals()
         app = build_app(
             dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake", lifecycle=lifecycle

@@ -18,8 +18,9 @@ from kvist.channel import ChannelConfig
 from kvist.errors import ConfigError, KvistError, Unavailable, WorkerLost
 from kvist.options import compose
 from kvist.request import EpochId, Role, WorkerId
-from kvist.router import Dispatcher, RouterConfig, WorkerUrls, build_dispatcher
-from kvist.router.discovery import normal_url, reachable_endpoint
+from kvist.router import Dispatcher, RouterConfig, WorkerUrls, build_router
+from kvist.router.addresses import normal_url
+from kvist.router.discovery import reachable_endpoint
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.page_events import page_event
 from kvist.testing.specs import make_request, make_roomy_spec
@@ -41,7 +42,7 @@ async def connect() -> AsyncIterator[Connect]:
         **config: Any,
     ) -> Dispatcher:
         urls = {f"e{number}": engine for number, engine in enumerate(engines)}
-        dispatcher = build_dispatcher(
+        dispatcher = build_router(
             compose(
                 RouterConfig,
                 {"keepalive_s": 0.05, "worker_urls": tuple(f"http://{host}:1" for host in urls), **config},
@@ -49,7 +50,7 @@ async def connect() -> AsyncIterator[Connect]:
             ChannelConfig(cluster_key=key),
             transport=transport or serve({host: partial(info_of, engine) for host, engine in urls.items()}),
             api_key=api_key,
-        )
+        ).dispatcher
         started.append(dispatcher)
         await dispatcher.start()
         return dispatcher
@@ -279,7 +280,13 @@ async def test_the_router_sends_its_api_key_to_find_workers(start_engine: StartE
 @pytest.mark.parametrize("url", ["", "ftp://h:1", "http://", "http://h:99999", "30001", "worker"])
 def test_a_bad_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ConfigError, match="not a worker URL"):
-        build_dispatcher(RouterConfig(urls=WorkerUrls(worker_urls=(url,))), ChannelConfig(cluster_key=CLUSTER_KEY))
+        build_router(RouterConfig(urls=WorkerUrls(worker_urls=(url,))), ChannelConfig(cluster_key=CLUSTER_KEY))
+
+
+def test_a_worker_that_the_flags_name_twice_is_refused_at_start() -> None:
+    urls = WorkerUrls(worker_urls=("http://H:1",), prefill=("h:1/",))
+    with pytest.raises(ConfigError, match="named twice"):
+        build_router(RouterConfig(urls=urls), ChannelConfig(cluster_key=CLUSTER_KEY))
 
 
 def test_worker_urls_may_have_a_trailing_slash_and_no_scheme() -> None:

@@ -22,7 +22,7 @@ def add(registry: Registry, name: str = "http://a", use: Role | None = None) -> 
 
 
 def welcome(registry: Registry, worker: Worker, **spec: Any) -> None:
-    fields = {"worker_id": WorkerId(worker.url), **spec}
+    fields = {"worker_id": WorkerId(worker.url), "epoch": EpochId(f"epoch of {worker.url}"), **spec}
     registry.on_welcome(worker, Welcome(spec=make_roomy_spec(**fields)), 1.0)
 
 
@@ -150,8 +150,45 @@ def test_a_worker_named_twice_is_used_once() -> None:
     welcome(registry, first, worker_id=WorkerId("same"))
     with pytest.raises(ConfigError, match="same worker"):
         welcome(registry, second, worker_id=WorkerId("same"))
-    with pytest.raises(ConfigError, match="named twice"):
-        add(registry, "http://127.0.0.1:1")
+
+
+def test_a_worker_with_the_epoch_of_another_one_is_refused() -> None:
+    registry = Registry(RouterConfig())
+    first, thief = add(registry, "http://a"), add(registry, "http://b")
+    welcome(registry, first, epoch=EpochId("mine"))
+    with pytest.raises(ConfigError, match="uses the identity of http://a"):
+        welcome(registry, thief, epoch=EpochId("mine"))
+    assert registry.ready(Role.UNIFIED) == [first]
+
+
+@pytest.mark.parametrize("changed", [{"role": Role.DECODE}, {"model_fingerprint": "new"}, {"namespace": "new"}])
+def test_another_role_or_model_at_the_same_url_is_another_worker(changed: dict[str, Any]) -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    welcome(registry, worker)
+    registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A),)), 1.0)
+    welcome(registry, worker, **changed)
+    assert worker.state is WorkerState.READY
+    assert worker.known_pages.digests == set()
+    assert worker.spec is not None
+    assert {name: getattr(worker.spec, name) for name in changed} == changed
+
+
+def test_a_leaving_worker_gets_no_request_and_is_ready_again_when_it_is_named_again() -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    welcome(registry, worker)
+    registry.leave(worker)
+    welcome(registry, worker, epoch=EpochId("second"))
+    assert worker.state is WorkerState.LEAVING
+    assert registry.ready(Role.UNIFIED) == []
+    assert add(registry, worker.url) is worker
+    assert registry.ready(Role.UNIFIED) == []
+    welcome(registry, worker)
+    assert registry.ready(Role.UNIFIED) == [worker]
+    registry.leave(worker)
+    registry.remove(worker)
+    assert registry.workers == ()
 
 
 def test_another_protocol_version_is_refused() -> None:

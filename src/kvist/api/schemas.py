@@ -214,3 +214,22 @@ class TokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
 class DetokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     tokens: Annotated[list[int | list[int]], Honoured("token ids, or several lists")]
     skip_special_tokens: Annotated[bool | None, Honoured("true: the text omits special tokens")] = None
+
+
+class WorkerRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /workers. With `instance`, the worker announces itself."""
+
+    url: Annotated[str, Honoured("http://HOST:PORT of the worker's HTTP server")]
+    worker_type: Annotated[
+        str | None, Honoured("prefill, decode, or regular: the role that the worker was started with")
+    ] = None
+    api_key: Annotated[
+        str | None, Honoured("sent to the worker; by default the API key of this request, if there is one")
+    ] = None
+    instance: Annotated[str | None, Honoured("names the process that announces itself")] = None
+    interval_s: Annotated[float | None, Honoured("seconds until the next announcement")] = None
+    model_id: Annotated[str | None, Advisory("the worker reports its model itself")] = None
+    priority: Annotated[int | None, Advisory("workers are chosen by cached pages and load")] = None
+    cost: Annotated[float | None, Advisory("workers are chosen by cached pages and load")] = None
+    labels: Annotated[dict[str, str] | None, Advisory("workers have no labels")] = None
+    bootstrap_port: Annotated[int | None, Advisory("the worker reports its engine's address itself")] = None

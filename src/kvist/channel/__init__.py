@@ -10,10 +10,13 @@ A channel does not interpret messages; its users detect silent peers.
 from kvist.channel.cluster_key import with_cluster_key, with_private_key
 from kvist.channel.engine import EngineChannel
 from kvist.channel.gateway import GatewayLink
+from kvist.channel.proof import PROOF_HEADER, ClusterProof
 from kvist.channel.security import ChannelConfig, Member, address_for_log, bracketed, host_to_name, is_loopback
 
 __all__ = [
+    "PROOF_HEADER",
     "ChannelConfig",
+    "ClusterProof",
     "EngineChannel",
     "GatewayLink",
     "Member",

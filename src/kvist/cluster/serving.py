@@ -37,7 +37,16 @@ from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
 from kvist.output import output_to
 from kvist.request import Role, WorkerId
-from kvist.router import Dispatcher, GatewayTokenizer, LinkOptions, RouterConfig, WorkerUrls, build_dispatcher
+from kvist.router import (
+    GatewayTokenizer,
+    LinkOptions,
+    Members,
+    RouterConfig,
+    RouterParts,
+    WorkerUrls,
+    build_router,
+)
+from kvist.router.dispatch import Dispatcher
 from kvist.router.stream import ClusterSnapshot
 from kvist.server.app import build_app, no_engine
 from kvist.server.config import ServerConfig
@@ -83,7 +92,7 @@ def serve_worker(
             gateway,
             listening,
             checkpoint,
-            dispatcher=build_dispatcher(router, channel, transport=transport),
+            router=build_router(router, channel, transport=transport),
             # prefill and decode workers are used through a router, which has the tokenizer
             tokenizer=load_tokenizer(checkpoint, gateway.text) if role.serves_alone else None,
             supervisor=supervisor,
@@ -109,9 +118,11 @@ def serve_router(
         tokenizer = load_tokenizer(checkpoint, gateway.text)
         named = GatewayTokenizer(name=checkpoint.name, fingerprint=vocabulary_fingerprint(tokenizer))
         api_key = keys[0] if keys else None  # the workers must accept this key, too
-        dispatcher = build_dispatcher(router, channel, api_key=api_key, tokenizer=named)
+        parts = build_router(router, channel, api_key=api_key, tokenizer=named)
         logger.info("router at %s for %s", listening.url, checkpoint.name)
-        _serve(gateway, listening, checkpoint, dispatcher=dispatcher, tokenizer=tokenizer)
+        if not (router.urls.worker_urls or router.urls.prefill or router.urls.decode):
+            logger.info("no worker is named: add workers with POST %s/workers", listening.url)
+        _serve(gateway, listening, checkpoint, router=parts, tokenizer=tokenizer)
     return 0
 
 
@@ -120,7 +131,7 @@ def _serve(
     listening: Listening,
     checkpoint: Checkpoint,
     *,
-    dispatcher: Dispatcher,
+    router: RouterParts,
     tokenizer: Tokenizer | None,
     supervisor: EngineSupervisor | None = None,
     role: Role | None = None,
@@ -128,7 +139,8 @@ def _serve(
     """Serve HTTP until the end of the process: over the engine of `supervisor`, which has `role`, or as a router."""
     lifecycle = Lifecycle()
     app = build_app(
-        dispatcher=dispatcher,
+        dispatcher=router.dispatcher,
+        members=router.members if role is None else None,  # a worker's only engine is its own
         tokenizer=tokenizer,
         config=gateway.server,
         model_name=gateway.name.served_model_name or checkpoint.name,
@@ -148,7 +160,8 @@ def _serve(
     serving = Serving(
         http=http_server(app, app.traffic, gateway.server, gateway.tls),
         listener=listening.listener,
-        dispatcher=dispatcher,
+        dispatcher=router.dispatcher,
+        members=router.members if role is None else None,
         supervisor=supervisor,
         answers_alone=answers_alone,
         lifecycle=lifecycle,
@@ -249,6 +262,7 @@ class Serving:
     http: uvicorn.Server
     listener: socket.socket
     dispatcher: Dispatcher
+    members: Members | None = None  # of a router
     supervisor: EngineSupervisor | None = None
     lifecycle: Lifecycle
     config: ServerConfig
@@ -260,6 +274,8 @@ class Serving:
         """Serve until a stop is requested and open requests are drained. Raises the error of a failed first start."""
         self.stop.watch()
         await self.dispatcher.start()
+        if self.members is not None:
+            self.members.start()
         watched = self.dispatcher if self.answers_alone else LocalEngineView(self.dispatcher)
         announcer = asyncio.create_task(
             announce(watched, self.on_ready, reports_waiting=self.supervisor is None), name="announcer"
@@ -285,6 +301,8 @@ class Serving:
             stop_requested.cancel()
             self.http.should_exit = True
             await serving
+            if self.members is not None:
+                await self.members.close()
             await self.dispatcher.close()
             if engine is not None:
                 engine.cancel()

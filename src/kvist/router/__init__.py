@@ -1,52 +1,78 @@
 """The router: connects the gateway to engines.
 
-Chooses workers (policies, route), tracks them (registry, discovery, fleet), and dispatches requests (dispatch, attempt,
-merge).
+Knows which workers to use (membership, members), tracks them (registry, discovery, fleet), chooses among them
+(policies, route), and dispatches requests (dispatch, attempt, merge).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import httpx
 
-from kvist.channel import ChannelConfig
+from kvist.channel import ChannelConfig, ClusterProof
 from kvist.clock import MonotonicClock
+from kvist.errors import ConfigError
 from kvist.request import Role
-from kvist.router.config import LinkOptions, RouterConfig, RoutingOptions, WorkerUrls
-from kvist.router.discovery import normal_url
+from kvist.router.addresses import HostRule, normal_url
+from kvist.router.config import LinkOptions, MemberOptions, RouterConfig, RoutingOptions, WorkerUrls
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import Fleet
+from kvist.router.members import Members
+from kvist.router.membership import Announcement, Membership
 from kvist.router.registry import GatewayTokenizer, Registry
 
 __all__ = [
+    "Announcement",
     "Dispatcher",
     "GatewayTokenizer",
     "LinkOptions",
+    "MemberOptions",
+    "Members",
     "RouterConfig",
+    "RouterParts",
     "RoutingOptions",
     "WorkerUrls",
-    "build_dispatcher",
+    "build_router",
 ]
 
 
-def build_dispatcher(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterParts:
+    dispatcher: Dispatcher
+    members: Members
+
+
+def build_router(
     config: RouterConfig,
     channel: ChannelConfig,
     *,
     transport: httpx.AsyncBaseTransport | None = None,
     api_key: str | None = None,
     tokenizer: GatewayTokenizer | None = None,
-) -> Dispatcher:
-    """Build a dispatcher over the workers named in the config.
+) -> RouterParts:
+    """Build a dispatcher, and the set of its workers: at first the workers named in the config.
 
-    The caller starts it with `await dispatcher.start()` inside the loop. Raises `ConfigError` for an invalid URL or a
-    worker named twice. `transport` fetches /server_info (None: the network). `api_key` is sent to the workers' HTTP
-    servers. Workers with another vocabulary than `tokenizer` are refused.
+    The caller starts both inside the loop. Raises `ConfigError` for an invalid URL or a worker named twice. `transport`
+    fetches /server_info (None: the network). `api_key` is sent to the workers' HTTP servers. Workers with another
+    vocabulary than `tokenizer` are refused.
     """
     clock = MonotonicClock()
     registry = Registry(config, tokenizer)
     fleet = Fleet(registry=registry, config=config, channel=channel, clock=clock, transport=transport, api_key=api_key)
-    named = ((config.urls.worker_urls, None), (config.urls.prefill, Role.PREFILL), (config.urls.decode, Role.DECODE))
-    for urls, role in named:
-        for url in urls:
-            registry.add(normal_url(url), role, clock.now_s())
-    return Dispatcher(config=config, registry=registry, engines=fleet, clock=clock)
+    members = Members(
+        membership=Membership(max_workers=config.members.max_workers),
+        registry=registry,
+        links=fleet,
+        hosts=HostRule(config.members.allowed_worker_hosts),
+        proof=ClusterProof(channel.cluster_key or ""),
+        clock=clock,
+    )
+    urls = config.urls
+    for named, role in ((urls.worker_urls, None), (urls.prefill, Role.PREFILL), (urls.decode, Role.DECODE)):
+        for url in map(normal_url, named):
+            if registry.find(url) is not None:
+                raise ConfigError(f"the worker {url} is named twice")
+            members.name_by_flag(url, role)
+    dispatcher = Dispatcher(config=config, registry=registry, engines=fleet, clock=clock)
+    return RouterParts(dispatcher=dispatcher, members=members)

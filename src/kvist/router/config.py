@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from kvist.config import option
 from kvist.door import Given, choice_of, options_of_choice
+from kvist.router.addresses import HostRule
 from kvist.router.policies import POLICIES
 
 
@@ -16,6 +17,21 @@ class WorkerUrls:
     prefill: tuple[str, ...] = option((), "URLs of prefill workers, http://HOST:PORT (unified workers are allowed too)")
     decode: tuple[str, ...] = option((), "URLs of decode workers, http://HOST:PORT")
     worker_urls: tuple[str, ...] = option((), "URLs of workers; each is used in the role that it was started with")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberOptions:
+    """Which workers may join while the router runs."""
+
+    max_workers: int = option(256, "maximum number of workers, however they are named", unit="workers", minimum=1)
+    allowed_worker_hosts: tuple[str, ...] = option(
+        (),
+        "hosts that POST /workers and announcements may name, beside the sender's own address and those of private "
+        "networks: addresses, networks (203.0.113.0/24), names, or *.SUFFIX",
+    )
+
+    def __post_init__(self) -> None:
+        HostRule(self.allowed_worker_hosts)  # raises for a wrong entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,5 +84,6 @@ class LinkOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     urls: WorkerUrls = field(default_factory=WorkerUrls)
+    members: MemberOptions = field(default_factory=MemberOptions)
     routing: RoutingOptions = field(default_factory=RoutingOptions)
     links: LinkOptions = field(default_factory=LinkOptions)

@@ -15,7 +15,7 @@ import httpx
 import msgspec
 
 from kvist.channel.security import WILDCARD_HOSTS, bracketed, split_tcp_endpoint
-from kvist.errors import UNDECODABLE, ConfigError, Unavailable
+from kvist.errors import UNDECODABLE, Unavailable
 from kvist.wire import EngineHealth, EngineSpec
 
 _MAX_ANSWER_BYTES = 16 << 20
@@ -27,23 +27,6 @@ class _ServerInfo(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(_ServerInfo)
-
-
-def normal_url(url: str) -> str:
-    """Add a missing "http://" and remove a trailing slash. Without "http://" a port is required, or any word would
-    pass.
-
-    Raises `ConfigError` if the URL is not an HTTP address."""
-    full = (url if "://" in url else f"http://{url}").rstrip("/")
-    try:
-        parts = urlsplit(full)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        valid = valid and ("://" in url or parts.port is not None)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ConfigError(f"{url!r} is not a worker URL; use http://HOST:PORT")
-    return full
 
 
 def reachable_endpoint(url: str, endpoint: str) -> str:
@@ -61,12 +44,14 @@ class FoundEngine:
     health: EngineHealth | None  # None: the worker does not report it
 
 
-async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float, stalled_s: float) -> FoundEngine:
+async def find_engine(
+    client: httpx.AsyncClient, url: str, *, api_key: str | None, timeout_s: float, stalled_s: float
+) -> FoundEngine:
     """Return the engine of the worker at `url`. Raises `Unavailable` with the reason if there is no engine now, or if
     the engine has made no progress for `stalled_s`."""
     try:
         async with asyncio.timeout(timeout_s):
-            status, content = await _get(client, f"{url}/server_info")
+            status, content = await _get(client, f"{url}/server_info", api_key)
     except (httpx.HTTPError, TimeoutError) as error:
         raise Unavailable(f"no answer from {url}/server_info: {str(error) or type(error).__name__}") from error
     if status == httpx.codes.UNAUTHORIZED:
@@ -92,10 +77,11 @@ async def find_engine(client: httpx.AsyncClient, url: str, *, timeout_s: float, 
     return FoundEngine(endpoint=reachable_endpoint(url, info.engine.endpoint), health=health)
 
 
-async def _get(client: httpx.AsyncClient, url: str) -> tuple[int, bytes]:
-    """Return status and body; stop reading after `_MAX_ANSWER_BYTES`."""
+async def _get(client: httpx.AsyncClient, url: str, api_key: str | None) -> tuple[int, bytes]:
+    """Return status and body; stop reading after `_MAX_ANSWER_BYTES`. Redirects are not followed."""
     content = bytearray()
-    async with client.stream("GET", url, headers={"Accept-Encoding": "identity"}, timeout=None) as response:
+    headers = {"Accept-Encoding": "identity", **({} if api_key is None else {"Authorization": f"Bearer {api_key}"})}
+    async with client.stream("GET", url, headers=headers, timeout=None) as response:
         async for piece in response.aiter_bytes():
             content += piece
             if len(content) > _MAX_ANSWER_BYTES:

@@ -1,8 +1,9 @@
-"""Keeps one connection to the engine of each worker, and updates the registry.
+"""Keeps one connection to the engine of each worker, and updates the registry. Workers join and leave at any time.
 
 One task per worker: find the engine (discovery.py) → open a link → Hello → keep-alives until the connection breaks, the
 engine hangs, or the worker is refused → close the link, notify the dispatcher → again, after growing pauses. A silent
 engine may be computing a long step: the worker's /server_info says so.
+A worker that leaves keeps its link until its last request has ended, for `--request-timeout-s` at most.
 A new link has a new address: to an engine, a gateway that reconnects is a new one, and the engine releases the requests
 of the old one.
 """
@@ -23,7 +24,8 @@ from kvist.clock import Clock, PauseMeter
 from kvist.errors import ConfigError, KvistError, Unavailable
 from kvist.router import discovery
 from kvist.router.config import RouterConfig
-from kvist.router.registry import Registry, Worker, WorkerState
+from kvist.router.membership import NamedWorker
+from kvist.router.registry import Registry, Worker, WorkerState, is_another
 
 logger = logging.getLogger(__name__)
 
@@ -52,28 +54,47 @@ class Fleet:
         transport: httpx.AsyncBaseTransport | None = None,
         api_key: str | None = None,
     ) -> None:
-        """`transport` fetches /server_info (None: the network). `api_key` is sent to the workers' HTTP servers.
-        Raises `ConfigError` if the channel's config has no cluster key."""
+        """`transport` fetches /server_info (None: the network). `api_key` is sent to the HTTP servers of workers that
+        have no other one. Raises `ConfigError` if the channel's config has no cluster key."""
         self._registry = registry
         self._config = config
         self._channel = channel
         self._member = Member(channel.cluster_key)
         self._clock = clock
         self._transport = transport
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
         self._gateway_id = secrets.token_hex(6)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[Worker, GatewayLink] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Worker, asyncio.Task[None]] = {}
+        self._cancelled: set[asyncio.Task[None]] = set()  # that have not ended yet
         self._events: EngineEvents | None = None
         self._http: httpx.AsyncClient | None = None
 
     def start(self, events: EngineEvents) -> None:
         """Start one task per worker. Call inside the running loop."""
         self._events = events
-        self._http = httpx.AsyncClient(transport=self._transport, headers=self._headers, trust_env=False)
+        self._http = httpx.AsyncClient(transport=self._transport, trust_env=False)
         for worker in self._registry.workers:
-            self._tasks.append(asyncio.create_task(self._supervise(worker), name=f"worker {worker.url}"))
+            self._supervise_in_task(worker)
+
+    def join(self, named: NamedWorker) -> None:
+        """Add a worker, or take back a worker that is leaving. Before `start`, only the registry changes."""
+        worker = self._registry.add(named.url, named.role, self._clock.now_s())
+        worker.api_key = named.api_key
+        if worker in self._links:
+            self._say_hello(worker)
+        elif self._events is not None and worker not in self._tasks:
+            self._supervise_in_task(worker)
+
+    def leave(self, url: str) -> None:
+        """Stop the use of a worker. Its link closes after its last request has ended."""
+        worker = self._registry.find(url)
+        assert worker is not None, f"no worker has the URL {url}"
+        self._registry.leave(worker)
+        worker.leave_by_s = self._clock.now_s() + self._config.links.request_timeout_s
+        if not worker.in_flight:
+            self._forget(worker, worker.problem)
 
     def send(self, worker: Worker, message: wire.GatewayToEngine) -> bool:
         """Send a message. Return False if the worker is not connected or its queue is full."""
@@ -81,13 +102,27 @@ class Fleet:
         return link is not None and link.send(message)
 
     async def close(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), *self._cancelled, return_exceptions=True)
         self._tasks.clear()
         if self._http is not None:
             await self._http.aclose()
         self._context.destroy(linger=0)
+
+    def _supervise_in_task(self, worker: Worker) -> None:
+        self._tasks[worker] = asyncio.create_task(self._supervise(worker), name=f"worker {worker.url}")
+
+    def _forget(self, worker: Worker, reason: str) -> None:
+        """End the task and the link of a worker, and fail the requests that it still has."""
+        task = self._tasks.pop(worker, None)
+        if task is not None and task is not asyncio.current_task():
+            self._cancelled.add(task)
+            task.add_done_callback(self._cancelled.discard)
+            task.cancel()
+        if self._events is not None:
+            self._mark_lost(worker, reason)
+        self._registry.remove(worker)
 
     async def _supervise(self, worker: Worker) -> None:
         pause_s = _FIRST_PAUSE_S
@@ -103,6 +138,9 @@ class Fleet:
             except Exception as error:  # our bug: this worker is not used, the gateway continues with the others
                 logger.exception("cannot keep the connection to worker %s", worker.url)
                 reason = f"internal error: {error}"
+            if worker.state is WorkerState.LEAVING:
+                self._forget(worker, reason)
+                return
             self._mark_lost(worker, reason)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
@@ -142,9 +180,11 @@ class Fleet:
             while not lost.done():
                 if now_s >= next_hello_s:
                     next_hello_s = now_s + self._config.links.keepalive_s
-                    link.send(wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
+                    self._say_hello(worker)
                 await asyncio.wait((lost,), timeout=check_s)
                 now_s = self._clock.now_s()
+                if worker.state is WorkerState.LEAVING and (not worker.in_flight or now_s >= worker.leave_by_s):
+                    on_lost(worker.problem)
                 worker.last_message_s += pauses.measure_s(now_s)
                 silent_s = now_s - worker.last_message_s
                 if silent_s > self._config.links.worker_timeout_s and not lost.done():
@@ -156,10 +196,16 @@ class Fleet:
             del self._links[worker]
             link.close()
 
+    def _say_hello(self, worker: Worker) -> None:
+        self.send(worker, wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
+
     async def _find(self, worker: Worker, timeout_s: float) -> discovery.FoundEngine:
         assert self._http is not None
         stalled_s = self._config.links.worker_timeout_s / 2  # the reported state is about a second old
-        return await discovery.find_engine(self._http, worker.url, timeout_s=timeout_s, stalled_s=stalled_s)
+        api_key = self._api_key if worker.api_key is None else worker.api_key
+        return await discovery.find_engine(
+            self._http, worker.url, api_key=api_key, timeout_s=timeout_s, stalled_s=stalled_s
+        )
 
     async def _silence_reason(self, worker: Worker, silent_s: float) -> str:
         """Return why the engine is lost; "" if the engine is computing a long step."""
@@ -188,7 +234,7 @@ class Fleet:
                 logger.info("missed a load report of worker %s: asking for a snapshot", worker.worker_id)
                 self.send(worker, wire.Hello(gateway_id=self._gateway_id, resync=True))
         elif isinstance(message, wire.Welcome):
-            if worker.spec is not None and worker.spec.epoch != message.spec.epoch:
+            if worker.spec is not None and is_another(worker.spec, message.spec):
                 self._mark_lost(worker, "it was restarted")  # the requests of the old process are gone
             self._registry.on_welcome(worker, message, now_s)
         else:

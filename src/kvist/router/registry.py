@@ -1,8 +1,9 @@
 """The workers that a gateway knows: identity, cached pages, load and state.
 
-Life of a worker: JOINING (named by the operator, no message yet, or refused) → READY (Welcome received) → DRAINING
+Life of a worker: JOINING (named by a source, no message yet, or refused) → READY (Welcome received) → DRAINING
 (shutting down, takes no new request) → LOST (silent, or the connection broke) → READY again, in a new or the same
-epoch. Uses no sockets and no clock: fleet.py reports events with their times.
+epoch. A worker that no source names any more is LEAVING until its last request has ended. Uses no sockets and no clock:
+fleet.py reports events with their times.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ class WorkerState(enum.Enum):
     READY = "ready"
     DRAINING = "draining"
     LOST = "lost"
+    LEAVING = "leaving"
+
+
+_JOINED = frozenset({WorkerState.READY, WorkerState.DRAINING, WorkerState.LEAVING})  # with a Welcome and its requests
 
 
 @dataclass(slots=True)
@@ -47,8 +52,10 @@ class SentRequest:
 class Worker:
     """State of one worker. Mutable; owned by the registry."""
 
-    url: str  # of its HTTP server, as named by the operator
+    url: str  # of its HTTP server
     wanted_role: Role | None  # None: the role that the worker was started with
+    api_key: str | None = field(default=None, repr=False)  # for its HTTP server; None: the gateway's own
+    sources: tuple[str, ...] = ()  # that name the worker (membership.py)
     state: WorkerState = WorkerState.JOINING
     problem: str = ""  # why the worker is not READY, for people
     endpoint: str = ""  # where its engine is reached
@@ -59,6 +66,7 @@ class Worker:
     sequence: int | None = None  # of the last report
     needs_snapshot: bool = True
     num_rejected_messages: int = 0  # each was dropped, or failed its request
+    leave_by_s: float = 0.0  # while LEAVING: when the requests that are still open fail
     in_flight: dict[RequestId, SentRequest] = field(default_factory=dict)
     num_pending_tokens: int = 0  # of all in flight
     callers: CallerCounts = field(default_factory=CallerCounts)  # of all in flight
@@ -148,12 +156,27 @@ class Registry:
         return tuple(self._workers.values())
 
     def add(self, url: str, role: Role | None, now_s: float) -> Worker:
-        if url in self._workers:
-            raise ConfigError(f"the worker {url} is named twice")
+        """Add a worker. A worker that was LEAVING stays, and is READY again after its next Welcome."""
+        leaving = self._workers.get(url)
+        if leaving is not None:
+            assert leaving.state is WorkerState.LEAVING, f"{url} is a worker already"
+            leaving.wanted_role, leaving.state, leaving.problem = role, WorkerState.JOINING, "named again"
+            return leaving
         pages = KnownPages(self._config.routing.max_known_pages)
         worker = Worker(url=url, wanted_role=role, last_message_s=now_s, known_pages=pages, problem="no message yet")
         self._workers[url] = worker
         return worker
+
+    def find(self, url: str) -> Worker | None:
+        return self._workers.get(url)
+
+    def leave(self, worker: Worker) -> None:
+        """Send the worker no new request."""
+        worker.state, worker.problem = WorkerState.LEAVING, "removed from this gateway"
+
+    def remove(self, worker: Worker) -> None:
+        """Forget a worker without requests."""
+        del self._workers[worker.url]
 
     def ready(self, role: Role) -> list[Worker]:
         return [w for w in self._workers.values() if w.state is WorkerState.READY and w.role is role]
@@ -172,8 +195,8 @@ class Registry:
         """Mark the worker READY. Raises `ConfigError`, and sets `worker.problem`, if the worker cannot serve here."""
         worker.last_message_s = now_s
         spec = welcome.spec
-        joined = worker.state in (WorkerState.READY, WorkerState.DRAINING)
-        if joined and worker.spec is not None and worker.spec.epoch == spec.epoch:
+        known = worker.spec if worker.state in (WorkerState.READY, WorkerState.DRAINING) else None
+        if worker.state is WorkerState.LEAVING or (known is not None and not is_another(known, spec)):
             return
         problem = self._problem(worker, welcome)
         if problem:
@@ -228,6 +251,8 @@ class Registry:
             load=worker.load,
             state=worker.state.value,
             problem=worker.problem,
+            url=worker.url,
+            sources=worker.sources,
             num_in_flight=len(worker.in_flight),
             num_rejected_messages=worker.num_rejected_messages,
         )
@@ -266,7 +291,7 @@ class Registry:
                 f"worker {spec.worker_id} was started as {spec.role} and cannot be used for {wanted}:"
                 f" start it with --role {wanted}"
             )
-        others = [o for o in self._workers.values() if o is not worker and o.state is WorkerState.READY]
+        others = [o for o in self._workers.values() if o is not worker and o.state in _JOINED]
         if self._tokenizer is not None and spec.tokenizer_fingerprint not in ("", self._tokenizer.fingerprint):
             return (
                 f"worker {spec.worker_id} serves {spec.model_name} with vocabulary {spec.tokenizer_fingerprint}, but"
@@ -276,8 +301,19 @@ class Registry:
         for other in others:
             if other.worker_id == spec.worker_id:
                 return f"{worker.url} is the same worker as {other.url}: remove one of the two"
-        reference = others[0].spec if others else None
+            if other.spec is not None and other.spec.epoch == spec.epoch:
+                return (
+                    f"{worker.url} uses the identity of {other.worker_id} at {other.url} (epoch {spec.epoch}): remove "
+                    "one of the two"
+                )
+        reference = next((other.spec for other in others if other.state is WorkerState.READY), None)
         return _mismatch(spec, reference) if reference is not None else ""
+
+
+def is_another(known: EngineSpec, spec: EngineSpec) -> bool:
+    """Return whether the spec is that of another worker than the one known so far: another process, role or model."""
+    fields = ("epoch", "worker_id", "role", "model_fingerprint", "namespace")
+    return any(getattr(known, name) != getattr(spec, name) for name in fields)
 
 
 def _mismatch(spec: EngineSpec, reference: EngineSpec) -> str:

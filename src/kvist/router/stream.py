@@ -34,6 +34,8 @@ class WorkerSnapshot:
     load: LoadReport | None  # the last report, possibly without its digests
     state: str = "ready"  # registry.WorkerState
     problem: str = ""  # why the worker is not ready, for people
+    url: str = ""  # of its HTTP server
+    sources: tuple[str, ...] = ()  # that name the worker: "flags", "http", "announcement", or a --discovery
     num_in_flight: int = 0  # requests of this gateway that have not ended at the worker
     num_rejected_messages: int = 0  # undecodable or impossible messages
 

@@ -219,6 +219,8 @@ def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
         "alive": worker.alive,
         "state": worker.state,
         "problem": worker.problem,
+        "url": worker.url,
+        "sources": worker.sources,
         "requests_in_flight": worker.num_in_flight,
         "engine": worker.spec,
         "load": None

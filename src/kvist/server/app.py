@@ -16,6 +16,7 @@ import secrets
 import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import chain
 
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -43,7 +44,8 @@ from kvist.server.sampling import MAX_SEED
 from kvist.server.traffic import TokenCounts, Traffic, exchange_of
 from kvist.server.web_pages import OriginGuard, check_host_header
 from kvist.server.work import BodyBudget, WorkPool
-from kvist.server.worker_metrics import worker_families
+from kvist.server.worker_metrics import member_families, worker_families
+from kvist.server.workers import Workers, WorkerSet
 from kvist.text import SamplingDefaults, Tokenizer
 from kvist.wire import EngineHealth, EngineSpec
 
@@ -65,6 +67,7 @@ def no_engine() -> None:
 def build_app(
     *,
     dispatcher: EngineClient,
+    members: WorkerSet | None = None,
     tokenizer: Tokenizer | None,
     config: ServerConfig,
     model_name: str,
@@ -78,7 +81,7 @@ def build_app(
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
 ) -> TrafficMiddleware:
-    """Build the ASGI application.
+    """Build the ASGI application. `members` are the workers of a router; None on the HTTP port of a worker.
 
     `instance_id` is shown by /health and /ready. On the HTTP port of a worker, `own_role` is the role of its engine: a
     prefill or decode worker needs no tokenizer, and refuses generation with an error that names the router. Clients on
@@ -88,7 +91,9 @@ def build_app(
     work = WorkPool(num_threads=config.tokenizer_threads, max_waiting=config.max_concurrent_requests)
     bodies = BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES)
     gateway_metrics = GatewayMetrics(
-        of_workers=lambda: worker_families(dispatcher.snapshot()),
+        of_workers=lambda: chain(
+            worker_families(dispatcher.snapshot()), () if members is None else member_families(members.counts())
+        ),
         num_long_requests_waiting=lambda: work.num_waiting,
         num_body_bytes=lambda: bodies.num_bytes,
     )
@@ -110,7 +115,7 @@ def build_app(
         lifecycle=lifecycle or Lifecycle(),
         bodies=bodies,
     )
-    routes = _routes(gateway, model_path)
+    routes = _routes(gateway, model_path, Workers(gateway, members))
     guarded: ASGIApp = GuardMiddleware(Router(routes), config, gateway.lifecycle)
     if config.allowed_origins:
         guarded = CORSMiddleware(
@@ -126,7 +131,7 @@ def build_app(
     )
 
 
-def _routes(gateway: GatewayContext, model_path: str | None) -> list[Route]:
+def _routes(gateway: GatewayContext, model_path: str | None, workers: Workers) -> list[Route]:
     admin, model = Admin(gateway), ModelEndpoints(gateway, model_path)
     get, post = ["GET"], ["POST"]
     table: list[tuple[str, Endpoint, list[str]]] = [
@@ -152,6 +157,8 @@ def _routes(gateway: GatewayContext, model_path: str | None) -> list[Route]:
         ("/flush_cache", admin.flush_cache, post),
         ("/hicache/storage-backend", admin.storage_backend, ["GET", "PUT", "DELETE"]),
         ("/metrics", admin.metrics, get),
+        ("/workers", workers.all, ["GET", "POST"]),
+        ("/workers/{worker:path}", workers.one, ["GET", "DELETE"]),
     ]
     served = [Route(path, _Raw(endpoint), methods=methods) for path, endpoint, methods in table]
     return [*served, *(Route(path, NotServed(instead)) for path, instead in NOT_SERVED.items())]

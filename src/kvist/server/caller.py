@@ -68,6 +68,13 @@ def caller_of(scope: Scope) -> Caller:
     return caller
 
 
+def own_key(scope: Scope) -> str | None:
+    """Return the API key of a request that `ApiKeys.authenticate` has accepted; None if no key is required."""
+    if caller_of(scope).key_id is None:
+        return None
+    return (header(scope, b"authorization") or b"").partition(b" ")[2].strip().decode("latin-1")
+
+
 def _digest(key: bytes) -> str:
     return blake2b(key, digest_size=_ID_BYTES, person=b"kvist api key").hexdigest()
 

@@ -6,11 +6,13 @@ Names that this version does not know are exported, too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvist.engine.counters import COUNTER_BY_NAME
+from kvist.router.members import MemberCounts
 from kvist.router.stream import ClusterSnapshot
 from kvist.wire import LoadReport
 
@@ -33,6 +35,23 @@ def pages_by_state(load: LoadReport | None) -> dict[str, int]:
     }
 
 
+def member_families(counts: MemberCounts) -> Iterator[Metric]:
+    announcements = CounterMetricFamily(
+        "kvist:worker_announcements", "announcements that workers sent, and those that ended", labels=["outcome"]
+    )
+    for outcome, count in counts.announcements.items():
+        announcements.add_metric([outcome.value], count)
+    refused = CounterMetricFamily(
+        "kvist:worker_changes_refused",
+        "requests to add, announce or remove a worker that were refused, by error code; a request without an API key "
+        "counts only in kvist:http_requests_total",
+        labels=["code"],
+    )
+    for code, count in sorted(counts.refused.items()):
+        refused.add_metric([code], count)
+    yield from (announcements, refused)
+
+
 def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     labels = ["worker", "role"]
     alive = GaugeMetricFamily("kvist:worker_up", "1 when requests can be sent to this worker", labels=labels)
@@ -51,6 +70,12 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
         "request",
         labels=labels,
     )
+    named = GaugeMetricFamily("kvist:workers_named", "workers that this source names", labels=["source"])
+    for source, count in sorted(Counter(each for worker in snapshot.workers for each in worker.sources).items()):
+        named.add_metric([source], count)
+    states = GaugeMetricFamily("kvist:workers", "workers in this state", labels=["state"])
+    for state, count in sorted(Counter(worker.state for worker in snapshot.workers).items()):
+        states.add_metric([state], count)
     totals: dict[str, CounterMetricFamily] = {}
     for worker in snapshot.workers:
         label_values, load = [worker.worker_id, worker.role_name], worker.load
@@ -88,4 +113,17 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     yield snapshot.cancelled.release_s.family(
         "cancel_release_seconds", "time from the client's disconnect to the end of its request at every worker"
     )
-    yield from (alive, running, waiting, usage, pages, host_pages, *storage, errors, rejected, *totals.values())
+    yield from (
+        named,
+        states,
+        alive,
+        running,
+        waiting,
+        usage,
+        pages,
+        host_pages,
+        *storage,
+        errors,
+        rejected,
+        *totals.values(),
+    )
