@@ -36,17 +36,19 @@ def score(
     )
     found: list[TokenLogprobs] = []
     for number, (first, end) in enumerate(parts):
+        scored = prompt[first + 1 : end + 1]
         item = BatchItem(
             slot=SlotId(0),
             token_ids=prompt[first:end],
             start=first,
             page_ids=pages,
             samples=end == len(prompt),
-            score_from=first + 1,
-            scored_token_ids=prompt[first + 1 : end + 1],
+            score_from=first + 1 if scored else None,
+            scored_token_ids=scored,
         )
         started = () if number else (start,)
-        found += runner.launch(Batch(step_id=number, started=started, items=(item,))).result().prompt_logprobs[0]
+        sampled = runner.launch(Batch(step_id=number, started=started, items=(item,))).result()
+        found += sampled.prompt_logprobs.get(0, ())
     runner.launch(Batch(step_id=0, ended=(SlotId(0),), items=())).result()
     return found
 

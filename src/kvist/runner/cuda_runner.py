@@ -158,6 +158,7 @@ class CudaRunner:
         host, spans = columns.inputs, columns.spans
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
         if columns.only_decodes and self._decodes and (size := self._decodes.size_for(num_tokens)):
+            assert scored is None, "a row that samples its token scores none: the next token is not known"
             self._staging.send(host, size, size)
             hidden = self._decodes.replay(size, spans)
             return None if rows is None else self._logprobs(self._model.logits(hidden[:num_sampled]), rows), None
