@@ -18,7 +18,15 @@ from typing import TypeVar
 
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
 from kvist.channel import ChannelConfig, with_private_key
-from kvist.cluster.config import ChatConfig, ClusterConfig, GatewayOptions, PairOptions, StartOptions, UnifiedOptions
+from kvist.cluster.config import (
+    ChatConfig,
+    ClusterConfig,
+    GatewayOptions,
+    JoinOptions,
+    PairOptions,
+    StartOptions,
+    UnifiedOptions,
+)
 from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.config import option
 from kvist.cores import num_usable_cores
@@ -79,6 +87,7 @@ class ServeSettings:
     endpoint: EndpointOptions = group(EndpointOptions)
     gateway: GatewayOptions = group(GatewayOptions)
     links: LinkOptions = group(LinkOptions)
+    join: JoinOptions = group(JoinOptions)
     log: LogConfig = group(LogConfig)
     file: FileConfig = group(FileConfig)
     parent: ParentConfig = group(ParentConfig)
@@ -253,7 +262,19 @@ _POSITIONAL = {
 _COMMON = {  # shown by `--help`; `--help-all` shows all
     *("model_path", "served_model_name", "host", "port", "api_key", "role", "tp", "mem_fraction_static", "dtype"),
     *("context_length", "max_running_requests", "enable_hierarchical_cache", "hicache_storage_backend", "log_level"),
-    *("prefill", "decode", "unified", "worker_urls", "policy", "question", "base_url", "model", "seed", "config"),
+    *(
+        "prefill",
+        "decode",
+        "unified",
+        "worker_urls",
+        "router",
+        "policy",
+        "question",
+        "base_url",
+        "model",
+        "seed",
+        "config",
+    ),
     *("target", "system", "max_tokens", "temperature", "stats"),
 }
 
@@ -305,6 +326,7 @@ def run(settings: Settings) -> int:
             engine=settings.engine_config(),
             gateway=settings.gateway,
             links=settings.links,
+            join=settings.join,
             stop_with_stdin=settings.parent.stop_with_stdin,
         )
     if isinstance(settings, RouterSettings):

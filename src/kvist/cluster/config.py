@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from kvist.config import option
 from kvist.engine.config import NameOptions
 from kvist.errors import ConfigError
+from kvist.router.addresses import normal_url
 from kvist.server.config import InstanceOptions, ServerConfig, TlsOptions
 from kvist.text import TextConfig
 
@@ -20,6 +21,32 @@ class GatewayOptions:
     tls: TlsOptions = field(default_factory=TlsOptions)
     instance: InstanceOptions = field(default_factory=InstanceOptions)
     text: TextConfig = field(default_factory=TextConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinOptions:
+    """The routers that a worker announces itself to. Raises `ConfigError` for an invalid URL."""
+
+    router: tuple[str, ...] = option(
+        (), "URLs of routers; the worker announces itself to each of them, and leaves them when it stops"
+    )
+    announce_interval_s: float = option(
+        2.0,
+        "interval between two announcements; a router forgets the worker when three are missing",
+        unit="seconds",
+        minimum=0.1,
+        maximum=60,
+    )
+
+    def __post_init__(self) -> None:
+        self.router_urls()
+
+    def router_urls(self) -> tuple[str, ...]:
+        """Return the URLs in their one spelling, each once."""
+        try:
+            return tuple(dict.fromkeys(map(normal_url, self.router)))
+        except ConfigError as error:
+            raise ConfigError(f"--router: {error.message.replace('worker URL', 'URL')}", param="router") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

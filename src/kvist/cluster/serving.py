@@ -22,6 +22,7 @@ import uvicorn
 
 from kvist.channel import (
     ChannelConfig,
+    ClusterProof,
     bracketed,
     host_to_name,
     is_loopback,
@@ -29,7 +30,8 @@ from kvist.channel import (
 )
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.cluster.announce import announce, curl_example, router_example, shown_key
-from kvist.cluster.config import GatewayOptions
+from kvist.cluster.config import GatewayOptions, JoinOptions
+from kvist.cluster.joining import Joining, OwnAddress
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.stopping import Drain, StopSignals
@@ -75,12 +77,18 @@ class LocalEngineTransport(httpx.AsyncBaseTransport):
 
 
 def serve_worker(
-    *, engine: EngineConfig, gateway: GatewayOptions, links: LinkOptions, stop_with_stdin: bool = False
+    *,
+    engine: EngineConfig,
+    gateway: GatewayOptions,
+    links: LinkOptions,
+    join: JoinOptions,
+    stop_with_stdin: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM, then return 0. Raises `KvistError` if the engine cannot start or the port is in
     use."""
     role = engine.endpoint.role
-    channel = with_cluster_key(engine.options.channel, serves_alone=role.serves_alone)
+    routers = join.router_urls()
+    channel = with_cluster_key(engine.options.channel, serves_alone=role.serves_alone and not routers)
     with _listening(gateway, stop_with_stdin) as listening:
         checkpoint = find_checkpoint(engine.options.model.model_path)
         engine = replace(engine, worker_id=listening.name, options=replace(engine.options, channel=channel))
@@ -97,8 +105,25 @@ def serve_worker(
             tokenizer=load_tokenizer(checkpoint, gateway.text) if role.serves_alone else None,
             supervisor=supervisor,
             role=role,
+            joining=Joining(
+                routers=routers,
+                own=OwnAddress(
+                    scheme=gateway.tls.scheme,
+                    host=gateway.server.host,
+                    port=listening.listener.getsockname()[1],
+                    advertised_host=engine.endpoint.engine_advertise_host,
+                ),
+                proof=ClusterProof(channel.cluster_key or ""),
+                interval_s=join.announce_interval_s,
+                api_key=_first_key(gateway.server),
+            ),
         )
     return 0
+
+
+def _first_key(server: ServerConfig) -> str | None:
+    """Return the key that this process sends to the others of its cluster, which must accept it."""
+    return server.api_key[0] if server.api_key else None
 
 
 def serve_router(
@@ -114,14 +139,14 @@ def serve_router(
     channel = with_cluster_key(channel)
     with _listening(gateway, stop_with_stdin) as listening:
         checkpoint = find_checkpoint(model_path)
-        keys = gateway.server.api_key
         tokenizer = load_tokenizer(checkpoint, gateway.text)
         named = GatewayTokenizer(name=checkpoint.name, fingerprint=vocabulary_fingerprint(tokenizer))
-        api_key = keys[0] if keys else None  # the workers must accept this key, too
-        parts = build_router(router, channel, api_key=api_key, tokenizer=named)
+        parts = build_router(router, channel, api_key=_first_key(gateway.server), tokenizer=named)
         logger.info("router at %s for %s", listening.url, checkpoint.name)
         if not (router.urls.worker_urls or router.urls.prefill or router.urls.decode):
-            logger.info("no worker is named: add workers with POST %s/workers", listening.url)
+            logger.info(
+                "no worker is named: add workers with POST %s/workers, or start them with --router", listening.url
+            )
         _serve(gateway, listening, checkpoint, router=parts, tokenizer=tokenizer)
     return 0
 
@@ -135,6 +160,7 @@ def _serve(
     tokenizer: Tokenizer | None,
     supervisor: EngineSupervisor | None = None,
     role: Role | None = None,
+    joining: Joining | None = None,
 ) -> None:
     """Serve HTTP until the end of the process: over the engine of `supervisor`, which has `role`, or as a router."""
     lifecycle = Lifecycle()
@@ -162,6 +188,7 @@ def _serve(
         listener=listening.listener,
         dispatcher=router.dispatcher,
         members=router.members if role is None else None,
+        joining=joining,
         supervisor=supervisor,
         answers_alone=answers_alone,
         lifecycle=lifecycle,
@@ -263,6 +290,7 @@ class Serving:
     listener: socket.socket
     dispatcher: Dispatcher
     members: Members | None = None  # of a router
+    joining: Joining | None = None  # of a worker
     supervisor: EngineSupervisor | None = None
     lifecycle: Lifecycle
     config: ServerConfig
@@ -276,6 +304,8 @@ class Serving:
         await self.dispatcher.start()
         if self.members is not None:
             self.members.start()
+        if self.joining is not None:
+            self.joining.start()
         watched = self.dispatcher if self.answers_alone else LocalEngineView(self.dispatcher)
         announcer = asyncio.create_task(
             announce(watched, self.on_ready, reports_waiting=self.supervisor is None), name="announcer"
@@ -294,12 +324,15 @@ class Serving:
                 fail_all=self.dispatcher.fail_all,
                 engine=self._drained(engine),
             )
-            await (drain.run() if stop_requested.done() else drain.end_open_requests())
+            await asyncio.gather(
+                self._leave_routers(), drain.run() if stop_requested.done() else drain.end_open_requests()
+            )
         finally:
             self.lifecycle.stop()
             announcer.cancel()
             stop_requested.cancel()
             self.http.should_exit = True
+            await self._leave_routers()  # if that has not happened above
             await serving
             if self.members is not None:
                 await self.members.close()
@@ -310,6 +343,10 @@ class Serving:
             self.stop.unwatch()
         if engine is not None and not engine.cancelled() and (error := engine.exception()) is not None:
             raise error
+
+    async def _leave_routers(self) -> None:
+        if self.joining is not None:
+            await self.joining.stop()
 
     def _drained(self, engine: asyncio.Task[None] | None) -> Awaitable[object] | None:
         """Ask the engine to drain; return None if no engine is running, for example while it loads."""

@@ -3,7 +3,7 @@ them.
 
 GET    /workers                  all workers
 POST   /workers                  {"url": ..., "worker_type": ...}: the operator names a worker; with `instance`,
-                                 a worker announces itself (cluster/announcing.py)
+                                 a worker announces itself (cluster/joining.py)
 GET    /workers/{URL or id}      one worker
 DELETE /workers/{URL or id}      its open requests may finish; with ?instance=, a worker withdraws itself
 """
