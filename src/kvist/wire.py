@@ -200,6 +200,7 @@ class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: float  # the last part of `duration_s`: Done received → pages verified; the delay of the stream
     transport: str = ""  # by which the pages travelled; empty if no page did
     transport_reason: str = ""  # why it was chosen; a text to be read
+    num_pages_recomputed: int = 0  # written pages that had arrived changed, and those behind them
 
 
 class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step, none in a reference cycle
@@ -351,6 +352,8 @@ class Done(_Message, frozen=True):
     first_token: SampledToken
     finish_reason: FinishReason | None = None  # set: the first token is the last one
     transport: str = ""  # that wrote the pages; empty if there were none
+    # Shortened digest of each page, by which decode finds the page that differs; empty for a path in local memory.
+    page_digests: bytes = b""
 
 
 class Closed(_Message, frozen=True):

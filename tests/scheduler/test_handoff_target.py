@@ -76,7 +76,8 @@ def test_decode_verifies_the_pages_before_it_answers_done() -> None:
     (grant_message,) = messages(bench.plan)
     assert isinstance(grant_message, Grant)
     plan = bench.step(done())
-    assert plan.transfers == (VerifyPages(handoff_id=H, page_ids=grant_message.page_ids, transport="sim"),)
+    verify = VerifyPages(handoff_id=H, page_ids=grant_message.page_ids, transport="sim", checksum="sum")
+    assert plan.transfers == (verify,)
     assert not plan.messages
     assert plan.batch is None
 
@@ -97,7 +98,7 @@ def test_verified_pages_are_acknowledged_cached_and_used() -> None:
     (chunk,) = bench.finish(token_id=6).chunks
     assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (1, (6,), None)
     assert chunk.handoff is not None
-    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5, "sim", "")
+    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5, "sim", "", 0)
     assert bench.finish(token_id=6).chunks[0].handoff is None
 
 
@@ -121,17 +122,51 @@ def test_done_with_a_finish_reason_ends_the_request_without_a_chunk() -> None:
 
 
 @pytest.mark.parametrize("damage", ["checksum", "count"])
-def test_pages_that_differ_from_those_sent_fail_the_request_on_both_sides(damage: str) -> None:
+def test_pages_that_arrived_changed_are_computed_again_and_never_cached_as_they_came(damage: str) -> None:
     bench = granted()
     if damage == "count":
         plan = bench.step(done(num_pages=2))
     else:
         bench.step(done())
         plan = bench.step(PagesVerified(handoff_id=H, checksum="other"))
-    assert ends(plan) == [(Outcome.FAILED, "handoff_failed")]
-    assert isinstance(messages(plan)[0], Revoke)
-    assert bench.scheduler.status().pages.free == 12
-    assert isinstance(messages(bench.step(done()))[0], Revoke)  # the Revoke was lost, and is repeated
+    assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
+    assert plan.batch is not None
+    assert not plan.page_events
+    (item,) = plan.batch.items
+    assert (item.start, list(item.token_ids)) == (0, PROMPT[:6]), "the first chunk of the prompt"
+    plan = bench.finish()
+    assert plan.batch is not None
+    (item,) = plan.batch.items
+    assert (list(item.token_ids), item.samples) == ([*PROMPT[6:], FIRST.token_id], True)
+    (chunk,) = bench.finish(token_id=6).chunks
+    assert (chunk.position, chunk.token_ids) == (1, (6,))
+    assert chunk.handoff is not None
+    assert chunk.handoff.num_pages_recomputed == 3
+    totals = bench.scheduler.status().totals
+    assert (totals["handoff_checksum_mismatches"], totals["handoffs_received"]) == (1, 0)
+    assert messages(bench.step(done())) == [Ack(handoff_id=H, target_epoch=D)]
+
+
+def test_only_the_pages_from_the_first_changed_one_on_are_computed_again() -> None:
+    bench = granted()
+    plan = bench.step(done(page_digests=b"3 digests"))
+    assert [job.page_digests for job in plan.transfers if isinstance(job, VerifyPages)] == [b"3 digests"]
+    plan = bench.step(PagesVerified(handoff_id=H, checksum="other", num_intact=2))
+    (event,) = plan.page_events
+    assert len(event.stored) == 2
+    assert plan.batch is not None
+    (item,) = plan.batch.items
+    assert (item.start, list(item.token_ids), item.samples) == (8, [*PROMPT[8:], FIRST.token_id], True)
+    assert bench.scheduler.status().totals["handoff_checksum_mismatches"] == 1
+
+
+def test_a_changed_page_of_an_ended_answer_is_not_cached() -> None:
+    bench = granted()
+    bench.step(done(finish_reason=FinishReason.STOP))
+    plan = bench.step(PagesVerified(handoff_id=H, checksum="other", num_intact=1))
+    assert ends(plan) == [(Outcome.FINISHED, None)]
+    assert bench.scheduler.status().pages.cached == 1
+    assert bench.busy_pages == 0
 
 
 def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> None:

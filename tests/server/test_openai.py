@@ -167,7 +167,16 @@ async def test_the_report_names_workers_and_handoff(bench: GatewayBench) -> None
         "decode_worker": "d:1",
         "cached_tokens": 4,
         "seed": 1000,
-        "handoff": {"num_pages": 3, "num_pages_reused": 2, "num_bytes": 4096, "duration_ms": 12.5, "wait_ms": 1.0},
+        "handoff": {
+            "num_pages": 3,
+            "num_pages_reused": 2,
+            "num_pages_recomputed": 0,
+            "num_bytes": 4096,
+            "duration_ms": 12.5,
+            "wait_ms": 1.0,
+            "transport": "shm",
+            "transport_reason": "both are near",
+        },
     }
     assert (await bench.chat(kvist={"report": True})).json()["kvist"] == expected
     *_, last, done = events_of(await bench.chat(kvist={"report": True}, stream=True))

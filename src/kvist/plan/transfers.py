@@ -20,11 +20,13 @@ class WritePages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyPages:
-    """Compute the checksum of our pages, in order. Report: `PagesVerified`."""
+    """Compute the checksum of our pages, in order, and compare it with the writer's. Report: `PagesVerified`."""
 
     handoff_id: HandoffId
     page_ids: tuple[int, ...]
     transport: str  # that wrote the pages: the digest of a page depends on it
+    checksum: str = ""  # the writer's
+    page_digests: bytes = b""  # the writer's, if it sent them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,7 @@ class WritesCompleted:
     handoff_id: HandoffId
     num_pages: int  # cumulative
     checksum: str  # over those pages, in order
+    page_digests: bytes = b""  # one per page, shortened (transfer/checksum.py); empty for a path in local memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,7 @@ class WritesFailed:
 class PagesVerified:
     handoff_id: HandoffId
     checksum: str  # over the granted pages as they are in our pool now
+    num_intact: int = 0  # if the checksum differs: pages before the first whose digest differs; 0 without digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,11 @@ SCHEDULER_COUNTERS = CounterGroup(
             text="handoffs sent by this prefill worker and acknowledged by the decode worker",
         ),
         Counter(name="handoffs_received", unit="handoffs", text="handoffs granted and verified by this decode worker"),
+        Counter(
+            name="handoff_checksum_mismatches",
+            unit="handoffs",
+            text="handoffs whose pages arrived changed at this decode worker, which computed the pages again",
+        ),
         Counter(name="handoffs_failed", unit="handoffs", text="handoffs that failed, were refused or timed out"),
         Counter(
             name="handoffs_cancelled",

@@ -54,6 +54,7 @@ def _report_one(choice: ChoiceState) -> dict[str, object]:
         else {
             "num_pages": handoff.num_pages,
             "num_pages_reused": handoff.num_pages_reused,
+            "num_pages_recomputed": handoff.num_pages_recomputed,
             "num_bytes": handoff.num_bytes,
             "duration_ms": round(handoff.duration_s * 1000, 3),
             "wait_ms": round(handoff.wait_s * 1000, 3),

@@ -40,7 +40,15 @@ BYTE_MODEL = make_spec(
     max_running_requests=8,
     max_queued_requests=8,
 )
-HANDOFF = HandoffReport(num_pages=3, num_pages_reused=2, num_bytes=4096, duration_s=0.0125, wait_s=0.001)
+HANDOFF = HandoffReport(
+    num_pages=3,
+    num_pages_reused=2,
+    num_bytes=4096,
+    duration_s=0.0125,
+    wait_s=0.001,
+    transport="shm",
+    transport_reason="both are near",
+)
 LogprobsAt = Callable[[EngineRequest, int, int], TokenLogprobs]  # request, position of the output token, its id
 PromptLogprobsAt = Callable[[EngineRequest, int], TokenLogprobs]  # request, position in the prompt
 

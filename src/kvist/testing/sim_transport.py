@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 from kvist.kv.cache import PageCache
@@ -13,6 +14,8 @@ from kvist.plan.events import Event
 from kvist.plan.transfers import PagesVerified, StopWrites, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import HandoffId
 from kvist.testing.sim_device import Page, SimDevice, checksum
+
+DIGEST_BYTES = 16  # of one page
 
 
 class Pool(Protocol):
@@ -37,7 +40,7 @@ class _Writes:
 class SimTransport:
     """Copies one page at a time, in the requested order, as promised by `transfer/__init__.py`. Mutable; the engine's.
 
-    A test sets `fail_next` and `corrupt_next` for the next copy."""
+    A test sets `fail_next` and `corrupt_next` for the next copy, and `sends_digests` for the digest of each page."""
 
     def __init__(self, own: Pool, peer_of: Callable[[str], Pool | None]) -> None:
         """`peer_of` returns the pool at an address, or None if its engine is dead."""
@@ -48,6 +51,7 @@ class SimTransport:
         self._reports: list[Event] = []
         self.corrupt_next = False
         self.fail_next = False
+        self.sends_digests = True
 
     def take(self, job: WritePages | VerifyPages | StopWrites) -> None:
         if isinstance(job, VerifyPages):
@@ -83,9 +87,7 @@ class SimTransport:
         """Copy one page, and verify one grant."""
         if self._verifies:
             job = self._verifies.popleft()
-            self._reports.append(
-                PagesVerified(handoff_id=job.handoff_id, checksum=self._own.device.checksum(job.page_ids))
-            )
+            self._reports.append(self._verified(job))
         for handoff_id, writes in self._writes.items():
             if writes.jobs:
                 if self.fail_next:
@@ -116,10 +118,25 @@ class SimTransport:
             writes.job_ends.popleft()
             self._reports.append(self._completed(handoff_id))
 
+    def _verified(self, job: VerifyPages) -> PagesVerified:
+        pages = [self._own.device.pages[page_id] for page_id in job.page_ids]
+        sent = [job.page_digests[at : at + DIGEST_BYTES] for at in range(0, len(job.page_digests), DIGEST_BYTES)]
+        intact = takewhile(lambda pair: pair[0] == _digest(pair[1]), zip(sent, pages, strict=False))
+        return PagesVerified(handoff_id=job.handoff_id, checksum=checksum(pages), num_intact=len(list(intact)))
+
     def _completed(self, handoff_id: HandoffId) -> WritesCompleted:
-        writes = self._writes[handoff_id]
-        return WritesCompleted(handoff_id=handoff_id, num_pages=len(writes.written), checksum=checksum(writes.written))
+        written = self._writes[handoff_id].written
+        return WritesCompleted(
+            handoff_id=handoff_id,
+            num_pages=len(written),
+            checksum=checksum(written),
+            page_digests=b"".join(map(_digest, written)) if self.sends_digests else b"",
+        )
 
     def poll(self) -> list[Event]:
         reports, self._reports = self._reports, []
         return reports
+
+
+def _digest(page: Page) -> bytes:
+    return checksum([page]).encode()

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import xxhash
 
+PAGE_DIGEST_BYTES = 8  # of a page's digest, sent to find the page that differs; the checksum proves equality
+
 
 class RunningChecksum:
     """xxh3_128 over the digests of the pages, in the order they were added."""
@@ -27,6 +29,20 @@ class RunningChecksum:
         """Return 32 hex digits; also without any page."""
         digest: str = self._fold.hexdigest()
         return digest
+
+
+def shortened(digests: Iterable[bytes]) -> bytes:
+    """Return the first `PAGE_DIGEST_BYTES` of each digest, joined."""
+    return b"".join(digest[:PAGE_DIGEST_BYTES] for digest in digests)
+
+
+def num_equal(ours: bytes, theirs: bytes) -> int:
+    """Return how many leading pages have equal digests in two results of `shortened`; 0 if their lengths differ."""
+    if len(ours) != len(theirs):
+        return 0
+    starts = range(0, len(ours), PAGE_DIGEST_BYTES)
+    differing = (at for at in starts if ours[at : at + PAGE_DIGEST_BYTES] != theirs[at : at + PAGE_DIGEST_BYTES])
+    return next(differing, len(ours)) // PAGE_DIGEST_BYTES
 
 
 def fold(digests: Iterable[bytes]) -> str:

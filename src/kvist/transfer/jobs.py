@@ -33,7 +33,7 @@ from kvist.plan.transfers import (
     WritesFailed,
 )
 from kvist.request import HandoffId
-from kvist.transfer.checksum import RunningChecksum, fold
+from kvist.transfer.checksum import RunningChecksum, fold, num_equal, shortened
 from kvist.wire import PoolAddress
 
 MAX_QUEUED_WRITES = 4096
@@ -71,6 +71,7 @@ class _Handoff:
     state: _State = _State.OPEN
     num_pages: int = 0
     checksum: RunningChecksum = field(default_factory=RunningChecksum)
+    page_digests: bytearray = field(default_factory=bytearray)  # shortened; empty in local memory
 
 
 class TransferJobs(Generic[PeerT]):
@@ -84,7 +85,10 @@ class TransferJobs(Generic[PeerT]):
         pages: OwnPages[PeerT],
         open_peer: Callable[[PoolAddress], PeerT],
         wakeup: Callable[[], None],
+        sends_digests: bool = False,
     ) -> None:
+        """`sends_digests`: the pages leave local memory, and the receiver needs to find a page that has changed."""
+        self._sends_digests = sends_digests
         self._address = address
         self._pages = pages
         self._open_peer = open_peer
@@ -166,7 +170,7 @@ class TransferJobs(Generic[PeerT]):
         if isinstance(job, WritePages):
             self._carry_out_write(job)
         elif isinstance(job, VerifyPages):
-            self._report(PagesVerified(handoff_id=job.handoff_id, checksum=self._checksum(job)))
+            self._report(self._verified(job))
         elif isinstance(job, WritesFailed):
             self._report(job)
         else:
@@ -188,6 +192,8 @@ class TransferJobs(Generic[PeerT]):
                 group = slice(start, start + self._pages.pages_at_once)
                 digests = self._pages.copy(job.page_ids[group], peer, job.peer_page_ids[group])
                 handoff.checksum.add(digests)
+                if self._sends_digests:
+                    handoff.page_digests += shortened(digests)
                 handoff.num_pages += len(digests)
         except Exception as error:  # the thread must survive a failed handoff
             if not isinstance(error, KvistError):
@@ -199,12 +205,18 @@ class TransferJobs(Generic[PeerT]):
                 self._reports.append(self._completed(job.handoff_id, handoff))
         self._wakeup()
 
-    def _checksum(self, job: VerifyPages) -> str:
+    def _verified(self, job: VerifyPages) -> PagesVerified:
         try:
-            return fold(self._pages.digests(job.page_ids))
+            digests = self._pages.digests(job.page_ids)
         except Exception:
             logger.exception("computing the checksum of handoff %s failed", job.handoff_id)
-            return ""  # matches no writer's checksum, so the handoff fails
+            return PagesVerified(handoff_id=job.handoff_id, checksum="")  # equals no writer's checksum
+        checksum, num_intact = fold(digests), 0
+        if checksum != job.checksum:
+            num_intact = num_equal(shortened(digests), job.page_digests)
+            which = f"page {num_intact} of {len(digests)}" if job.page_digests else f"one of {len(digests)} pages"
+            logger.warning("%s of handoff %s has arrived changed (%s)", which, job.handoff_id, job.transport)
+        return PagesVerified(handoff_id=job.handoff_id, checksum=checksum, num_intact=num_intact)
 
     def _open_checked(self, address: PoolAddress, page_ids: tuple[int, ...]) -> PeerT:
         """Open the peer's pages, after checking its address and the page ids. Raises `Unavailable` before any write."""
@@ -251,7 +263,10 @@ class TransferJobs(Generic[PeerT]):
     @staticmethod
     def _completed(handoff_id: HandoffId, handoff: _Handoff) -> WritesCompleted:
         return WritesCompleted(
-            handoff_id=handoff_id, num_pages=handoff.num_pages, checksum=handoff.checksum.hexdigest()
+            handoff_id=handoff_id,
+            num_pages=handoff.num_pages,
+            checksum=handoff.checksum.hexdigest(),
+            page_digests=bytes(handoff.page_digests),
         )
 
     def _assert_local(self, page_ids: tuple[int, ...]) -> None:

@@ -42,6 +42,7 @@ class PageWrites:
     next_page: int  # writes of pages [grant.first_page, next_page) were requested
     num_written: int = 0
     checksum: str = ""
+    page_digests: bytes = b""
     complete: bool = False  # every page is computed, and all writes were requested
     stop_step: int | None = None  # the step whose plan has StopWrites; reports in this step were made before the stop
 
@@ -197,7 +198,7 @@ class SourceSide:
             return
         writes = handoff.writes
         writes.num_written = event.num_pages
-        writes.checksum = event.checksum
+        writes.checksum, writes.page_digests = event.checksum, event.page_digests
         if handoff.state is SourceState.STOPPING:
             if writes.all_written or writes.stop_step != self._context.step_count:
                 self._fire(handoff, SourceTrigger.WRITES_STOPPED, handoff.refusal)
@@ -358,6 +359,7 @@ class SourceSide:
             first_token=first_token,
             finish_reason=handoff.request.first_token_finish,
             transport=writes.pool.transport if writes.grant.page_ids else "",
+            page_digests=writes.page_digests,
         )
         self._context.out.to_target(done.target_epoch, done)
         self._parts.set_timer(TimerKind.RESEND_DONE, handoff.handoff_id, self._context.config.ack_timeout_s)

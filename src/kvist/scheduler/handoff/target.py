@@ -40,6 +40,7 @@ class TargetHandoff:
     state: TargetState = TargetState.GRANTED
     done: Done | None = None  # from its arrival on
     done_s: float = 0.0
+    num_intact: int = 0  # pages that arrived as they were sent, up to the first that did not
     reason: str = ""  # sent with Revoke
     cancelled: bool = False  # its request was aborted, here or at prefill
 
@@ -190,10 +191,11 @@ class TargetSide:
         if handoff is None or handoff.done is None:
             return
         if event.checksum == handoff.done.checksum:
+            handoff.num_intact = len(handoff.grant.page_ids)
             self._fire(handoff, TargetTrigger.VERIFIED, "")
         else:
-            reason = "the pages that arrived differ from those that the prefill worker sent"
-            self._fire(handoff, TargetTrigger.MISMATCH, reason)
+            handoff.num_intact = min(event.num_intact, len(handoff.grant.page_ids))
+            self._fire(handoff, TargetTrigger.MISMATCH, "")
 
     def _on_done_timeout(self, key: str) -> None:
         limit = f"{self._context.config.handoff_timeout_s:g} s (--handoff-timeout-s)"
@@ -219,10 +221,10 @@ class TargetSide:
             self._parts.cancel_timers(handoff.handoff_id, TimerKind.DONE)
             self._send_revoke(handoff.endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
             self._parts.set_timer(TimerKind.RESEND, handoff.handoff_id, self._context.config.ack_timeout_s)
-        elif trigger is TargetTrigger.VERIFIED:
-            self._take_over(handoff)
+        elif trigger in (TargetTrigger.VERIFIED, TargetTrigger.MISMATCH):
+            self._take_over(handoff, verified=trigger is TargetTrigger.VERIFIED)
         else:
-            if trigger in (TargetTrigger.MISMATCH, TargetTrigger.REQUEST_ENDED):
+            if trigger is TargetTrigger.REQUEST_ENDED:
                 self._send_revoke(handoff.endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
             self._close(handoff, _Answer(taken_over=False, reason=reason))
             self._context.count("handoffs_cancelled" if handoff.cancelled else "handoffs_failed")
@@ -234,21 +236,23 @@ class TargetSide:
                 self._endings.end(handoff.request, Outcome.FAILED, code or "handoff_failed", reason)
 
     def _verify(self, handoff: TargetHandoff) -> None:
-        num_written, page_ids = handoff.received.num_pages, handoff.grant.page_ids
-        if num_written != len(page_ids):
-            message = f"the prefill worker wrote {num_written} of {len(page_ids)} granted pages"
-            self._fire(handoff, TargetTrigger.MISMATCH, message)
+        done, page_ids = handoff.received, handoff.grant.page_ids
+        if done.num_pages != len(page_ids):
+            self._fire(handoff, TargetTrigger.MISMATCH, "")
         elif not page_ids:
             self._fire(handoff, TargetTrigger.VERIFIED, "")
-        elif handoff.received.transport not in (pool.transport for pool in handoff.grant.pools):
-            message = f"the prefill worker wrote pages by {handoff.received.transport!r}, which was not offered"
-            self._fire(handoff, TargetTrigger.MISMATCH, message)
         else:
-            transport = handoff.received.transport
-            verify = VerifyPages(handoff_id=handoff.handoff_id, page_ids=page_ids, transport=transport)
+            verify = VerifyPages(
+                handoff_id=handoff.handoff_id,
+                page_ids=page_ids,
+                transport=done.transport,
+                checksum=done.checksum,
+                page_digests=done.page_digests,
+            )
             self._context.out.transfers.append(verify)
 
-    def _take_over(self, handoff: TargetHandoff) -> None:
+    def _take_over(self, handoff: TargetHandoff, *, verified: bool) -> None:
+        """Continue the request here. Pages that did not arrive as they were sent are computed again."""
         context, num_pages = self._context, len(handoff.grant.page_ids)
         self._close(handoff, _Answer(taken_over=True))
         self._send_ack(handoff.endpoint, handoff.handoff_id)
@@ -261,12 +265,13 @@ class TargetSide:
             wait_s=context.now_s - handoff.done_s,
             transport=handoff.received.transport,
             transport_reason=self._reason_for(handoff),
+            num_pages_recomputed=num_pages - handoff.num_intact,
         )
-        context.count("handoffs_received")
+        context.count("handoffs_received" if verified else "handoff_checksum_mismatches")
         context.count("handoff_pages", num_pages)
         context.count("handoff_bytes", num_bytes)
         context.count("handoff_seconds", context.now_s - handoff.granted_s)
-        self._start_decoding(handoff.request, handoff.received)
+        self._start_decoding(handoff)
 
     def _reason_for(self, handoff: TargetHandoff) -> str:
         """Return why the transport that wrote the pages was chosen; empty if only the prefill engine knows."""
@@ -274,10 +279,12 @@ class TargetSide:
         choice = None if peer.spec is None else self._peers.from_(peer.epoch, peer.spec)
         return "" if choice is None or choice.name != handoff.received.transport else choice.reason
 
-    def _start_decoding(self, request: DecodeRequest, done: Done) -> None:
-        """Start the request. The K/V of its tokens on arrival is in its pages; prefill has already sent the first token
-        to the gateway, with the finish reason, if any."""
-        num_tokens = request.num_tokens_on_arrival
+    def _start_decoding(self, handoff: TargetHandoff) -> None:
+        """Start the request. The K/V of its tokens on arrival is in its intact pages; prefill has already sent the
+        first token to the gateway, with the finish reason, if any."""
+        request, done = handoff.request, handoff.received
+        num_pages = handoff.grant.first_page + handoff.num_intact
+        num_tokens = min(request.num_tokens_on_arrival, num_pages * self._parts.cache.page_size)
         request.num_computed = request.num_planned = num_tokens
         self._parts.cache.insert(request.lease, request.token_ids, num_tokens)
         request.token_ids.append(done.first_token.token_id)
