@@ -34,10 +34,12 @@ def with_defaults(bench: GatewayBench, **defaults: Any) -> GatewayBench:
 
 
 async def test_chats_and_completions_use_the_models_recommended_sampling_by_default(bench: GatewayBench) -> None:
-    served = with_defaults(bench, temperature=0.6, top_p=0.95, top_k=20, min_p=0.1, max_new_tokens=7)
+    served = with_defaults(
+        bench, temperature=0.6, top_p=0.95, top_k=20, min_p=0.1, repetition_penalty=1.1, max_new_tokens=7
+    )
     await served.chat()
     await served.post("/v1/completions", {"prompt": "x"})
-    await served.chat(temperature=1, top_p=1, top_k=-1, min_p=0, max_tokens=9)
+    await served.chat(temperature=1, top_p=1, top_k=-1, min_p=0, repetition_penalty=1, max_tokens=9)
     await served.post("/generate", {"text": "x"})
     chat, completion, explicit, native = [request.sampling for request in bench.dispatcher.requests]
     assert (chat.temperature, chat.top_p, chat.top_k, chat.min_p, chat.max_tokens) == (0.6, 0.95, 20, 0.1, 7)
@@ -49,6 +51,8 @@ async def test_chats_and_completions_use_the_models_recommended_sampling_by_defa
         0.0,
         9,
     )
+    penalties = [each.repetition_penalty for each in (chat, completion, explicit, native)]
+    assert penalties == [1.1, 1.1, 1.0, 1.0]
     assert (native.temperature, native.top_p, native.top_k) == (1.0, 1.0, 0), "SGLang's own API has its own defaults"
     assert (await served.client.get("/model_info")).json()["preferred_sampling_params"]["top_k"] == 20
 

@@ -200,17 +200,12 @@ def _serve(
 
 
 def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefaults:
-    """Return the model's sampling defaults. Log them, and a recommended value that is not applied."""
+    """Return the model's sampling defaults, and log them."""
     defaults = load_sampling_defaults(checkpoint, text.generation_config)
     given = {name: value for name, value in asdict(defaults).items() if value is not None}
-    penalty = given.pop("repetition_penalty", None)
     if given:
         listed = ", ".join(f"{name} {value:g}" for name, value in given.items())
         logger.info("sampling defaults of the model: %s (--generation-config)", listed)
-    if penalty not in (None, 1.0):
-        logger.warning(
-            "the model recommends repetition_penalty %g: set it in each request, it is not a default", penalty
-        )
     return defaults
 
 

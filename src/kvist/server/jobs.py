@@ -95,7 +95,14 @@ def _samplings(gateway: GatewayContext, spec: JobSpec) -> list[SamplingParams]:
     names, vocab_size, min_tokens = spec.names, gateway.vocab_size(), spec.min_tokens or 0
     stop_token_ids = stop_ids(spec.fields, vocab_size, names)
     tokenizer, suppressed = gateway.require_tokenizer(), stop_token_ids if min_tokens else ()
-    changes = shaping(spec.fields, tokenizer, vocab_size=vocab_size, stop_token_ids=suppressed, names=names)
+    changes = shaping(
+        spec.fields,
+        tokenizer,
+        defaults=spec.defaults,
+        vocab_size=vocab_size,
+        stop_token_ids=suppressed,
+        names=names,
+    )
     changes |= spec.logprobs.params()
     samplings = [
         sampling_params(

@@ -8,7 +8,7 @@ from kvist.api.schemas import Generation, SamplingFields
 from kvist.errors import RequestError
 from kvist.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS
 from kvist.server.sampling import FieldNames, check_token_ids, require
-from kvist.text import Tokenizer
+from kvist.text import SamplingDefaults, Tokenizer
 
 _MAX_WORD_CHARS = 256
 _LARGEST_BIAS = 100.0
@@ -16,14 +16,21 @@ _LARGEST_REPETITION_PENALTY = 100.0  # and its reciprocal is the smallest: other
 
 
 def shaping(
-    fields: SamplingFields, tokenizer: Tokenizer, *, vocab_size: int, stop_token_ids: Sequence[int], names: FieldNames
+    fields: SamplingFields,
+    tokenizer: Tokenizer,
+    *,
+    defaults: SamplingDefaults,
+    vocab_size: int,
+    stop_token_ids: Sequence[int],
+    names: FieldNames,
 ) -> dict[str, object]:
     """Return the values of `SamplingParams` that change logits, without those that change nothing. `stop_token_ids` are
     those that `min_tokens` suppresses. Raises `RequestError`."""
+    penalty = defaults.repetition_penalty if fields.repetition_penalty is None else fields.repetition_penalty
     found: dict[str, object] = {
         "frequency_penalty": _penalty(fields.frequency_penalty, names.inside + "frequency_penalty"),
         "presence_penalty": _penalty(fields.presence_penalty, names.inside + "presence_penalty"),
-        "repetition_penalty": _repetition_penalty(fields.repetition_penalty, names.inside + "repetition_penalty"),
+        "repetition_penalty": _repetition_penalty(penalty, names.inside + "repetition_penalty"),
         "logit_bias": _bias(fields.logit_bias or {}, vocab_size, names.inside + "logit_bias"),
     }
     if isinstance(fields, Generation):

@@ -56,7 +56,7 @@ def _read(values: Mapping[str, object], origin: str) -> SamplingDefaults:
         top_p=_number(values, "top_p", origin, 0.0, 1.0),
         top_k=_integer(values, "top_k", origin, -1),
         min_p=_number(values, "min_p", origin, 0.0, 1.0),
-        repetition_penalty=_number(values, "repetition_penalty", origin, 0.0, 100.0),
+        repetition_penalty=_number(values, "repetition_penalty", origin, 0.01, 100.0),
         max_new_tokens=_integer(values, "max_new_tokens", origin, 1),
     )
 
