@@ -2,7 +2,7 @@
 
 A caller has a path of three names, the most general first: its API key, its host, its connection. Keys take turns;
 within the turns of a key its hosts take turns, and within those of a host its connections. A flood of requests or of
-connections thus leaves all other callers their share. The names are opaque here: server/caller.py makes them.
+connections thus leaves all other callers their share. The names are opaque here: http/caller.py makes them.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from starlette.types import Scope
 
 from kvist import settings
 from kvist.errors import ConfigError
+from kvist.http.caller import ApiKeys, caller_of
 from kvist.options import given_values
-from kvist.server.caller import ApiKeys, caller_of
 from kvist.server.sampling import salt_digest
 
 

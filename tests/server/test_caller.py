@@ -4,7 +4,7 @@ import pytest
 from starlette.types import Scope
 
 from kvist.errors import Unauthorized
-from kvist.server.caller import ApiKeys, caller_of
+from kvist.http.caller import ApiKeys, caller_of
 from tests.server.conftest import MakeBench
 
 

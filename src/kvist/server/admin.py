@@ -13,9 +13,9 @@ from kvist import __version__, metrics
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import DetokenizeRequest, TokenizeRequest
 from kvist.errors import RequestError, Unavailable, error_from_wire
+from kvist.http.asgi import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.router.stream import WorkerSnapshot
 from kvist.server.gateway import GatewayContext
-from kvist.server.http import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.server.sampling import check_num_lists, check_token_ids, token_lists
 from kvist.server.storage_names import decode_store, field_of, named_status
 from kvist.server.worker_metrics import pages_by_state

@@ -25,15 +25,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError, KvistError, RequestError
+from kvist.http.asgi import ClientDisconnected, header, send_error
+from kvist.http.caller import ApiKeys, Caller, caller_of
+from kvist.http.traffic import TokenCounts, Traffic, exchange_of
+from kvist.http.work import BodyBudget, WorkPool
 from kvist.metrics import GatewayMetrics
 from kvist.request import Role
 from kvist.server.admin import Admin
 from kvist.server.admission import Admission
-from kvist.server.caller import ApiKeys, Caller, caller_of
 from kvist.server.config import ServerConfig
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import EngineClient
-from kvist.server.http import ClientDisconnected, header, send_error
 from kvist.server.lifecycle import Lifecycle
 from kvist.server.model_endpoints import ModelEndpoints
 from kvist.server.native import native_job
@@ -41,9 +43,7 @@ from kvist.server.not_served import NOT_SERVED, NotServed
 from kvist.server.openai import chat_job, completion_job
 from kvist.server.respond import Job, respond
 from kvist.server.sampling import MAX_SEED
-from kvist.server.traffic import TokenCounts, Traffic, exchange_of
 from kvist.server.web_pages import OriginGuard, check_host_header
-from kvist.server.work import BodyBudget, WorkPool
 from kvist.server.worker_metrics import member_families, worker_families
 from kvist.server.workers import Workers, WorkerSet
 from kvist.text import SamplingDefaults, Tokenizer

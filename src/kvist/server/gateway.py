@@ -17,15 +17,15 @@ from kvist.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.clock import Clock
 from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
 from kvist.fit import Limit, limit_text
+from kvist.http.asgi import cancel_on_disconnect, read_body
+from kvist.http.caller import Caller, caller_of
+from kvist.http.work import INLINE_BYTES, BodyBudget, WorkPool
 from kvist.metrics import GatewayMetrics
 from kvist.request import Role
 from kvist.server.admission import Admission
-from kvist.server.caller import Caller, caller_of
 from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import EngineClient
-from kvist.server.http import cancel_on_disconnect, read_body
 from kvist.server.lifecycle import Lifecycle
-from kvist.server.work import INLINE_BYTES, BodyBudget, WorkPool
 from kvist.text import SamplingDefaults, Tokenizer, encode_up_to
 from kvist.wire import EngineHealth, EngineSpec
 

@@ -10,8 +10,8 @@ import msgspec
 
 from kvist.api.schemas import SamplingFields
 from kvist.errors import RequestError
+from kvist.http.caller import Caller
 from kvist.request import EngineRequest, RequestId, SamplingParams
-from kvist.server.caller import Caller
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
 from kvist.server.requested_logprobs import MAX_KEPT_LOGPROBS, RequestedLogprobs

@@ -15,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from kvist.clock import unix_time_s
 from kvist.errors import RequestError, Unavailable
+from kvist.http.asgi import send_json
 from kvist.request import EngineRequest, RequestId, SamplingParams
 from kvist.server.gateway import GatewayContext
-from kvist.server.http import send_json
 
 _PROBE_TIMEOUT_S = 20.0  # SGLang's
 _PROBE_TOKENS = 2

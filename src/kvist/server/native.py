@@ -10,8 +10,8 @@ from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import NativeRequest, NativeSampling
 from kvist.errors import RequestError
 from kvist.fit import Limit
+from kvist.http.caller import Caller
 from kvist.request import TokenLogprobs
-from kvist.server.caller import Caller
 from kvist.server.config import StreamForm
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta

@@ -8,7 +8,7 @@ from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import ChatRequest, CompletionRequest
 from kvist.errors import RequestError
 from kvist.fit import Limit
-from kvist.server.caller import Caller
+from kvist.http.caller import Caller
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
 from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id

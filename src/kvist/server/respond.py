@@ -21,9 +21,9 @@ from starlette.types import Receive, Send
 
 from kvist.errors import EngineError, KvistError, Timeout
 from kvist.fairness import CallerPath, caller_path
+from kvist.http.asgi import JSON_TYPE, ClientDisconnected, Headers, cancel_on_disconnect, error_object, send_bytes
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta, run_choices
-from kvist.server.http import JSON_TYPE, ClientDisconnected, Headers, cancel_on_disconnect, error_object, send_bytes
 
 logger = logging.getLogger(__name__)
 

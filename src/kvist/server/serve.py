@@ -18,9 +18,9 @@ from starlette.types import ASGIApp
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import ConfigError
+from kvist.http.protocol import Bounds, bounded_protocol
+from kvist.http.traffic import Traffic
 from kvist.server.config import ServerConfig, TlsOptions
-from kvist.server.protocol import Bounds, bounded_protocol
-from kvist.server.traffic import Traffic
 
 NO_TLS = TlsOptions()
 

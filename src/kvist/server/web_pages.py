@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from starlette.types import Scope
 
 from kvist.errors import Forbidden, RequestError, UnsupportedMediaType
+from kvist.http.asgi import header
 from kvist.server.config import ServerConfig
-from kvist.server.http import header
 
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 

@@ -19,13 +19,13 @@ from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import WorkerRequest
 from kvist.channel import PROOF_HEADER
 from kvist.errors import Forbidden, RequestError, UnknownWorker
+from kvist.http.asgi import header, send_json
+from kvist.http.caller import own_key
 from kvist.request import Role
 from kvist.router.members import MemberCounts
 from kvist.router.membership import Announcement
 from kvist.router.stream import WorkerSnapshot
-from kvist.server.caller import own_key
 from kvist.server.gateway import GatewayContext
-from kvist.server.http import header, send_json
 from kvist.server.web_pages import is_local
 
 _DECODER = BodyDecoder(WorkerRequest)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvist.errors import Overloaded, RequestError
-from kvist.server.work import BodyBudget, WorkPool
+from kvist.http.work import BodyBudget, WorkPool
 
 ANN, BOB = ("", "ann", "1"), ("", "bob", "1")
 

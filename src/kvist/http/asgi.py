@@ -10,8 +10,8 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from kvist.errors import KvistError, RequestError, SlowBody
-from kvist.server.encoding import body_decoder, body_too_large
-from kvist.server.work import BodyShare
+from kvist.http.encoding import body_decoder, body_too_large
+from kvist.http.work import BodyShare
 
 Headers = Sequence[tuple[bytes, bytes]]
 

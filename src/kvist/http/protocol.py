@@ -25,8 +25,8 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from kvist.errors import HeaderTooLarge, KvistError, RequestError, SlowHeader, Unavailable
-from kvist.server.http import JSON_TYPE, Headers, error_headers, error_object, header
-from kvist.server.traffic import Traffic
+from kvist.http.asgi import JSON_TYPE, Headers, error_headers, error_object, header
+from kvist.http.traffic import Traffic
 
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADER_LINES = 100

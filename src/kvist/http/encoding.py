@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Awaitable, Callable
 
 from kvist.errors import BodyTooLarge, RequestError, UnsupportedMediaType
-from kvist.server.work import BodyShare
+from kvist.http.work import BodyShare
 
 _PIECE_BYTES = 1 << 18  # decompressed in about a millisecond
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS

@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from kvist.errors import Unauthorized
 from kvist.fairness import CallerPath, caller_path
-from kvist.server.http import header
+from kvist.http.asgi import header
 
 _SCOPE_KEY = "kvist.caller"
 _ID_BYTES = 16
