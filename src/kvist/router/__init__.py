@@ -21,6 +21,7 @@ from kvist.router.fleet import Fleet
 from kvist.router.members import Members
 from kvist.router.membership import Announcement, Membership
 from kvist.router.registry import GatewayTokenizer, Registry
+from kvist.router.sources import discovery_of
 
 __all__ = [
     "Announcement",
@@ -66,6 +67,7 @@ def build_router(
         links=fleet,
         hosts=HostRule(config.members.allowed_worker_hosts),
         proof=ClusterProof(channel.cluster_key or ""),
+        discoveries=[discovery_of(place) for place in config.members.discovery],
         clock=clock,
     )
     urls = config.urls

@@ -8,6 +8,7 @@ from kvist.config import option
 from kvist.door import Given, choice_of, options_of_choice
 from kvist.router.addresses import HostRule
 from kvist.router.policies import POLICIES
+from kvist.router.sources import discovery_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,11 @@ class WorkerUrls:
 class MemberOptions:
     """Which workers may join while the router runs."""
 
+    discovery: tuple[str, ...] = option(
+        (),
+        "places that list workers, which are watched for changes: file:PATH (one URL per line) or dns:NAME:PORT (all "
+        "addresses of the name)",
+    )
     max_workers: int = option(256, "maximum number of workers, however they are named", unit="workers", minimum=1)
     allowed_worker_hosts: tuple[str, ...] = option(
         (),
@@ -32,6 +38,8 @@ class MemberOptions:
 
     def __post_init__(self) -> None:
         HostRule(self.allowed_worker_hosts)  # raises for a wrong entry
+        for place in self.discovery:
+            discovery_of(place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The members of a gateway at run time: takes what the sources say (membership.py); the links follow (fleet.py).
 
-Owns the sources' state and counts; the operator and the workers change it over HTTP (server/workers.py). Announcements
-that are not repeated expire in a task of this module.
+Owns the sources' state and counts; the operator and the workers change it over HTTP (server/workers.py). Tasks of this
+module read each `--discovery` (sources.py), and end announcements that are not repeated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,7 +17,7 @@ from typing import Protocol
 from kvist.bounded_log import BoundedLog
 from kvist.channel import ClusterProof
 from kvist.clock import Clock, PauseMeter
-from kvist.errors import Forbidden, KvistError, UnknownWorker
+from kvist.errors import Forbidden, KvistError, Unavailable, UnknownWorker
 from kvist.request import Role
 from kvist.router.addresses import HostRule
 from kvist.router.membership import (
@@ -31,6 +31,7 @@ from kvist.router.membership import (
     Outcome,
 )
 from kvist.router.registry import Registry
+from kvist.router.sources import Discovery
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Links(Protocol):
 class MemberCounts:
     announcements: Mapping[Outcome, int] = field(default_factory=dict)
     refused: Mapping[str, int] = field(default_factory=dict)  # requests to change the members, by error code
+    discovery_failures: Mapping[str, int] = field(default_factory=dict)  # by --discovery
 
 
 class Members:
@@ -62,6 +64,7 @@ class Members:
         links: Links,
         hosts: HostRule,
         proof: ClusterProof,
+        discoveries: Sequence[Discovery] = (),
         clock: Clock,
     ) -> None:
         self._membership = membership
@@ -72,18 +75,26 @@ class Members:
         self._clock = clock
         self._log = BoundedLog(logger)
         self._refused: Counter[str] = Counter()
-        self._expiry: asyncio.Task[None] | None = None
+        self._discoveries = discoveries
+        self._failures: dict[str, int] = {each.source: 0 for each in discoveries}
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        self._expiry = asyncio.get_running_loop().create_task(self._expire_forever(), name="expiry of announcements")
+        """Start to watch the sources. Call inside the running loop."""
+        self._tasks.append(asyncio.create_task(self._expire_forever(), name="expiry of announcements"))
+        self._tasks += [asyncio.create_task(self._watch(each), name=each.source) for each in self._discoveries]
 
     async def close(self) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
-            await asyncio.gather(self._expiry, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def counts(self) -> MemberCounts:
-        return MemberCounts(announcements=dict(self._membership.num_announcements), refused=dict(self._refused))
+        return MemberCounts(
+            announcements=dict(self._membership.num_announcements),
+            refused=dict(self._refused),
+            discovery_failures=dict(self._failures),
+        )
 
     # ---------------------------------------------------------------- what the sources say
 
@@ -159,6 +170,24 @@ class Members:
             self._refused[error.code] += 1
             self._log.warning("refused the %s %s by %s: %s", what, name[:200], sender, error.message)
             raise
+
+    async def _watch(self, discovery: Discovery) -> None:
+        problem = ""
+        while True:
+            try:
+                urls = await discovery.read()
+                changes, num_left_out = self._membership.replace(discovery.source, urls)
+                self._follow(changes)
+                reason = f"{num_left_out} workers more than --max-workers allows" if num_left_out else ""
+            except Unavailable as error:
+                reason = error.message
+                self._failures[discovery.source] += 1
+            if reason and reason != problem:
+                logger.warning("--discovery %s: %s; its workers stay as they are", discovery.source, reason)
+            elif problem and not reason:
+                logger.info("--discovery %s is read again", discovery.source)
+            problem = reason
+            await asyncio.sleep(discovery.interval_s)
 
     async def _expire_forever(self) -> None:
         pauses = PauseMeter(self._clock.now_s(), max_interval_s=2 * _EXPIRY_CHECK_S)

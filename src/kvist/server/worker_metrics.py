@@ -49,7 +49,12 @@ def member_families(counts: MemberCounts) -> Iterator[Metric]:
     )
     for code, count in sorted(counts.refused.items()):
         refused.add_metric([code], count)
-    yield from (announcements, refused)
+    failures = CounterMetricFamily(
+        "kvist:discovery_failures", "failed readings of a --discovery; its workers stay as they are", labels=["source"]
+    )
+    for source, count in sorted(counts.discovery_failures.items()):
+        failures.add_metric([source], count)
+    yield from (announcements, refused, failures)
 
 
 def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
