@@ -15,8 +15,6 @@ from typing import Protocol
 
 from kvist.wire import EngineSpec, PeerSpec, PoolAddress, interworks
 
-_SHOWN_FINGERPRINT_CHARS = 16
-
 
 class Peer(Protocol):
     """An engine as another engine sees it: a `PeerSpec`, or an `EngineSpec`, which has the same fields."""
@@ -61,25 +59,24 @@ def meet(source: Peer, target: Peer) -> TransportChoice:
 
 
 def incompatibility(one: Peer, other: Peer) -> str | None:
-    """Return why pages of one engine mean nothing to the other, naming both values; None if they are compatible."""
+    """Return why the two engines cannot hand requests over to each other, naming both values; None if they can."""
     if not interworks(one.protocol_version, other.protocol_version):
-        return _difference(
-            "speaks protocol", (one, one.protocol_version), (other, other.protocol_version),
-            "run versions of Kvist that are at most one protocol version apart",
-        )  # fmt: skip
-    if one.model_fingerprint != other.model_fingerprint:
-        contents = _shortened(one.model_fingerprint, other.model_fingerprint)
-        return _difference(
-            "serves a model with the content", (one, contents[0]), (other, contents[1]),
-            "start both with the same model files",
-        )  # fmt: skip
-    for verb, ours, theirs, remedy in (
-        ("has the dtype", one.dtype, other.dtype, "start both with the same --dtype"),
-        ("has the page size", one.page_size, other.page_size, "start both with the same --page-size"),
-        ("has the page layout", _layout(one), _layout(other), "run the same version of Kvist on both"),
+        versions = str(one.protocol_version), str(other.protocol_version)
+        remedy = "run versions of Kvist that are at most one protocol version apart"
+        return _difference("protocol version", (one, versions[0]), (other, versions[1]), remedy)
+    return difference_of_pages(one, other)
+
+
+def difference_of_pages(one: Peer, other: Peer) -> str | None:
+    """Return why the pages of one engine mean nothing to the other, naming both values; None if they mean the same."""
+    for name, ours, theirs, remedy in (
+        ("model", f"content {one.model_fingerprint}", f"content {other.model_fingerprint}", "use the same model files"),
+        ("dtype", one.dtype, other.dtype, "start both with the same --dtype"),
+        ("page size", str(one.page_size), str(other.page_size), "start both with the same --page-size"),
+        ("page layout", _layout(one), _layout(other), "run the same version of Kvist on both"),
     ):
         if ours != theirs:
-            return _difference(verb, (one, ours), (other, theirs), remedy)
+            return _difference(name, (one, ours), (other, theirs), remedy)
     return None
 
 
@@ -134,11 +131,8 @@ def _layout(peer: Peer) -> str:
     return f"{peer.layout} ({peer.page_bytes} bytes)"
 
 
-def _difference(verb: str, one: tuple[Peer, object], other: tuple[Peer, object], remedy: str) -> str:
-    return f"worker {one[0].worker_id} {verb} {one[1]}, worker {other[0].worker_id} {other[1]}: {remedy}"
-
-
-def _shortened(one: str, other: str) -> tuple[str, str]:
-    """Shorten two fingerprints, if they still differ."""
-    short = one[:_SHOWN_FINGERPRINT_CHARS], other[:_SHOWN_FINGERPRINT_CHARS]
-    return short if short[0] != short[1] else (one, other)
+def _difference(name: str, one: tuple[Peer, str], other: tuple[Peer, str], remedy: str) -> str:
+    return (
+        f"worker {other[0].worker_id} has another {name} than worker {one[0].worker_id} ({other[1]}, not {one[1]}): "
+        f"{remedy}"
+    )

@@ -116,7 +116,7 @@ class Dispatcher:
         return len(self._attempts)
 
     def ready(self) -> bool:
-        """Return whether a unified worker, or a prefill and a decode worker, are READY."""
+        """Return whether a unified worker, or a prefill and a decode worker that can hand over, are READY."""
         return self._router.can_serve()
 
     def model(self) -> wire.EngineSpec | None:

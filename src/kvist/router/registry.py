@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from kvist.bounded_log import BoundedLog
 from kvist.errors import ConfigError
 from kvist.fairness import CallerCounts, CallerPath
+from kvist.plan.compat import difference_of_pages
 from kvist.request import RequestId, Role, WorkerId
 from kvist.router.checks import fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
@@ -307,25 +308,17 @@ class Registry:
                     "one of the two"
                 )
         reference = next((other.spec for other in others if other.state is WorkerState.READY), None)
-        return _mismatch(spec, reference) if reference is not None else ""
+        if reference is None:
+            return ""
+        if spec.vocab_size != reference.vocab_size:
+            return (
+                f"worker {spec.worker_id} has another model vocabulary than worker {reference.worker_id} "
+                f"({spec.vocab_size} tokens, not {reference.vocab_size}): use the same model files"
+            )
+        return difference_of_pages(reference, spec) or ""
 
 
 def is_another(known: EngineSpec, spec: EngineSpec) -> bool:
     """Return whether the spec is that of another worker than the one known so far: another process, role or model."""
     fields = ("epoch", "worker_id", "role", "model_fingerprint", "namespace")
     return any(getattr(known, name) != getattr(spec, name) for name in fields)
-
-
-def _mismatch(spec: EngineSpec, reference: EngineSpec) -> str:
-    """Return why the two workers cannot serve one model together; "" if they can."""
-    for name, ours, theirs in (
-        ("model", (reference.model_fingerprint, reference.vocab_size), (spec.model_fingerprint, spec.vocab_size)),
-        ("dtype", reference.dtype, spec.dtype),
-        ("page size", reference.page_size, spec.page_size),
-    ):
-        if ours != theirs:
-            return (
-                f"worker {spec.worker_id} serves another {name} ({spec.model_name}: {theirs}) than"
-                f" {reference.worker_id} ({reference.model_name}: {ours}): start both with the same"
-            )
-    return ""

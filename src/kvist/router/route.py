@@ -11,6 +11,7 @@ from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, Mode, Role
 from kvist.router.config import RouterConfig
+from kvist.router.pairs import Pairs
 from kvist.router.policies import POLICIES
 from kvist.router.policy import Policy, PromptDigests, num_hit_tokens
 from kvist.router.registry import Registry, Worker, WorkerState
@@ -71,6 +72,11 @@ class Candidates:
             decode=[w for w in self.decode if w.has_room_for(caller)],
         )
 
+    def paired_by(self, pairs: Pairs) -> Candidates:
+        """Keep the unified workers, and those that can hand a request over to another candidate or take one over."""
+        prefill, decode = pairs.with_partner(self.prefill, self.decode)
+        return Candidates(unified=self.unified, prefill=prefill, decode=decode)
+
     def joined_by(self, others: Candidates) -> Candidates:
         return Candidates(
             unified=[*self.unified, *others.unified],
@@ -83,6 +89,7 @@ class Router:
     def __init__(self, config: RouterConfig, registry: Registry) -> None:
         self._config = config
         self._registry = registry
+        self._pairs = Pairs()
         self._prompt_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         self._decode_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         # The last prompt, its salt, and its digests by namespace: the n answers to one prompt are routed in sequence.
@@ -90,25 +97,31 @@ class Router:
 
     def can_serve(self) -> bool:
         """Return whether the ready workers can serve a request with an answer of any length. They may be full."""
-        ready = self._registry.ready
-        return bool(ready(Role.UNIFIED)) or bool(ready(Role.PREFILL) and ready(Role.DECODE))
+        ready = Candidates.of(self._registry, {WorkerState.READY}, frozenset())
+        return ready.paired_by(self._pairs).has_route(single=False)
 
     def choose(self, request: EngineRequest, excluded: frozenset[Worker] = frozenset()) -> Route:
         """Choose the workers for a request.
 
-        Raises `PromptTooLong` if no route can hold the request, `Unavailable` naming the missing role or the lost
-        worker that could hold it, `Overloaded` if the queues of all suitable workers are full."""
+        Raises `PromptTooLong` if no route can hold the request, `Unavailable` naming the missing role, the difference
+        between the workers of every pair, or the lost worker that could hold the request, `Overloaded` if the queues of
+        all suitable workers are full."""
         ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
         # A request for at most one token needs no handoff: a prefill worker serves it alone.
         single = request.sampling.max_tokens <= 1 and not request.output_token_ids
         if not ready.has_route(single=single):
             raise self._no_worker_error(ready)
-        fit = ready.that_fit(request)
+        able = ready if single else ready.paired_by(self._pairs)
+        if not able.has_route(single=single):
+            raise self._no_pair_error(ready)
+        ready, fit = able, able.that_fit(request)
+        fit = fit if single else fit.paired_by(self._pairs)
         if not fit.has_route(single=single):
             raise self._too_long_error(request, ready)
         free = fit.with_room_for(caller_path(request.client))
+        free = free if single else free.paired_by(self._pairs)
         if not free.has_route(single=single):
-            retry_after_s = min(w.retry_after_s() for w in fit.all() if w not in free.all())
+            retry_after_s = min(w.retry_after_s() for w in fit.all() if not w.has_room_for(caller_path(request.client)))
             raise Overloaded(
                 "the queues of all workers that could serve the request are full: retry later, or add workers",
                 retry_after_s=retry_after_s,
@@ -120,7 +133,8 @@ class Router:
         left = max(1, prompt.num_tokens - num_cached)
         if single or chosen.role is Role.UNIFIED:
             return Route(mode=Mode.FULL, prefill=chosen, decode=chosen, num_prompt_tokens_left=left)
-        partner = _pick(self._decode_policy, replace(prompt, hit_weight=DECODE_HIT_WEIGHT), free.decode)
+        partners = [worker for worker in free.decode if self._pairs.may_pair(chosen, worker)]
+        partner = _pick(self._decode_policy, replace(prompt, hit_weight=DECODE_HIT_WEIGHT), partners)
         return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left)
 
     def _prompt(self, request: EngineRequest, workers: Sequence[Worker]) -> PromptDigests:
@@ -146,6 +160,14 @@ class Router:
             if worker.state is not WorkerState.READY
         ]
         return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=self._config.links.retry_after_s)
+
+    def _no_pair_error(self, ready: Candidates) -> Unavailable:
+        problems = self._pairs.problems(ready.prefill, ready.decode)
+        more = f"; and {len(problems) - 2} more differences" if len(problems) > 2 else ""
+        return Unavailable(
+            f"no prefill worker can hand requests over to a decode worker: {'; '.join(problems[:2])}{more}",
+            retry_after_s=self._config.links.retry_after_s,
+        )
 
     def _too_long_error(self, request: EngineRequest, ready: Candidates) -> KvistError:
         """Build the error for a request that fits no ready route; retryable if a lost or draining worker would fit."""
