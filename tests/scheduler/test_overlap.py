@@ -214,3 +214,19 @@ def test_rows_of_several_tokens_change_no_stream(seed: int) -> None:
     assert streams[0] == streams[1] == streams[2]
     assert num_preemptions
     assert longest_row > engine.cache.page_size
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_time_of_each_step_is_counted_once_for_prompts_or_for_decodes(overlap: bool) -> None:
+    world = SimCluster()
+    engine = world.start("u", config=small_config(overlap=overlap))
+    world.submit(sim_request("a", [1] * 5, max_tokens=6, ignore_eos=True), engine)
+    world.deliver(("gateway", "u"))
+    while engine.scheduler.has_work() or engine.under_way:
+        engine.step()
+        world.now_s += 0.5
+        engine.finish_step()
+    totals = engine.scheduler.status().totals
+    assert (totals["prompt_step_tokens"], totals["prompt_step_seconds"]) == (5, 0.5)
+    assert totals["decode_step_seconds"] == totals["decode_steps"] * 0.5
+    assert totals["decode_steps"] == totals["steps"] - 1 >= 5
