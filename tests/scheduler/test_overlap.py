@@ -222,10 +222,11 @@ def test_the_time_of_each_step_is_counted_once_for_prompts_or_for_decodes(overla
     engine = world.start("u", config=small_config(overlap=overlap))
     world.submit(sim_request("a", [1] * 5, max_tokens=6, ignore_eos=True), engine)
     world.deliver(("gateway", "u"))
+    engine.step()
     while engine.scheduler.has_work() or engine.under_way:
-        engine.step()
         world.now_s += 0.5
         engine.finish_step()
+        engine.step()
     totals = engine.scheduler.status().totals
     assert (totals["prompt_step_tokens"], totals["prompt_step_seconds"]) == (5, 0.5)
     assert totals["decode_step_seconds"] == totals["decode_steps"] * 0.5
