@@ -179,6 +179,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
 
     turn_s: float = 0.0  # duration of the loop's current iteration; seconds for a step of a large model on a CPU
     stalled_s: float = 0.0  # time without progress: the process is stopped, or its loop hangs
+    silent_s: float = 0.0  # time without a heartbeat of the process, which a long step does not stop: it is suspended
     problem: str = ""  # why the engine is down; a text to be read
     doing: str = ""  # while the engine starts: "loading weights 40%"
 

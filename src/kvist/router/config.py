@@ -63,6 +63,13 @@ class LinkOptions:
     keepalive_s: float = option(
         2.0, "interval between the keep-alive messages to each engine", unit="seconds", minimum=0.05
     )
+    worker_silence_s: float = option(
+        1.5,
+        "after this long without a message of an engine, its worker is asked over HTTP; if the worker does not answer "
+        "within a second, or says that the engine is down or suspended, the engine is considered lost",
+        unit="seconds",
+        minimum=0.1,
+    )
     worker_timeout_s: float = option(
         5.0,
         "an engine without messages and without progress for this long is considered lost (a closed connection is "

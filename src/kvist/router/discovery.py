@@ -18,6 +18,7 @@ from kvist.channel.security import WILDCARD_HOSTS, bracketed, split_tcp_endpoint
 from kvist.errors import UNDECODABLE, Unavailable
 from kvist.wire import EngineHealth, EngineSpec
 
+SUSPENDED_S = 1.5  # without heartbeats, of which there are two a second
 _MAX_ANSWER_BYTES = 16 << 20
 
 
@@ -47,8 +48,8 @@ class FoundEngine:
 async def find_engine(
     client: httpx.AsyncClient, url: str, *, api_key: str | None, timeout_s: float, stalled_s: float
 ) -> FoundEngine:
-    """Return the engine of the worker at `url`. Raises `Unavailable` with the reason if there is no engine now, or if
-    the engine has made no progress for `stalled_s`."""
+    """Return the engine of the worker at `url`. Raises `Unavailable` with the reason if there is no engine now, if its
+    process is suspended, or if the engine has made no progress for `stalled_s`."""
     try:
         async with asyncio.timeout(timeout_s):
             status, content = await _get(client, f"{url}/server_info", api_key)
@@ -70,6 +71,10 @@ async def find_engine(
         if problem:
             raise Unavailable(f"the engine at {url} is down: {problem}")
         raise Unavailable(f"the engine at {url} is starting" + (f": {doing}" if doing else ""))
+    if health is not None and health.silent_s >= SUSPENDED_S:
+        raise Unavailable(
+            f"the engine at {url} has made no progress for {health.silent_s:.0f} s: the process is suspended"
+        )
     if health is not None and health.stalled_s >= stalled_s:
         raise Unavailable(
             f"the engine at {url} has made no progress for {health.stalled_s:.0f} s: the process is stopped or hangs"

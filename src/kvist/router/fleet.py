@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from typing import Protocol
 
@@ -30,7 +31,8 @@ from kvist.router.registry import Registry, Worker, WorkerState, is_another
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.5
-_ASK_S = 0.5  # time limit for /server_info of a worker with a silent engine
+ASK_S = 1.0  # time limit for /server_info of a worker with a silent engine
+_ASK_AGAIN_S = 0.5
 
 
 class EngineEvents(Protocol):
@@ -129,7 +131,7 @@ class Fleet:
         while True:
             try:
                 timeout_s = self._config.links.discovery_timeout_s
-                worker.endpoint = (await self._find(worker, timeout_s)).endpoint
+                worker.endpoint = (await self._find(worker, timeout_s, self._stalled_s)).endpoint
                 reason = await self._run_link(worker)
                 if worker.state is WorkerState.READY:
                     pause_s = _FIRST_PAUSE_S
@@ -171,8 +173,9 @@ class Fleet:
             on_rejected=on_rejected,
             config=self._channel,
         )
-        now_s = worker.last_message_s = next_hello_s = self._clock.now_s()
-        check_s = min(self._config.links.keepalive_s, self._config.links.worker_timeout_s / 10)
+        now_s = worker.last_message_s = next_hello_s = next_ask_s = self._clock.now_s()
+        limit_s = min(self._config.links.worker_silence_s, self._config.links.worker_timeout_s)
+        check_s = min(self._config.links.keepalive_s, limit_s / 10)
         pauses = PauseMeter(now_s, max_interval_s=2 * check_s)
         self._links[worker] = link
         try:
@@ -187,10 +190,14 @@ class Fleet:
                     on_lost(worker.problem)
                 worker.last_message_s += pauses.measure_s(now_s)
                 silent_s = now_s - worker.last_message_s
-                if silent_s > self._config.links.worker_timeout_s and not lost.done():
-                    if reason := await self._silence_reason(worker, silent_s):
+                if silent_s > limit_s and now_s >= next_ask_s and not lost.done():
+                    last_message_s = worker.last_message_s
+                    reason = await self._silence_reason(worker, silent_s)
+                    if reason and worker.last_message_s == last_message_s:  # otherwise a message came meanwhile
                         on_lost(reason)
-                    pauses.measure_s(self._clock.now_s())
+                    now_s = self._clock.now_s()
+                    next_ask_s = now_s + _ASK_AGAIN_S
+                    pauses.measure_s(now_s)
             return lost.result()
         finally:
             del self._links[worker]
@@ -199,24 +206,33 @@ class Fleet:
     def _say_hello(self, worker: Worker) -> None:
         self.send(worker, wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
 
-    async def _find(self, worker: Worker, timeout_s: float) -> discovery.FoundEngine:
+    @property
+    def _stalled_s(self) -> float:
+        return self._config.links.worker_timeout_s / 2  # the reported state is about a second old
+
+    async def _find(self, worker: Worker, timeout_s: float, stalled_s: float) -> discovery.FoundEngine:
         assert self._http is not None
-        stalled_s = self._config.links.worker_timeout_s / 2  # the reported state is about a second old
         api_key = self._api_key if worker.api_key is None else worker.api_key
         return await discovery.find_engine(
             self._http, worker.url, api_key=api_key, timeout_s=timeout_s, stalled_s=stalled_s
         )
 
     async def _silence_reason(self, worker: Worker, silent_s: float) -> str:
-        """Return why the engine is lost; "" if the engine is computing a long step."""
+        """Return why the engine is lost; "" if the engine is computing a long step, or may be."""
         reason = f"the engine at {worker.endpoint} has been silent for {silent_s:.1f} s"
+        is_long = silent_s > self._config.links.worker_timeout_s
         if worker.state is WorkerState.JOINING:
-            return f"{reason}: it is still loading, or not running"
+            return f"{reason}: it is still loading, or not running" if is_long else ""
+        stalled_s = self._stalled_s if is_long else math.inf
         try:
-            found = await self._find(worker, min(_ASK_S, self._config.links.discovery_timeout_s))
+            found = await self._find(worker, min(ASK_S, self._config.links.discovery_timeout_s), stalled_s)
         except Unavailable as error:
             return f"{reason}: {error.message}"
-        if found.health is None or found.endpoint != worker.endpoint:
+        if found.endpoint != worker.endpoint:
+            return f"{reason}: it is another engine now"
+        if not is_long:
+            return ""
+        if found.health is None:
             return reason
         if found.health.turn_s < silent_s / 2:
             return f"{reason}, but is healthy: its messages do not reach this gateway"

@@ -92,7 +92,8 @@ class EngineProcess:
         now_s = self._clock.now_s()
         self._last_beat_s += self._pauses.measure_s(now_s)
         silent_s = now_s - self._last_beat_s
-        return EngineHealth(turn_s=self._beat.turn_s + silent_s, stalled_s=self._beat.stalled_s + silent_s)
+        turn_s, stalled_s = self._beat.turn_s + silent_s, self._beat.stalled_s + silent_s
+        return EngineHealth(turn_s=turn_s, stalled_s=stalled_s, silent_s=silent_s)
 
     def drain(self) -> None:
         """Request that the engine takes no new request and ends after its last request."""

@@ -1,0 +1,163 @@
+"""Real workers and two routers that start in any order, share work, and die in every way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from kvist.cluster.plan import free_ports
+from tests.e2e.test_lifetimes import family_of, is_alive, wait_until
+
+KVIST = (sys.executable, "-m", "kvist")
+KEY = "the key of the test, long enough"
+WORKER = ("serve", "--num-threads", "1", "--max-total-tokens", "8192", "--gateway-timeout-s", "3")
+
+
+class Machines:
+    """Processes started by hand. Mutable; owned by one test."""
+
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
+        self._stack = stack
+        self._environ = {**os.environ, "KVIST_CLUSTER_KEY": KEY, "KVIST_RUNTIME_DIR": str(folder)}
+        self._log = (folder / "log").open("ab")
+        stack.callback(self._log.close)
+
+    def start(self, *argv: str, port: int) -> subprocess.Popen[bytes]:
+        command = (*KVIST, *argv, "--port", str(port))
+        process = subprocess.Popen(command, env=self._environ, stdout=self._log, stderr=self._log)
+        self._stack.callback(_kill, process)
+        return process
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    for pid in family_of(process.pid) if process.poll() is None else []:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+
+
+class Stream:
+    """A long stream that a thread reads."""
+
+    def __init__(self, url: str, max_tokens: int) -> None:
+        self.lines: list[str] = []
+        self.error: httpx.HTTPError | None = None
+        body = {"prompt": "1 2 3", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+        self._thread = Thread(target=self._read, args=(url, body))
+        self._thread.start()
+
+    def _read(self, url: str, body: dict[str, object]) -> None:
+        try:
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+                self.lines.extend(line for line in response.iter_lines() if line)
+        except httpx.HTTPError as error:
+            self.error = error
+
+    def wait(self) -> list[str]:
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+        return self.lines
+
+
+def workers_of(router: str) -> dict[str, dict[str, Any]]:
+    try:
+        return {worker["url"]: worker for worker in httpx.get(f"{router}/workers", timeout=5).json()["workers"]}
+    except httpx.HTTPError:  # not started yet
+        return {}
+
+
+def is_healthy(router: str, worker: str) -> bool:
+    return bool(workers_of(router).get(worker, {}).get("is_healthy"))
+
+
+def all_healthy(router: str, urls: set[str]) -> bool:
+    return {url for url, worker in workers_of(router).items() if worker["is_healthy"]} == urls
+
+
+def seconds_until(condition: Callable[[], bool]) -> float:
+    began_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began_s + 60
+        time.sleep(0.01)
+    return time.monotonic() - began_s
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    with ExitStack() as stack:
+        yield Machines(stack, tmp_path)
+
+
+def num_open(router: str) -> int:
+    return sum(worker["load"] for worker in workers_of(router).values())
+
+
+def num_running(router: str) -> float:
+    """Return how many requests of all routers run at the workers, by their last reports."""
+    lines = httpx.get(f"{router}/metrics", timeout=5).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("kvist:num_requests_running{"))
+
+
+def test_workers_and_routers_start_in_any_order_and_die_in_every_way(machines: Machines) -> None:
+    ports = free_ports(4)
+    first, second, one, other = (f"http://127.0.0.1:{port}" for port in ports)
+    joins = ("--router", first, second, "--announce-interval-s", "0.5")
+    stopped = machines.start(*WORKER, *joins, port=ports[2])  # before its routers
+    dying = machines.start("router", port=ports[0])
+    machines.start("router", port=ports[1])
+    killed = machines.start(*WORKER, *joins, port=ports[3])
+    for router in (first, second):
+        wait_until(partial(all_healthy, router, {one, other}), within_s=120, what=f"both workers at {router}")
+    the_requests_of_a_dead_router_are_aborted_and_those_of_the_other_go_on(first, second, dying)
+
+    family = family_of(killed.pid)
+    for pid in family:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        suspended_s = seconds_until(lambda: not is_healthy(second, other))
+    finally:
+        for pid in family:
+            os.kill(pid, signal.SIGCONT)
+    assert suspended_s < 3.0
+    wait_until(lambda: is_healthy(second, other), within_s=60, what="the worker is ready again")
+
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    killed_s = seconds_until(lambda: not is_healthy(second, other))
+    assert killed_s < 1.0, "its sockets are closed"
+    wait_until(lambda: other not in workers_of(second), within_s=30, what="its announcements expire")
+
+    family = family_of(stopped.pid)
+    stopped.terminate()
+    stopped_s = seconds_until(lambda: not is_healthy(second, one))
+    assert stopped_s < 2.0, "it withdraws"
+    assert stopped.wait(60) == 0
+    assert workers_of(second) == {}
+    assert not any(map(is_alive, family))
+    print(f"out of the routing after: SIGSTOP {suspended_s:.2f} s, SIGKILL {killed_s:.2f} s, SIGTERM {stopped_s:.2f} s")
+
+
+def the_requests_of_a_dead_router_are_aborted_and_those_of_the_other_go_on(
+    first: str, second: str, process_of_first: subprocess.Popen[bytes]
+) -> None:
+    lost, kept = [Stream(first, 4000) for _ in range(2)], [Stream(second, 300) for _ in range(4)]
+    wait_until(lambda: num_open(second) == 4 and num_open(first) == 2, within_s=60, what="all streams run")
+    process_of_first.kill()
+    for stream in lost:
+        stream.wait()
+        assert stream.error is not None
+    for stream in kept:
+        assert stream.wait()[-1] == "data: [DONE]"
+        assert len(stream.lines) > 200
+    wait_until(lambda: num_running(second) == 0, within_s=30, what="the requests of the dead router are aborted")
