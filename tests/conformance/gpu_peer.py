@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from kvist.kv.layout import PageLayout
@@ -32,16 +33,22 @@ def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str,
     woken = threading.Event()
     transport = make_transports(pool, runtime_dir=Path(runtime_dir), wakeup=woken.set, names=name)
     [address] = transport.addresses
+    arrivals = None if address.location == pool.address.location else Path(address.location)
     memory = pool.tensor.view(torch.uint8).view(pool.num_pages, -1)
     print(msgspec.json.encode(address).decode(), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "pages":
-            print(memory.cpu().numpy().tobytes().hex(), flush=True)
+            pages = memory.cpu().numpy()
+            if arrivals is not None:
+                arrived = np.fromfile(arrivals, np.uint8).reshape(pages.shape)
+                pages = np.where(arrived.any(axis=1, keepdims=True), arrived, pages)
+            print(pages.tobytes().hex(), flush=True)
         elif command["do"] == "put":
             new = torch.frombuffer(bytearray.fromhex(command["pages"]), dtype=torch.uint8)
             memory.copy_(new.view(memory.shape))
-            torch.cuda.synchronize(pool.tensor.device)
+            if memory.is_cuda:
+                torch.cuda.synchronize(memory.device)
             print(flush=True)
         else:
             page_ids = tuple(command["page_ids"])

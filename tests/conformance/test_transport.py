@@ -22,11 +22,13 @@ from tests.conformance.transport_hosts import (
     DEVICE_PAGES_ON_A_CPU,
     LAYOUT,
     NUM_PAGES,
+    STAGED_DEVICE_PAGES,
     CpuHost,
     GpuHost,
     GpuPeers,
     Host,
     InprocHost,
+    MixedHost,
     Side,
 )
 
@@ -47,21 +49,32 @@ GPU = pytest.mark.gpu
 class Case:
     """A transport of the door, or of the tests; and the memory of its pools."""
 
-    transport: str
-    num_gpus: int = 0
+    transport: str  # of the source
+    peer_transport: str = ""  # of the targets; "": that of the source
+    devices: tuple[str, str] = ("cpu", "cpu")  # of the source and of its peers, in other processes if one is a GPU
+
+    @property
+    def num_gpus(self) -> int:
+        return max((int(device[5:]) + 1 for device in self.devices if device != "cpu"), default=0)
 
 
 def cases() -> Iterator[ParameterSet]:
-    """Yield a case for each transport: between pools on a CPU, or on one and on two GPUs."""
-    for name in (INPROC, DEVICE_PAGES_ON_A_CPU):
+    """Yield a case for each transport and each pair of devices that it copies between, on one and on two GPUs."""
+    for name in (INPROC, DEVICE_PAGES_ON_A_CPU, STAGED_DEVICE_PAGES):
         yield pytest.param(Case(name), id=name)
+    yield pytest.param(Case("host-staged", STAGED_DEVICE_PAGES), id="host-staged-to-device-pages")
+    yield pytest.param(Case(STAGED_DEVICE_PAGES, "host-staged"), id="host-staged-from-device-pages")
     for name, row in TRANSPORTS.items():
         pairs = row.make({}).device_pairs
         if ("cpu", "cpu") in pairs:
             yield pytest.param(Case(name), id=name)
         if ("cuda", "cuda") in pairs:
-            for num_gpus in (1, 2):
-                yield pytest.param(Case(name, num_gpus), id=f"{name}-{num_gpus}-gpu", marks=GPU)
+            for last in (0, 1):
+                devices = ("cuda:0", f"cuda:{last}")
+                yield pytest.param(Case(name, devices=devices), id=f"{name}-{last + 1}-gpu", marks=GPU)
+        for devices in (("cpu", "cuda:0"), ("cuda:0", "cpu")):
+            if (devices[0].partition(":")[0], devices[1].partition(":")[0]) in pairs:
+                yield pytest.param(Case(name, devices=devices), id=f"{name}-{devices[0]}-to-{devices[1]}", marks=GPU)
 
 
 @pytest.fixture(params=cases())
@@ -74,7 +87,10 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
         if torch.cuda.device_count() < case.num_gpus:
             pytest.skip(f"torch sees {torch.cuda.device_count()} GPUs")
         peers: GpuPeers = request.getfixturevalue("gpu_peers")
-        made = GpuHost(peers, case.transport, peer_device=f"cuda:{case.num_gpus - 1}")
+        source_device, peer_device = case.devices
+        made = GpuHost(peers, case.transport, source_device=source_device, peer_device=peer_device)
+    elif case.peer_transport:
+        made = MixedHost(tmp_path.resolve(), case.transport, case.peer_transport)
     else:
         made = CpuHost(tmp_path.resolve(), case.transport)
     yield made
@@ -126,6 +142,8 @@ def test_the_receiver_computes_the_checksum_that_the_writer_reports(source: Side
     [verified] = target.wait_for(1)
     assert isinstance(sent, WritesCompleted)
     assert verified == PagesVerified(handoff_id=A, checksum=sent.checksum)
+    for page_id, peer_page_id in ((3, 5), (0, 6), (7, 1)):
+        np.testing.assert_array_equal(target.pages()[peer_page_id], source.pages()[page_id])
 
 
 def test_a_changed_byte_or_another_page_order_changes_the_checksum(source: Side, target: Side) -> None:

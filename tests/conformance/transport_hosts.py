@@ -25,11 +25,12 @@ from kvist.memory.device_pool import DevicePool
 from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
 from kvist.testing.inproc_transport import INPROC, InprocTransport, PoolDirectory
-from kvist.transfer import TransferReport, Transport, Transports, make_transports
+from kvist.transfer import OfferedTransport, TransferReport, Transport, Transports, make_transports
 from kvist.transfer.checksum import fold
 from kvist.transfer.device_pages import DevicePages
 from kvist.transfer.epoch import EpochLock, EpochWatch
 from kvist.transfer.host_pages import HostPages, Pages
+from kvist.transfer.host_staged import ArrivalsFile, StagedDevicePages, open_file
 from kvist.transfer.same_host import SameHostTransport
 from kvist.transfer.shm import map_file
 from kvist.wire import PoolAddress
@@ -37,6 +38,7 @@ from kvist.wire import PoolAddress
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
 NUM_PAGES = 12
 DEVICE_PAGES_ON_A_CPU = "device pages on a CPU"
+STAGED_DEVICE_PAGES = "host-staged to device pages on a CPU"
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Side:
     transport: Transport
     woken: threading.Event
     kill: Callable[[], None]
-    pages: Callable[[], Pages]  # as they are now
+    pages: Callable[[], Pages]  # as they are now, with those that have arrived and are not verified yet
     put: Callable[[Pages], None]
     digests: Callable[[Pages], list[bytes]]  # computed outside the transport where possible
     reports: list[TransferReport] = field(default_factory=list)
@@ -89,6 +91,11 @@ def device_digests(pages: Pages) -> list[bytes]:
     return DevicePages(torch.from_numpy(pages)).digests(range(len(pages))) if len(pages) else []
 
 
+def digests_of(transport: str) -> Callable[[Pages], list[bytes]]:
+    """Return the function that computes the digests of pages on a GPU, by the transport."""
+    return host_digests if transport == "host-staged" else device_digests
+
+
 class InprocHost:
     def __init__(self) -> None:
         self.directory = PoolDirectory()
@@ -127,8 +134,17 @@ class MappedFile:
         self.address = self._pages.ctypes.data
 
 
+def with_arrivals(pages: Pages, address: PoolAddress, pool: DevicePool) -> Pages:
+    """Lay the pages that wait in a file of arrivals over those of the pool."""
+    if address.location == pool.address.location:
+        return pages
+    arrived = np.fromfile(address.location, np.uint8).reshape(pages.shape)
+    return np.where(arrived.any(axis=1, keepdims=True), arrived, pages)
+
+
 class CpuHost:
-    """Pools on a CPU, with a transport of the door; or `DEVICE_PAGES_ON_A_CPU`: written like GPU memory."""
+    """Pools on a CPU, with a transport of the door; or `DEVICE_PAGES_ON_A_CPU`, written like GPU memory; or
+    `STAGED_DEVICE_PAGES`, which receive pages like GPU memory through a file of arrivals."""
 
     def __init__(self, runtime_dir: Path, transport: str) -> None:
         self.runtime_dir = runtime_dir
@@ -140,45 +156,67 @@ class CpuHost:
         lock = EpochLock(self.runtime_dir, epoch)
         pool = DevicePool.create(LAYOUT, NUM_PAGES, device=torch.device("cpu"), directory=self.runtime_dir)
         woken = threading.Event()
-        transport = self._transport(pool, woken)
-        pages = pool.bytes
+        transport, close_more = self._transport(pool, woken)
+        address, pages = transport.addresses[0], pool.bytes
 
         def kill() -> None:
             transport.close()
+            close_more()
             pool.close()
             lock.close()
 
         self.closing.append(kill)
         return Side(
             epoch=epoch,
-            address=transport.addresses[0],
+            address=address,
             transport=transport,
             woken=woken,
             kill=kill,
-            pages=lambda: pages,
+            pages=lambda: with_arrivals(pages, address, pool),
             put=lambda new: np.copyto(pages, new),
             digests=device_digests if self.transport == DEVICE_PAGES_ON_A_CPU else host_digests,
         )
 
-    def _transport(self, pool: DevicePool, woken: threading.Event) -> Transports:
-        if self.transport != DEVICE_PAGES_ON_A_CPU:
-            return make_transports(pool, runtime_dir=self.runtime_dir, wakeup=woken.set, names=self.transport)
-        watch = EpochWatch(self.runtime_dir)
+    def _transport(self, pool: DevicePool, woken: threading.Event) -> tuple[Transports, Callable[[], None]]:
+        """Return the transports, and what else is to be closed."""
+        runtime_dir, wakeup = self.runtime_dir, woken.set
+        if self.transport not in (DEVICE_PAGES_ON_A_CPU, STAGED_DEVICE_PAGES):
+            return make_transports(pool, runtime_dir=runtime_dir, wakeup=wakeup, names=self.transport), lambda: None
+        watch = EpochWatch(runtime_dir)
+        offered: OfferedTransport
+        if self.transport == STAGED_DEVICE_PAGES:
+            arrivals = ArrivalsFile(runtime_dir, NUM_PAGES, LAYOUT.page_bytes)
+            staged = StagedDevicePages(pool.tensor, arrivals)
+            staged.pages_at_once = 2
+            address = msgspec.structs.replace(pool.address, transport="host-staged", location=str(arrivals.path))
+            offered = SameHostTransport(
+                address=address, pages=staged, map_pool=open_file, runtime_dir=runtime_dir, watch=watch, wakeup=wakeup
+            )
+            return Transports({"host-staged": offered}, watch=watch, wakeup=wakeup), arrivals.close
         pages = DevicePages(pool.tensor)
         pages.pages_at_once = 2
         offered = SameHostTransport(
-            address=pool.address,
-            pages=pages,
-            map_pool=MappedFile,
-            runtime_dir=self.runtime_dir,
-            watch=watch,
-            wakeup=woken.set,
+            address=pool.address, pages=pages, map_pool=MappedFile, runtime_dir=runtime_dir, watch=watch, wakeup=wakeup
         )
-        return Transports({pool.address.transport: offered}, watch=watch, wakeup=woken.set)
+        return Transports({pool.address.transport: offered}, watch=watch, wakeup=wakeup), lambda: None
 
     def close(self) -> None:
         for kill in self.closing:
             kill()
+
+
+class MixedHost:
+    """Two kinds of pools on a CPU: the source has one, all others the other."""
+
+    def __init__(self, runtime_dir: Path, source: str, target: str) -> None:
+        self._source, self._target = CpuHost(runtime_dir, source), CpuHost(runtime_dir, target)
+
+    def side(self, name: str) -> Side:
+        return (self._source if name == "source" else self._target).side(name)
+
+    def close(self) -> None:
+        self._source.close()
+        self._target.close()
 
 
 # ---------------------------------------------------------------- GPUs
@@ -276,10 +314,11 @@ class GpuPeers:
 
 
 class GpuHost:
-    """The source is in this process, on the first GPU."""
+    """The source is in this process, its peers are in others."""
 
-    def __init__(self, peers: GpuPeers, transport: str, *, peer_device: str) -> None:
+    def __init__(self, peers: GpuPeers, transport: str, *, source_device: str, peer_device: str) -> None:
         self._peers = peers
+        self._source_device = torch.device(source_device)
         self._transport = transport
         self._peer_device = peer_device
         self._closing: list[Callable[[], None]] = []
@@ -295,12 +334,13 @@ class GpuHost:
                 kill=peer.kill,
                 pages=peer.pages,
                 put=peer.put,
-                digests=device_digests,
+                digests=digests_of(self._transport),
             )
         runtime_dir, woken = self._peers.runtime_dir, threading.Event()
         lock = EpochLock(runtime_dir, EpochId(name))
-        pool = DevicePool.create(LAYOUT, NUM_PAGES, device=torch.device("cuda", 0), directory=runtime_dir)
+        pool = DevicePool.create(LAYOUT, NUM_PAGES, device=self._source_device, directory=runtime_dir)
         transport = make_transports(pool, runtime_dir=runtime_dir, wakeup=woken.set, names=self._transport)
+        address = transport.addresses[0]
         memory = pool.tensor.view(torch.uint8).view(NUM_PAGES, -1)
 
         def put(pages: Pages) -> None:
@@ -310,13 +350,13 @@ class GpuHost:
         self._closing += [transport.close, pool.close, lock.close]
         return Side(
             epoch=EpochId(name),
-            address=transport.addresses[0],
+            address=address,
             transport=transport,
             woken=woken,
             kill=lambda: None,
-            pages=lambda: memory.cpu().numpy(),
+            pages=lambda: with_arrivals(memory.cpu().numpy(), address, pool),
             put=put,
-            digests=device_digests,
+            digests=digests_of(self._transport),
         )
 
     def close(self) -> None:

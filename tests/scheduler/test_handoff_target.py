@@ -260,13 +260,23 @@ def test_a_done_for_an_unknown_handoff_is_answered_with_revoke() -> None:
     assert isinstance(message, Revoke)
 
 
-def test_an_abort_while_verifying_frees_the_pages_and_sends_revoke() -> None:
+@pytest.mark.parametrize("checksum", ["sum", "other"])
+def test_an_abort_while_verifying_sends_revoke_and_frees_the_pages_once_they_are_verified(checksum: str) -> None:
     bench = verifying()
     plan = bench.step(Abort(request_id=RequestId("r")))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     assert isinstance(messages(plan)[0], Revoke)
+    assert bench.scheduler.status().pages.in_flight == 3, "the transport may be writing pages that it verifies"
+    plan = bench.step(done(), PeerDied(epoch=P))
+    assert not plan.messages
+    assert bench.scheduler.status().pages.in_flight == 3
+    plan = bench.step(PagesVerified(handoff_id=H, checksum=checksum))
+    assert not plan.ended
+    assert not plan.messages
     assert bench.scheduler.status().pages.free == 12
-    assert not bench.step(VERIFIED).ended
+    assert isinstance(messages(bench.step(done()))[0], Revoke)  # the Revoke was lost, and is repeated
+    totals = bench.scheduler.status().totals
+    assert (totals["handoffs_cancelled"], totals["handoff_checksum_mismatches"]) == (1, 0)
 
 
 def test_decode_recomputes_a_preempted_stream_without_a_second_handoff() -> None:

@@ -119,6 +119,9 @@ class SimTransport:
             self._reports.append(self._completed(handoff_id))
 
     def _verified(self, job: VerifyPages) -> PagesVerified:
+        for page_id in job.page_ids:  # a transport may write the pages now (transfer/host_staged.py)
+            assert self._own.cache.page_state(page_id) is PageState.IN_FLIGHT, f"page {page_id} is verified too late"
+            assert self._own.in_flight_pages[page_id] == job.handoff_id, f"page {page_id} has a newer grant"
         pages = [self._own.device.pages[page_id] for page_id in job.page_ids]
         sent = [job.page_digests[at : at + DIGEST_BYTES] for at in range(0, len(job.page_digests), DIGEST_BYTES)]
         intact = takewhile(lambda pair: pair[0] == _digest(pair[1]), zip(sent, pages, strict=False))

@@ -45,9 +45,18 @@ def _cuda_ipc() -> TransportKind:
     return CUDA_IPC
 
 
+def _host_staged() -> TransportKind:
+    from kvist.transfer.host_staged import HOST_STAGED
+
+    return HOST_STAGED
+
+
 TRANSPORTS: Door[[], TransportKind] = {  # by `PoolAddress.transport`; a pair of engines prefers the first it has
     "shm": backend(_shm, text="between pools in the memory of one host, by mapping the peer's file"),
     "cuda-ipc": backend(_cuda_ipc, text="between pools on the GPUs of one host, by opening the peer's memory"),
+    "host-staged": backend(
+        _host_staged, text="between pools in any memory of one host, GPUs and CPUs, through a file in host memory"
+    ),
 }
 
 

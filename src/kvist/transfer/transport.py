@@ -37,7 +37,8 @@ class Transport(Protocol):
         """Queue a copy into the peer's pool. Report: `WritesCompleted` (cumulative) or `WritesFailed`."""
 
     def verify(self, job: VerifyPages) -> None:
-        """Queue a checksum over our own pages. Report: `PagesVerified`."""
+        """Queue a checksum over our own pages. Report: `PagesVerified`. Until then the transport may write these pages;
+        from then on they are where they were granted."""
 
     def stop(self, handoff_id: HandoffId) -> None:
         """Drop the writes that have not begun. Report: `WritesCompleted` with the pages written so far. Earlier reports

@@ -63,6 +63,7 @@ class TargetState(enum.Enum):
 
     GRANTED = "granted"  # Grant sent: prefill may write our pages
     VERIFYING = "verifying"  # Done arrived: no more writes; the checksum is being computed
+    DISCARDING = "discarding"  # the request ended while the checksum was computed: a transport may still use the pages
     REVOKED = "revoked"  # the request ended; Revoke is repeated, since prefill may still write
     CLOSED = "closed"
 
@@ -86,7 +87,11 @@ TARGET_TRANSITIONS: dict[TargetState, dict[TargetTrigger, TargetState]] = {
     TargetState.VERIFYING: {
         TargetTrigger.VERIFIED: TargetState.CLOSED,
         TargetTrigger.MISMATCH: TargetState.CLOSED,
-        TargetTrigger.REQUEST_ENDED: TargetState.CLOSED,
+        TargetTrigger.REQUEST_ENDED: TargetState.DISCARDING,
+    },
+    TargetState.DISCARDING: {
+        TargetTrigger.VERIFIED: TargetState.CLOSED,
+        TargetTrigger.MISMATCH: TargetState.CLOSED,
     },
     TargetState.REVOKED: {
         TargetTrigger.DONE: TargetState.CLOSED,

@@ -192,10 +192,10 @@ class TargetSide:
             return
         if event.checksum == handoff.done.checksum:
             handoff.num_intact = len(handoff.grant.page_ids)
-            self._fire(handoff, TargetTrigger.VERIFIED, "")
+            self._fire(handoff, TargetTrigger.VERIFIED, handoff.reason)
         else:
             handoff.num_intact = min(event.num_intact, len(handoff.grant.page_ids))
-            self._fire(handoff, TargetTrigger.MISMATCH, "")
+            self._fire(handoff, TargetTrigger.MISMATCH, handoff.reason)
 
     def _on_done_timeout(self, key: str) -> None:
         limit = f"{self._context.config.handoff_timeout_s:g} s (--handoff-timeout-s)"
@@ -213,7 +213,7 @@ class TargetSide:
         to = TARGET_TRANSITIONS[handoff.state].get(trigger)
         if to is None:
             return
-        handoff.state, handoff.reason = to, reason
+        before, handoff.state, handoff.reason = handoff.state, to, reason
         if to is TargetState.VERIFYING:
             self._parts.cancel_timers(handoff.handoff_id, TimerKind.RESEND)
             self._verify(handoff)
@@ -221,11 +221,12 @@ class TargetSide:
             self._parts.cancel_timers(handoff.handoff_id, TimerKind.DONE)
             self._send_revoke(handoff.endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
             self._parts.set_timer(TimerKind.RESEND, handoff.handoff_id, self._context.config.ack_timeout_s)
-        elif trigger in (TargetTrigger.VERIFIED, TargetTrigger.MISMATCH):
+        elif to is TargetState.DISCARDING:
+            self._parts.cancel_timers(handoff.handoff_id, TimerKind.DONE)
+            self._send_revoke(handoff.endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
+        elif before is TargetState.VERIFYING:
             self._take_over(handoff, verified=trigger is TargetTrigger.VERIFIED)
         else:
-            if trigger is TargetTrigger.REQUEST_ENDED:
-                self._send_revoke(handoff.endpoint, handoff.handoff_id, reason, cancelled=handoff.cancelled)
             self._close(handoff, _Answer(taken_over=False, reason=reason))
             self._context.count("handoffs_cancelled" if handoff.cancelled else "handoffs_failed")
             if handoff.request.state is RequestState.ENDED:
