@@ -37,6 +37,7 @@ from kvist.attention.page_tables import PageTables
 from kvist.attention.pinned import PinnedRing
 from kvist.engine.assembly import freeze_gc
 from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
@@ -177,7 +178,8 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) 
         runner=FakeGpu(watch, args.running, args.context),
         channel=sockets,
         transport=FakeTransport(),
-        reports=LoadReports(snapshot=cache.snapshot),
+        reports=LoadReports(),
+        page_events=PageEventLog(list_pages=cache.list_pages),
         clock=FakeClock(1.0),
         gateway_timeout_s=1e9,
         overlap=True,

@@ -17,7 +17,7 @@ from kvist.engine.counters import COUNTER_BY_NAME, ENGINE_COUNTERS
 from kvist.metrics import GatewayMetrics
 from kvist.request import Role, WorkerId
 from kvist.router.members import MemberCounts
-from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+from kvist.router.stream import ClusterSnapshot, KnownPages, WorkerSnapshot
 from kvist.server.worker_metrics import member_families, worker_families
 from kvist.wire import LoadReport
 
@@ -30,7 +30,6 @@ _TABLE = "<!-- {}: made by scripts/metrics_page.py -->\n(.*?)<!-- end -->\n"
 def families() -> Iterator[tuple[str, Metric]]:
     """Yield the section and the family of every metric, as exported for one worker that has counted nothing."""
     load = LoadReport(
-        sequence=0,
         num_running=0,
         num_waiting=0,
         num_free_pages=1,
@@ -39,7 +38,14 @@ def families() -> Iterator[tuple[str, Metric]]:
         num_in_flight_pages=0,
         totals=dict.fromkeys(COUNTER_BY_NAME, 0.0),
     )
-    worker = WorkerSnapshot(worker_id=WorkerId("w"), role=Role.UNIFIED, alive=True, spec=None, load=load)
+    worker = WorkerSnapshot(
+        worker_id=WorkerId("w"),
+        role=Role.UNIFIED,
+        alive=True,
+        spec=None,
+        load=load,
+        known_pages=KnownPages(num_listings={"gap": 0}),
+    )
     for family in GatewayMetrics().collect():
         yield GATEWAY, family
     for family in worker_families(ClusterSnapshot(workers=(worker,))):

@@ -26,7 +26,7 @@ CLEAN = {
     "docs/architecture.md",
     "docs/bench.md", "docs/cache.md", "docs/chat-templates.md", "docs/clients.md", "docs/failure-modes.md",
     "docs/follow-one-request.md", "docs/glossary.md", "docs/handoff.md", "docs/metrics.md", "docs/operations.md",
-    "docs/performance.md", "docs/security.md",
+    "docs/performance.md", "docs/routing.md", "docs/security.md",
     "docs/testing.md", "scripts", "src/kvist/__init__.py", "src/kvist/__main__.py",
     "src/kvist/api", "src/kvist/attention", "src/kvist/bench", "src/kvist/bounded_log.py", "src/kvist/channel",
     "src/kvist/checkpoint.py", "src/kvist/cli.py", "src/kvist/clock.py", "src/kvist/cluster", "src/kvist/config.py",

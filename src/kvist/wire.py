@@ -1,7 +1,7 @@
 """The typed messages between processes: msgspec MessagePack, one union per direction, strict decode, never pickle.
 
-    gateway → engine   Hello Submit Abort FlushCache StorageCommand
-    engine → gateway   Welcome StepOutputs LoadReport Flushed StorageAnswer
+    gateway → engine   Hello ListPages Submit Abort FlushCache StorageCommand
+    engine → gateway   Welcome StepOutputs LoadReport PageEvents Flushed StorageAnswer
     decode → prefill   Grant Ack Revoke            (protocol: docs/handoff.md)
     prefill → decode   Done Closed
 
@@ -87,11 +87,19 @@ FlushTier = Literal["device", "host"]
 
 class Hello(_Message, frozen=True):
     """First message of a gateway, and its keep-alive: the engine aborts the requests of a gateway that has sent nothing
-    for `gateway_timeout_s`. `resync` requests a snapshot of all cached page digests."""
+    for `gateway_timeout_s`."""
 
     gateway_id: str
     protocol_version: int = PROTOCOL_VERSION
-    resync: bool = False
+
+
+class ListPages(_Message, frozen=True):
+    """List the cached pages from the piece `first_piece` on, in `num_pieces` pieces (`PageEvents.listed`).
+
+    The gateway asks for the others when it has applied these. All changes come along, from the first `ListPages` on."""
+
+    first_piece: int = 0
+    num_pieces: int = 1
 
 
 class PrefillPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,6 +170,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int  # tokens, prompt and answer together
     page_size: int  # tokens
     num_pages: int
+    num_host_pages: int = 0  # of the host tier
     namespace: str  # prefix of every page digest: equal tokens in one namespace have equal pages
     dtype: str
     tp_size: int
@@ -253,27 +262,53 @@ class StorageStatus(_Message, frozen=True, tag=False):
     note: str = ""  # a text to be read
 
 
-PageDigest = Annotated[bytes, msgspec.Meta(max_length=32)]  # the limit bounds the memory of a gateway
 PageTier = Literal["device", "host"]  # nearest first
 
+DIGEST_BYTES = 16  # of a page digest in page events: its first half (docs/adr/0019-short-digests-in-page-events.md)
+MAX_DIGESTS = 4096  # in one field of a message: an engine builds a piece, and a gateway applies it, in about 1 ms
+Digests = Annotated[bytes, msgspec.Meta(max_length=MAX_DIGESTS * DIGEST_BYTES)]  # joined
 
-class PageEvents(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The pages that entered and left one tier of an engine, net: a digest is in one of the two at most."""
+
+class TierChanges(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The pages that entered and left one tier, net: a page is in one of the two at most."""
 
     tier: PageTier
-    stored: tuple[PageDigest, ...] = ()
-    removed: tuple[PageDigest, ...] = ()
+    stored: Digests = b""
+    removed: Digests = b""
+
+
+class ListedPages(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A piece of the list of all cached pages, as of this message: the answer to `ListPages`."""
+
+    tier: PageTier
+    digests: Digests = b""
+    first_piece: int  # the pieces [first_piece, next_piece)
+    next_piece: int | None = None  # None: this was the last piece
+
+
+class TierSum(msgspec.Struct, frozen=True, kw_only=True):
+    """Count and XOR of the digests of all pages in one tier: equal sets have equal sums, in any order."""
+
+    tier: PageTier
+    num_pages: int
+    xor: Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
+class PageEvents(_Message, frozen=True):
+    """The changes of the cached pages since the previous message, sent to gateways that have sent `ListPages`.
+
+    `sequence` grows by one with each message to one gateway; after a gap the gateway lists the pages again. The parts
+    apply in the order of the fields. `sums` are of all pages after this message; they come about once a second."""
+
+    sequence: int
+    changes: tuple[TierChanges, ...] = ()
+    listed: tuple[ListedPages, ...] = ()
+    sums: tuple[TierSum, ...] = ()
 
 
 class LoadReport(_Message, frozen=True):
-    """Sent once a second, and sooner if cached pages have changed (engine/reports.py).
+    """Sent once a second. The counters in `totals` only grow (engine/counters.py)."""
 
-    `sequence` grows by one with each report to one gateway. After a gap the gateway requests a snapshot
-    (`Hello.resync`); a report with `snapshot` replaces its set of pages. The counters in `totals` only grow
-    (engine/counters.py).
-    """
-
-    sequence: int
     num_running: int
     num_waiting: int
     num_free_pages: int
@@ -284,8 +319,6 @@ class LoadReport(_Message, frozen=True):
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
     storage: StorageStatus | None = None  # None without a host tier
     draining: bool = False  # the engine takes no new request, and exits after its last one
-    snapshot: bool = False
-    page_events: tuple[PageEvents, ...] = ()  # one per tier at most; with `snapshot`, every cached page as stored
     totals: dict[str, float] = {}
 
 
@@ -372,8 +405,8 @@ ToScheduler = Submit | Abort | FlushCache  # events of the engine's scheduler; t
 Command = FlushCache | StorageCommand  # sent to every worker; each answers with the same `call_id`
 Answer = Flushed | StorageAnswer
 AnswerT = TypeVar("AnswerT", bound=Answer)
-GatewayToEngine = Hello | ToScheduler | Command
-EngineToGateway = Welcome | StepOutputs | LoadReport | Answer
+GatewayToEngine = Hello | ListPages | ToScheduler | Command
+EngineToGateway = Welcome | StepOutputs | LoadReport | PageEvents | Answer
 TargetToSource = Grant | Ack | Revoke
 SourceToTarget = Done | Closed
 ToEngine = GatewayToEngine | TargetToSource  # what an engine's ROUTER socket receives

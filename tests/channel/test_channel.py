@@ -17,7 +17,7 @@ from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel, GatewayLink, Member, is_loopback
 from kvist.errors import ConfigError
 from kvist.request import EpochId, HandoffId, RequestId
-from kvist.testing.specs import make_load, make_request, submit_full
+from kvist.testing.specs import make_request, submit_full
 
 BOUND_S = 60.0
 HELLO = wire.Hello(gateway_id="g")
@@ -189,7 +189,8 @@ def test_a_peer_that_does_not_read_fails_sends_instead_of_blocking(make_channel:
     lazy.connect(channel.endpoint)
     lazy.send(wire.encode(HELLO))
     [(address, _)] = recv_some(channel)
-    big = make_load(page_events=(wire.PageEvents(tier="device", stored=(b"x" * 16,) * 50_000),))  # fmt: skip
+    full = b"x" * wire.DIGEST_BYTES * wire.MAX_DIGESTS
+    big = wire.PageEvents(sequence=0, changes=(wire.TierChanges(tier="device", stored=full),) * 12)
     assert not all(channel.send(address, big) for _ in range(100))
 
 

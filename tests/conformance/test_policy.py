@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 
 from kvist.request import WorkerId
 from kvist.router.policies import POLICIES
-from kvist.router.policy import PromptDigests, WorkerView
+from kvist.router.policy import Prompt, WorkerView
+from kvist.router.prefix_index import HeldPages
 
-PAGES = [bytes([i]) * 16 for i in range(20)]
 views = st.lists(
     st.builds(
         WorkerView,
         worker_id=st.text("abcdef", min_size=1, max_size=3).map(WorkerId),
-        namespace=st.sampled_from(["ns", "other"]),
         page_size=st.just(16),
         num_requests=st.integers(0, 100),
         num_pending_tokens=st.integers(0, 5_000),
-        cached_pages=st.integers(0, 20).map(lambda num_pages: frozenset(PAGES[:num_pages])),
+        num_known_pages=st.integers(0, 100),
+        held=st.builds(HeldPages, st.integers(0, 10), st.integers(0, 10)),
     ),
     min_size=1,
     max_size=6,
@@ -34,7 +34,7 @@ views = st.lists(
 def test_every_policy_chooses_a_candidate_and_the_same_one_again(
     name: str, calls: list[list[WorkerView]], hit_weight: float
 ) -> None:
-    prompt = PromptDigests(num_tokens=330, digests={"ns": PAGES}, hit_weight=hit_weight)
+    prompt = Prompt(num_tokens=330, hit_weight=hit_weight)
     policy = POLICIES[name].make({})
     for candidates in calls:
         again = copy.deepcopy(policy)

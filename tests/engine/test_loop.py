@@ -34,7 +34,7 @@ from kvist.request import (
     SlotId,
 )
 from kvist.testing.loop_bench import FakeStorage, LoopBench
-from kvist.testing.page_events import page_event
+from kvist.testing.page_events import changed_pages, short, tier_changes
 from kvist.testing.specs import make_peer_spec, make_pool, make_request, make_spec, submit_full
 from kvist.wire import Abort, Ack, Closed, FlushCache, Revoke
 
@@ -423,31 +423,24 @@ def test_stopping_the_loop_fails_open_requests_with_the_reason(engine: LoopBench
 # ---------------------------------------------------------------- load reports
 
 
+D1, D2 = short(b"d1"), short(b"d2")
+
+
 def reports(engine: LoopBench, to: bytes) -> list[wire.LoadReport]:
     return engine.sent(wire.LoadReport, to)
 
 
-def test_a_new_gateway_gets_a_snapshot_and_then_changes_with_growing_sequence(engine: LoopBench) -> None:
-    engine.cached_pages = [page_event(b"d1", b"d2")]
+def test_load_reports_are_sent_each_second_and_after_changes_of_pages_at_most_every_50_ms(engine: LoopBench) -> None:
     engine.iterate((G1, HELLO))
-    engine.clock.advance(0.05)
-    engine.iterate(plan=Plan(page_events=(page_event(b"d3", removed=(b"d1",)),)))
-    first, second = reports(engine, G1)
-    assert (first.sequence, first.snapshot, first.page_events) == (0, True, (page_event(b"d1", b"d2"),))
-    assert (second.sequence, second.snapshot) == (1, False)
-    assert second.page_events == (page_event(b"d3", removed=(b"d1",)),)
+    first = reports(engine, G1)[0]
     assert (first.num_running, first.num_waiting, first.num_free_pages, first.totals["steps"]) == (3, 5, 1, 7.0)
-
-
-def test_load_reports_are_sent_each_second_and_changes_at_most_every_50_ms(engine: LoopBench) -> None:
-    engine.iterate((G1, HELLO))
-    engine.iterate(plan=Plan(page_events=(page_event(b"d1"),)))
-    engine.iterate(plan=Plan(page_events=(page_event(b"d2"),)))
+    engine.iterate(plan=Plan(changed_pages=(changed_pages(D1),)))
+    engine.iterate(plan=Plan(changed_pages=(changed_pages(D2),)))
     assert len(reports(engine, G1)) == 1
     assert engine.loop.idle_s() == pytest.approx(0.05)
     engine.clock.advance(0.05)
     engine.iterate()
-    assert reports(engine, G1)[-1].page_events == (page_event(b"d1", b"d2"),)
+    assert len(reports(engine, G1)) == 2
     engine.clock.advance(0.9)
     engine.iterate()
     assert len(reports(engine, G1)) == 2
@@ -456,24 +449,15 @@ def test_load_reports_are_sent_each_second_and_changes_at_most_every_50_ms(engin
     assert len(reports(engine, G1)) == 3
 
 
-def test_a_page_cached_and_evicted_between_two_reports_is_not_reported(engine: LoopBench) -> None:
-    engine.iterate((G1, HELLO))
-    engine.iterate(plan=Plan(page_events=(page_event(b"d1", b"d2"),)))
-    engine.iterate(plan=Plan(page_events=(page_event(removed=(b"d1",)),)))
-    engine.clock.advance(0.05)
-    engine.iterate()
-    last = reports(engine, G1)[-1]
-    assert last.page_events == (page_event(b"d2"),)
-
-
-def test_a_resync_sends_a_snapshot_and_other_gateways_miss_no_change(engine: LoopBench) -> None:
+def test_page_events_go_to_the_gateways_that_have_asked_for_pages(engine: LoopBench) -> None:
     engine.iterate((G1, HELLO), (G2, HELLO))
-    engine.clock.advance(0.05)
-    engine.cached_pages = [page_event(b"d1")]
-    engine.iterate((G1, wire.Hello(gateway_id="g", resync=True)), plan=Plan(page_events=(page_event(b"d1"),)))
-    events = (page_event(b"d1"),)
-    assert [(r.snapshot, r.sequence, r.page_events) for r in reports(engine, G1)][1:] == [(True, 1, events)]
-    assert [(r.snapshot, r.sequence, r.page_events) for r in reports(engine, G2)][1:] == [(False, 1, events)]
+    engine.iterate((G1, wire.ListPages()), plan=Plan(changed_pages=(changed_pages(D1),)))
+    first, listed, _ = engine.sent(wire.PageEvents, G1)
+    assert first.changes == (tier_changes(D1),)
+    assert listed.listed == tuple(engine.cached_pages)
+    assert {each.tier: each.num_pages for each in listed.sums} == {"device": 1, "host": 0}
+    assert [each.sequence for each in (first, listed)] == [0, 1]
+    assert engine.sent(wire.PageEvents, G2) == []
 
 
 def test_undecodable_messages_and_failed_steps_are_counted_in_the_report(engine: LoopBench) -> None:

@@ -69,7 +69,7 @@ def inbox_of(role: Role) -> Inbox:
         b"\x91" * 5000,
         b"\x82\xa4type\xa5Abort\xaarequest_id\xcf" + b"\xff" * 8,
         b"\x82\xa4type\xa7Unheard\xa1x\x01",
-        msgspec.msgpack.encode({"type": "Hello", "gateway_id": "g", "resync": 1}),
+        msgspec.msgpack.encode({"type": "Hello", "gateway_id": 1}),
         msgspec.msgpack.encode({"type": "Submit", "request": [["request_id"]], "mode": "full"}),
     ],
 )

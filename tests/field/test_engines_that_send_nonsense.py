@@ -23,7 +23,7 @@ from kvist.testing.router_bench import RouterBench, settle
 from kvist.testing.specs import make_load, make_request, make_spec
 
 SPEC = make_spec()
-REPORT = make_load(num_free_pages=4, snapshot=True, totals={"steps": 1.0})
+REPORT = make_load(num_free_pages=4, totals={"steps": 1.0})
 
 
 class World(RouterBench):
@@ -160,7 +160,6 @@ async def test_retry_after_of_an_engine_is_limited_to_a_valid_header_value(
     [
         {"num_free_pages": -1},
         {"num_running": -(2**63)},
-        {"sequence": -1},
         {"num_host_pages": {"free": -1}},
         {"totals": {"steps total": 1.0}},
         {"totals": {"": 1.0}},
@@ -171,18 +170,28 @@ async def test_retry_after_of_an_engine_is_limited_to_a_valid_header_value(
 def test_an_impossible_load_report_is_dropped_and_counted(wrong: dict[str, object]) -> None:
     world = World()
     worker = world.workers[0]
-    assert world.registry.on_report(worker, REPORT, 1.0) is False
-    assert world.registry.on_report(worker, msgspec.structs.replace(REPORT, **wrong), 2.0) is False
+    world.registry.on_report(worker, REPORT, 1.0)
+    world.registry.on_report(worker, msgspec.structs.replace(REPORT, **wrong), 2.0)
     assert worker.load == REPORT
     assert worker.num_rejected_messages == 1
 
 
-def test_page_digests_over_32_bytes_are_not_decoded() -> None:
-    payload = wire.encode(
-        msgspec.structs.replace(REPORT, page_events=(wire.PageEvents(tier="device", stored=(b"x" * 33,)),))
-    )
+def test_page_events_with_more_digests_than_a_piece_are_not_decoded() -> None:
+    digests = bytes(wire.DIGEST_BYTES * (wire.MAX_DIGESTS + 1))
+    payload = wire.encode(wire.PageEvents(sequence=0, changes=(wire.TierChanges(tier="device", stored=digests),)))
     with pytest.raises(ConfigError, match="cannot decode"):
         wire.Decoder(wire.EngineToGateway).decode(payload)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [(wire.TierChanges(tier="device", removed=b"x" * 17),), (wire.TierChanges(tier="host"),) * 20],
+)
+def test_impossible_page_events_are_dropped_and_counted(changes: tuple[wire.TierChanges, ...]) -> None:
+    world = World()
+    worker = world.workers[0]
+    assert world.registry.on_page_events(worker, wire.PageEvents(sequence=0, changes=changes), 1.0) is None
+    assert worker.num_rejected_messages == 1
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "max_model_len", "page_size", "num_pages", "tp_size"])

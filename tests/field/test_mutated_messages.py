@@ -24,6 +24,7 @@ from kvist.channel import EngineChannel, Member
 from kvist.engine.gateways import Gateways
 from kvist.engine.inbox import Inbox
 from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
 from kvist.errors import ConfigError, KvistError, WireError
 from kvist.kv.cache import PageCache
@@ -123,7 +124,7 @@ class Messages:
             page_ids=page_ids,
         )
         return (
-            wire.Hello(gateway_id="g", resync=dice.random() < 0.1),
+            dice.choice((wire.Hello(gateway_id="g"), wire.ListPages(first_piece=dice.randrange(-1, 3)))),
             wire.Abort(request_id=request),
             dice.choice((wire.FlushCache(call_id="c"), wire.StorageCommand(call_id="c", action="attach"))),
             grant,
@@ -162,18 +163,25 @@ class Messages:
         chunk = wire.TokenChunk(request_id=request_id, position=dice.randrange(3), token_ids=(dice.randrange(VOCAB),))
         ended = wire.Ended(request_id=request_id, outcome=dice.choice(tuple(Outcome)), error_code="overloaded")
         report = make_load(
-            sequence=dice.randrange(9),
             num_running=1,
             num_waiting=1,
             num_free_pages=1,
             num_cached_pages=1,
             num_owned_pages=1,
-            page_events=(wire.PageEvents(tier="host", stored=(b"x" * 32,)),),
             totals={"steps": 1.0},
+        )
+        digests = dice.randbytes(wire.DIGEST_BYTES * dice.randrange(4))
+        events = wire.PageEvents(
+            sequence=dice.randrange(9),
+            changes=(wire.TierChanges(tier="host", stored=digests, removed=digests[: wire.DIGEST_BYTES]),),
+            listed=(wire.ListedPages(tier="device", digests=digests, first_piece=dice.randrange(2)),),
+            sums=(wire.TierSum(tier="host", num_pages=1, xor=bytes(wire.DIGEST_BYTES)),),
         )
         outputs = wire.StepOutputs(chunks=(chunk,), ended=(ended,) if dice.random() < 0.2 else ())
         flushed = wire.Flushed(call_id="c", num_pages=1)
-        return dice.choice((outputs, outputs, outputs, report, wire.Welcome(spec=spec_of(Role.UNIFIED)), flushed))
+        return dice.choice(
+            (outputs, outputs, outputs, report, events, wire.Welcome(spec=spec_of(Role.UNIFIED)), flushed)
+        )
 
     def mutated(self, message: Any) -> bytes:
         payload = wire.encode(message)
@@ -407,6 +415,9 @@ async def fuzz_gateway(seed: int, num_messages: int) -> int:
             dispatcher.on_outputs(worker, message)
         elif isinstance(message, wire.LoadReport):
             registry.on_report(worker, message, 0.0)
+        elif isinstance(message, wire.PageEvents):
+            if worker.pages is not None:
+                registry.on_page_events(worker, message, float(number))
         elif isinstance(message, wire.Welcome):
             with contextlib.suppress(ConfigError):  # the worker is refused
                 registry.on_welcome(worker, message, 0.0)
@@ -474,7 +485,8 @@ def fuzz_loop(role: Role, seed: int, num_messages: int) -> float:
         runner=FakeRunner(),
         channel=channel,
         transport=AnsweringTransport(),
-        reports=LoadReports(snapshot=list),
+        reports=LoadReports(),
+        page_events=PageEventLog(list_pages=lambda piece: wire.ListedPages(tier="device", first_piece=piece)),
         clock=clock,
         gateway_timeout_s=1e9,
     )

@@ -10,7 +10,7 @@ import pytest
 from kvist.kv.cache import PageCache
 from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
-from kvist.testing.page_events import ReplayedPages, digests_in, pages_in
+from kvist.testing.page_events import ReplayedPages, changed_pages, listed_digests, listed_pages, short
 
 PAGE_SIZE = 4
 
@@ -29,8 +29,9 @@ def write(cache: PageCache, tokens: Sequence[int], *, cache_salt: str = "") -> P
 
 def num_cached(cache: PageCache, tokens: Sequence[int], cache_salt: str = "") -> int:
     """Count the tokens in leading cached pages, without a change of the eviction order."""
-    cached, digests = digests_in(cache.snapshot()), page_digests(tokens, PAGE_SIZE, "space", cache_salt)
-    return next((page for page, digest in enumerate(digests) if digest not in cached), len(digests)) * PAGE_SIZE
+    cached = listed_digests(cache.list_pages)
+    digests = page_digests(tokens, PAGE_SIZE, "space", cache_salt)
+    return next((page for page, digest in enumerate(digests) if short(digest) not in cached), len(digests)) * PAGE_SIZE
 
 
 # ---- match
@@ -63,14 +64,15 @@ def test_salts_do_not_mix() -> None:
     assert num_cached(cache, range(8)) == 0
     lease = write(cache, range(8), cache_salt="b")
     assert lease.num_cached_tokens == 0
-    assert len(digests_in(cache.snapshot())) == 4
+    assert len(listed_digests(cache.list_pages)) == 4
 
 
 def test_cached_pages_have_the_digests_that_the_gateway_computes() -> None:
     cache = make_cache()
     write(cache, range(10), cache_salt="s")
-    (event,) = cache.snapshot()
-    assert event.stored == tuple(page_digests(range(10), PAGE_SIZE, "space", "s"))
+    digests = page_digests(range(10), PAGE_SIZE, "space", "s")
+    assert cache.take_changed_pages() == (changed_pages(*digests),)
+    assert listed_digests(cache.list_pages) == set(map(short, digests))
 
 
 # ---- grow
@@ -156,12 +158,12 @@ def test_equal_requests_closed_in_any_order_leave_one_copy(order: tuple[int, ...
     for lease in leases:
         cache.grow(lease, 8)
         cache.insert(lease, range(8), 8)
-    cache.take_page_events()
+    cache.take_changed_pages()
     for index in order:
         cache.close(leases[index])
     counts = cache.counts()
     assert (counts.cached, counts.evictable, counts.owned) == (2, 2, 0)
-    assert cache.take_page_events() == ()
+    assert cache.take_changed_pages() == ()
 
 
 def test_a_lone_request_can_use_the_whole_pool_after_an_equal_one_wrote_its_prefix() -> None:
@@ -268,13 +270,13 @@ def test_flush_frees_all_pages_except_those_in_use() -> None:
     assert cache.counts().free == cache.counts().total
 
 
-def test_changes_replayed_equal_the_snapshot() -> None:
+def test_changes_replayed_equal_the_list_of_all_pages() -> None:
     cache = make_cache(num_pages=4)
     replayed = ReplayedPages()
     for start in (0, 100, 0, 200, 100):
         cache.close(write(cache, range(start, start + 12)))
-        replayed.apply(cache.take_page_events())
-        assert replayed.pages == pages_in(cache.snapshot())
+        replayed.apply(cache.take_changed_pages())
+        assert replayed.pages == listed_pages(cache.list_pages)
     assert len(replayed.pages) == 4
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from kvist.kv.tiers.host import HostPage, HostTier
-from kvist.testing.page_events import page_event
+from kvist.testing.page_events import changed_pages
 
 
 def keep(tier: HostTier, *digests: bytes, parent: HostPage | None = None) -> list[HostPage]:
@@ -65,7 +65,7 @@ def test_a_page_whose_write_failed_is_not_matched_and_its_slot_is_reused() -> No
     tier.written(page, ok=False)
     keep(tier, b"b")
     assert tier.digests() == [b"b"]
-    assert tier.changes.take() == (page_event(b"b", tier="host"),)  # the failed page was never reported
+    assert tier.changes.take() == (changed_pages(b"b", tier="host"),)  # the failed page was never reported
 
 
 def test_a_flush_keeps_pinned_pages_and_their_prefixes() -> None:

@@ -36,7 +36,7 @@ from kvist.plan.tiers import (
     StorageAttached,
     StorePages,
 )
-from kvist.testing.page_events import ReplayedPages, pages_in
+from kvist.testing.page_events import ReplayedPages, listed_pages
 
 NUM_PAGES = 8
 PAGE_SIZE = 2
@@ -206,8 +206,8 @@ class TiersMachine(RuleBasedStateMachine):
 
     @rule()
     def replay_events(self) -> None:
-        self.replayed.apply(self.cache.take_page_events())
-        assert self.replayed.pages == pages_in(self.cache.snapshot())
+        self.replayed.apply(self.cache.take_changed_pages())
+        assert self.replayed.pages == listed_pages(self.cache.list_pages)
 
     def take_jobs(self) -> None:
         self.storage.start_queued()

@@ -28,7 +28,7 @@ from kvist.memory.host_pool import HostPool
 from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages, reusable_bytes
 from kvist.plan.tiers import BackUpPages
-from kvist.testing.page_events import page_event
+from kvist.testing.page_events import changed_pages
 from tests.memory.persistence_process import LAYOUT, NUM_PAGES, PAGE_BYTES, Writer, digest_of, open_folder, page_of
 
 SCRIPT = Path(__file__).with_name("persistence_process.py")
@@ -94,7 +94,7 @@ def test_the_restored_tier_matches_evicts_and_reports_its_pages() -> None:
 
     tier = HostTier(4)
     tier.restore([page(0, None), page(2, None), page(1, digest_of(0))])
-    assert tier.changes.take() == (page_event(*map(digest_of, (0, 2, 1)), tier="host"),)
+    assert tier.changes.take() == (changed_pages(*map(digest_of, (0, 2, 1)), tier="host"),)
     assert [found.slot for found in tier.match([digest_of(0), digest_of(1), digest_of(2)])] == [0, 1, 2]
     counts = tier.counts()
     assert (counts.free, counts.cached, counts.in_flight) == (1, 3, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, Unpack
 
 import msgspec
@@ -21,18 +21,18 @@ from kvist.errors import (
     Unavailable,
     WorkerLost,
 )
-from kvist.kv.keys import page_digests
+from kvist.kv.keys import iter_page_digests, page_digests
 from kvist.options import compose
 from kvist.plan.compat import peer_spec
 from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, SamplingParams, TokenLogprobs, WorkerId
-from kvist.router import route
+from kvist.router import prompt_digests
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS
 from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
-from kvist.testing.page_events import page_event
+from kvist.testing.page_events import joined
 from kvist.testing.router_bench import RouterBench, read_all, settle
-from kvist.testing.specs import RequestFields, make_load, make_request, make_roomy_spec
+from kvist.testing.specs import RequestFields, make_request, make_roomy_spec
 
 PROMPT = tuple(range(100))
 
@@ -149,8 +149,7 @@ async def test_a_prompt_goes_to_the_worker_that_caches_its_pages_under_the_same_
     world = World()
     cold, warm = world.engines.join("a", role=Role.UNIFIED), world.engines.join("b", role=Role.UNIFIED)
     digests = page_digests(PROMPT, 16, "n", "salt")
-    registry = world.engines.registry
-    registry.on_report(warm, make_load(snapshot=True, page_events=(page_event(*digests),)), 0.0)
+    world.engines.registry.index.store(warm.worker_id, "device", joined(*digests))
     first = await world.ask(cache_salt="salt")
     second = await world.ask()
     assert len(world.engines.submits(warm)) == len(world.engines.submits(cold)) == 1
@@ -435,9 +434,9 @@ async def test_prompt_tokens_are_pending_at_prefill_until_the_first_token() -> N
     world = World()
     prefill, decode = world.pair()
     task = await world.ask()
-    assert (prefill.view().num_pending_tokens, decode.view().num_pending_tokens) == (len(PROMPT), 0)
+    assert (prefill.num_pending_tokens, decode.num_pending_tokens) == (len(PROMPT), 0)
     world.engines.emit(prefill, 0, 7)
-    assert prefill.view().num_pending_tokens == 0
+    assert prefill.num_pending_tokens == 0
     task.cancel()
 
 
@@ -536,17 +535,19 @@ async def test_the_page_digests_of_a_prompt_with_many_answers_are_computed_once(
 ) -> None:
     world = World()
     worker = world.engines.join("w", role=Role.UNIFIED)
-    worker.known_pages.apply([page_event(b"some page")])
-    digested: list[tuple[object, str]] = []
+    world.engines.registry.index.store(worker.worker_id, "device", joined(b"some page"))
+    digested: list[int] = []
 
-    def record(token_ids: Sequence[int], page_size: int, namespace: str, salt: str = "") -> list[bytes]:
-        digested.append((token_ids, salt))
-        return page_digests(token_ids, page_size, namespace, salt)
+    def record(
+        digest: bytes, token_ids: Sequence[int], page_size: int, num_pages: int, first_page: int = 0
+    ) -> Iterator[bytes]:
+        digested.append(first_page)
+        return iter_page_digests(digest, token_ids, page_size, num_pages, first_page)
 
-    monkeypatch.setattr(route, "page_digests", record)
+    monkeypatch.setattr(prompt_digests, "iter_page_digests", record)
     prompt = tuple(range(200))
     for _ in range(3):
         await world.ask(prompt=prompt)
+    assert digested == [0]
     await world.ask(prompt=prompt, cache_salt="s")
-    await world.ask(prompt=tuple(range(200)))
-    assert [(one[0] == prompt, one[1]) for one in digested] == [(True, ""), (True, "s"), (True, "")]
+    assert digested == [0, 0]

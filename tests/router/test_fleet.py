@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from kvist.router import Dispatcher, RouterConfig, WorkerUrls, build_router
 from kvist.router.addresses import normal_url
 from kvist.router.discovery import reachable_endpoint
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
-from kvist.testing.page_events import page_event
+from kvist.testing.page_events import tier_changes
 from kvist.testing.specs import make_request, make_roomy_spec
 
 BOUND_S = 60.0
@@ -80,8 +79,9 @@ def spec(name: str, role: Role = Role.UNIFIED, **changes: Any) -> wire.EngineSpe
     return make_roomy_spec(worker_id=WorkerId(name), role=role, epoch=EpochId(f"epoch-{name}"), **changes)
 
 
-def known_pages(dispatcher: Dispatcher) -> AbstractSet[bytes]:
-    return dispatcher._registry.workers[0].known_pages.digests
+def num_known_pages(dispatcher: Dispatcher) -> int:
+    pages = dispatcher._registry.workers[0].pages
+    return 0 if pages is None else pages.num_pages
 
 
 def in_flight(dispatcher: Dispatcher) -> int:
@@ -187,17 +187,16 @@ async def test_requests_of_an_engine_that_restarted_fail_as_worker_lost(
         await task
 
 
-async def test_a_missed_report_brings_a_snapshot(start_engine: StartEngine, connect: Connect) -> None:
+async def test_lost_page_events_make_the_gateway_list_the_pages(start_engine: StartEngine, connect: Connect) -> None:
     engine = start_engine(spec=spec("u"))
-    dispatcher = await connect(engine, keepalive_s=60.0)  # the snapshot must not wait for a keep-alive
+    dispatcher = await connect(engine, keepalive_s=60.0)  # the request must not wait for a keep-alive
     await until(dispatcher.ready)
-    page = b"p" * 16
-    engine.report(page_events=(page_event(page),))
-    await until(lambda: known_pages(dispatcher) == {page})
-    asked = engine.num_resyncs
-    engine.report(skip=2)
-    await until(lambda: engine.num_resyncs > asked)
-    await until(lambda: not known_pages(dispatcher))  # the snapshot was empty
+    await until(lambda: engine.num_listings == 1)
+    engine.change_pages(tier_changes(b"page"))
+    await until(lambda: num_known_pages(dispatcher) == 1)
+    engine.change_pages(tier_changes(b"other page"), num_lost=2)
+    await until(lambda: engine.num_listings == 2)
+    await until(lambda: num_known_pages(dispatcher) == 0)  # the fake engine lists none
 
 
 async def test_flush_reaches_every_worker(start_engine: StartEngine, connect: Connect) -> None:

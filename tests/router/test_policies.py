@@ -11,24 +11,22 @@ from kvist.request import WorkerId
 from kvist.router.policies.cache_aware import CacheAware, CacheAwareOptions
 from kvist.router.policies.least_loaded import LeastLoaded
 from kvist.router.policies.round_robin import RoundRobin
-from kvist.router.policy import PromptDigests, WorkerView, num_hit_tokens
+from kvist.router.policy import Prompt, WorkerView
+from kvist.router.prefix_index import HeldPages
 from kvist.router.route import DECODE_HIT_WEIGHT
 
-PAGES = [bytes([i]) * 16 for i in range(20)]
-PROMPT = PromptDigests(num_tokens=330, digests={"ns": PAGES})
+PROMPT = Prompt(num_tokens=330)
 CACHE_AWARE = CacheAware(CacheAwareOptions())
 
 
-def view(
-    name: str, *, num_pages: int = 0, num_requests: int = 0, pending: int = 0, namespace: str = "ns"
-) -> WorkerView:
+def view(name: str, *, num_pages: int = 0, num_requests: int = 0, pending: int = 0) -> WorkerView:
     return WorkerView(
         worker_id=WorkerId(name),
-        namespace=namespace,
         page_size=16,
         num_requests=num_requests,
         num_pending_tokens=pending,
-        cached_pages=frozenset(PAGES[:num_pages]),
+        num_known_pages=num_pages,
+        held=HeldPages(num_pages, 0),
     )
 
 
@@ -49,21 +47,9 @@ def test_cache_aware_prefers_the_longest_cached_prefix() -> None:
     assert CACHE_AWARE.choose(PROMPT, [view("a", num_pages=4), view("b", num_pages=9), view("c")]) == "b"
 
 
-def test_only_a_leading_run_of_cached_pages_is_a_hit() -> None:
-    torn = WorkerView(
-        worker_id=WorkerId("torn"),
-        namespace="ns",
-        page_size=16,
-        num_requests=0,
-        num_pending_tokens=0,
-        cached_pages=frozenset(PAGES[1:]),
-    )
-    assert num_hit_tokens(PROMPT, torn) == 0
-    assert CACHE_AWARE.choose(PROMPT, [torn, view("z", num_pages=5)]) == "z"
-
-
-def test_pages_of_another_namespace_do_not_count() -> None:
-    assert num_hit_tokens(PROMPT, view("a", num_pages=9, namespace="other")) == 0
+def test_pages_of_any_tier_are_hits() -> None:
+    in_host = replace(view("z"), held=HeldPages(1, 8))
+    assert CACHE_AWARE.choose(PROMPT, [view("a", num_pages=8), in_host]) == "z"
 
 
 def test_a_hit_below_the_threshold_is_ignored() -> None:
@@ -79,29 +65,15 @@ def test_a_long_pending_prompt_outweighs_a_hit() -> None:
 
 
 def test_loads_that_differ_much_send_the_request_to_the_least_loaded_worker() -> None:
-    long = PromptDigests(num_tokens=32_000, digests={"ns": [i.to_bytes(16, "big") for i in range(2_000)]})
-    owner = WorkerView(
-        worker_id=WorkerId("a"),
-        namespace="ns",
-        page_size=16,
-        num_requests=33,
-        num_pending_tokens=0,
-        cached_pages=frozenset(long.digests["ns"]),
-    )
+    long = Prompt(num_tokens=32_000)
+    owner = view("a", num_pages=2_000, num_requests=33)
     assert CACHE_AWARE.choose(long, [owner, view("b")]) == "b"
     assert CACHE_AWARE.choose(long, [owner, view("b", num_requests=1)]) == "a"  # 32 apart is not more than 32
     assert CACHE_AWARE.choose(long, [owner, view("b", num_requests=30)]) == "a"
 
 
 def test_equal_workers_are_ordered_by_cached_pages_then_by_name() -> None:
-    full_elsewhere = WorkerView(
-        worker_id=WorkerId("a"),
-        namespace="ns",
-        page_size=16,
-        num_requests=0,
-        num_pending_tokens=0,
-        cached_pages=frozenset({b"x" * 16}),
-    )
+    full_elsewhere = replace(view("a"), num_known_pages=1)
     assert CACHE_AWARE.choose(PROMPT, [full_elsewhere, view("b")]) == "b"
     assert CACHE_AWARE.choose(PROMPT, [view("b"), view("a")]) == "a"
 

@@ -8,11 +8,13 @@ import pytest
 
 from kvist.errors import ConfigError
 from kvist.request import EpochId, RequestId, Role, WorkerId
-from kvist.router.config import RouterConfig, RoutingOptions
+from kvist.router.config import RouterConfig
+from kvist.router.page_feed import NUM_PIECES
+from kvist.router.prefix_index import NOTHING_HELD
 from kvist.router.registry import Registry, Worker, WorkerState
-from kvist.testing.page_events import page_event
+from kvist.testing.page_events import joined, tier_changes
 from kvist.testing.specs import make_load, make_roomy_spec
-from kvist.wire import Welcome
+from kvist.wire import ListPages, PageEvents, Welcome
 
 A, B, C = (bytes([i]) * 16 for i in range(3))
 
@@ -40,62 +42,29 @@ def test_a_worker_joins_is_ready_is_lost_and_comes_back() -> None:
     assert (worker.state, worker.problem) == (WorkerState.READY, "")
 
 
-def test_reports_add_and_remove_pages_and_a_snapshot_replaces_them() -> None:
-    registry = Registry(RouterConfig())
-    worker = add(registry)
-    welcome(registry, worker)
-    assert not registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A, B),)), 1.0)
-    assert not registry.on_report(worker, make_load(sequence=1, page_events=(page_event(C, removed=(A,)),)), 1.0)
-    assert worker.known_pages.digests == {B, C}
-    assert not registry.on_report(worker, make_load(sequence=2, snapshot=True, page_events=(page_event(A),)), 1.0)
-    assert worker.known_pages.digests == {A}
-
-
-def test_a_page_is_known_while_any_tier_has_it() -> None:
-    registry = Registry(RouterConfig())
-    worker = add(registry)
-    welcome(registry, worker)
-    both = (page_event(A, B), page_event(A, tier="host"))
-    registry.on_report(worker, make_load(snapshot=True, page_events=both), 1.0)
-    registry.on_report(worker, make_load(sequence=1, page_events=(page_event(removed=(A, B)),)), 1.0)
-    assert worker.known_pages.digests == {A}
-    moved = (page_event(A), page_event(removed=(A,), tier="host"))  # loaded, and evicted from the host tier
-    registry.on_report(worker, make_load(sequence=2, page_events=moved), 1.0)
-    assert worker.known_pages.digests == {A}
-    registry.on_report(worker, make_load(sequence=3, page_events=(page_event(removed=(A,)),)), 1.0)
-    assert worker.known_pages.digests == set()
-
-
-def test_a_gap_in_the_reports_asks_once_for_a_snapshot() -> None:
-    registry = Registry(RouterConfig())
-    worker = add(registry)
-    welcome(registry, worker)
-    registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A),)), 1.0)
-    assert registry.on_report(worker, make_load(sequence=2), 1.0)
-    assert not registry.on_report(worker, make_load(sequence=3), 1.0), "asked already"
-    assert worker.needs_snapshot
-    registry.on_report(worker, make_load(sequence=4, snapshot=True), 1.0)
-    assert not worker.needs_snapshot
-    assert worker.known_pages.digests == set()
-
-
 def test_the_pages_of_a_lost_worker_are_forgotten() -> None:
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A),)), 1.0)
+    events = PageEvents(sequence=0, changes=(tier_changes(A, B),))
+    assert registry.on_page_events(worker, events, 1.0) == ListPages(num_pieces=NUM_PIECES)
+    assert registry.index.match([joined(A)]) == {worker.worker_id: (1, 0)}
     registry.on_lost(worker, "gone")
-    assert worker.known_pages.digests == set()
-    assert worker.needs_snapshot
+    assert worker.pages is None
+    assert registry.index.match([joined(A)]) == {}
+    welcome(registry, worker, epoch=EpochId("second"))
+    assert registry.index.match([joined(A)]) == {}
 
 
-def test_remembered_pages_are_bounded_and_a_warning_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    registry = Registry(RouterConfig(routing=RoutingOptions(max_known_pages=2)))
+def test_pages_beyond_the_specs_of_a_worker_are_ignored_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    registry = Registry(RouterConfig())
     worker = add(registry)
-    welcome(registry, worker)
-    registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A, B, C),)), 1.0)
-    registry.on_report(worker, make_load(sequence=1, page_events=(page_event(C),)), 1.0)
-    assert worker.known_pages.digests == {A, B}
+    welcome(registry, worker, num_pages=2, num_host_pages=1)
+    assert worker.pages is not None
+    worker.pages.request(1.0)
+    registry.on_page_events(worker, PageEvents(sequence=0, changes=(tier_changes(A, B, C),)), 1.0)
+    registry.on_page_events(worker, PageEvents(sequence=1, changes=(tier_changes(A, B, tier="host"),)), 1.0)
+    assert (worker.pages.num_pages, worker.pages.num_cut) == (3, 2)
     assert caplog.text.count("--max-known-pages") == 1
 
 
@@ -166,10 +135,10 @@ def test_another_role_or_model_at_the_same_url_is_another_worker(changed: dict[s
     registry = Registry(RouterConfig())
     worker = add(registry)
     welcome(registry, worker)
-    registry.on_report(worker, make_load(snapshot=True, page_events=(page_event(A),)), 1.0)
+    registry.on_page_events(worker, PageEvents(sequence=0, changes=(tier_changes(A),)), 1.0)
     welcome(registry, worker, **changed)
     assert worker.state is WorkerState.READY
-    assert worker.known_pages.digests == set()
+    assert registry.index.match([joined(A)]) == {}
     assert worker.spec is not None
     assert {name: getattr(worker.spec, name) for name in changed} == changed
 
@@ -207,10 +176,10 @@ def test_a_worker_computes_room_load_and_retry_time_from_its_requests_and_report
     worker.take(RequestId("2"), 50, caller)
     assert not worker.has_room_for(caller)
     assert worker.has_room_for(("another", "h", "c")), "the worker will displace a request of the first caller"
-    assert (worker.view().num_requests, worker.view().num_pending_tokens) == (2, 150)
+    assert (worker.view(NOTHING_HELD).num_requests, worker.view(NOTHING_HELD).num_pending_tokens) == (2, 150)
     worker.prompt_done(RequestId("1"))
     for request_id in ("1", "2", "2"):
         worker.release(RequestId(request_id))
-    registry.on_report(worker, make_load(snapshot=True, num_running=5, num_waiting=2, service_s=20.0), 1.0)
+    registry.on_report(worker, make_load(num_running=5, num_waiting=2, service_s=20.0), 1.0)
     assert worker.retry_after_s() == 8.0, "two requests wait for five places of 20 s each"
-    assert (worker.view().num_requests, worker.view().num_pending_tokens) == (7, 0)
+    assert (worker.view(NOTHING_HELD).num_requests, worker.view(NOTHING_HELD).num_pending_tokens) == (7, 0)

@@ -89,7 +89,7 @@ def test_verified_pages_are_acknowledged_cached_and_used() -> None:
     bench.now_s = 2.5
     plan = bench.step(VERIFIED)
     assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
-    (event,) = plan.page_events
+    (event,) = plan.changed_pages
     assert (event.tier, len(event.stored)) == ("device", 2)
     assert plan.batch is not None
     (item,) = plan.batch.items
@@ -131,7 +131,7 @@ def test_pages_that_arrived_changed_are_computed_again_and_never_cached_as_they_
         plan = bench.step(PagesVerified(handoff_id=H, checksum="other"))
     assert messages(plan) == [Ack(handoff_id=H, target_epoch=D)]
     assert plan.batch is not None
-    assert not plan.page_events
+    assert not plan.changed_pages
     (item,) = plan.batch.items
     assert (item.start, list(item.token_ids)) == (0, PROMPT[:6]), "the first chunk of the prompt"
     plan = bench.finish()
@@ -152,7 +152,7 @@ def test_only_the_pages_from_the_first_changed_one_on_are_computed_again() -> No
     plan = bench.step(done(page_digests=b"3 digests"))
     assert [job.page_digests for job in plan.transfers if isinstance(job, VerifyPages)] == [b"3 digests"]
     plan = bench.step(PagesVerified(handoff_id=H, checksum="other", num_intact=2))
-    (event,) = plan.page_events
+    (event,) = plan.changed_pages
     assert len(event.stored) == 2
     assert plan.batch is not None
     (item,) = plan.batch.items

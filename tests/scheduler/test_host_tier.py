@@ -16,7 +16,7 @@ from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.plan import Flush
 from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp
 from kvist.request import EngineRequest, Outcome, Role
-from kvist.testing.page_events import page_event
+from kvist.testing.page_events import changed_pages, short
 from kvist.testing.sim_cluster import SimCluster, sim_request
 from kvist.testing.sim_engine import SimEngine, small_config
 from kvist.wire import FlushCache
@@ -294,7 +294,7 @@ def test_a_flush_empties_both_tiers() -> None:
     engine.events.append(FlushCache(call_id="f"))
     plan = engine.step()
     assert plan.flushes == ()  # a restart could still restore the host pages
-    assert {event.tier: len(event.removed) for event in plan.page_events} == {"device": 3, "host": 3}
+    assert {event.tier: len(event.removed) for event in plan.changed_pages} == {"device": 3, "host": 3}
     assert engine.step().flushes == (Flush(call_id="f", num_pages=6),)
     world.submit(sim_request("again", PROMPT, max_tokens=1), engine)
     world.settle()
@@ -307,13 +307,13 @@ def test_backups_and_evictions_of_each_tier_are_reported_with_their_tier() -> No
     world.submit(sim_request("first", PROMPT, max_tokens=1), engine)
     world.settle()
     names = tuple(page_digests(PROMPT, engine.cache.page_size, "sim"))
-    assert engine.pages.pages == {(tier, name) for tier in ("device", "host") for name in names}
+    assert engine.pages.pages == {(tier, short(name)) for tier in ("device", "host") for name in names}
     drop_from_device(engine)
-    (event,) = engine.step().page_events
+    (event,) = engine.step().changed_pages
     assert (event.tier, event.stored, set(event.removed)) == ("device", (), set(names))
     assert engine.host is not None
     engine.host.flush()
-    (event,) = engine.step().page_events
+    (event,) = engine.step().changed_pages
     assert (event.tier, event.stored, set(event.removed)) == ("host", (), set(names))
 
 
@@ -324,12 +324,12 @@ def test_with_write_back_a_page_is_reported_once_in_the_host_tier_before_it_leav
     cache.insert(lease, [1], 1)
     cache.close(lease)
     (name,) = page_digests([1], 1, "n")
-    assert cache.take_page_events() == (page_event(name),)
+    assert cache.take_changed_pages() == (changed_pages(name),)
     (job,) = cache.plan_jobs()
     cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=True))
-    assert cache.take_page_events() == (page_event(name, tier="host"),)
+    assert cache.take_changed_pages() == (changed_pages(name, tier="host"),)
     assert cache.grow(cache.open([2], max_tokens=1), 1)
-    assert cache.take_page_events() == (page_event(removed=(name,)),)
+    assert cache.take_changed_pages() == (changed_pages(removed=(name,)),)
 
 
 def test_prefill_and_decode_load_host_pages_before_they_compute_and_grant() -> None:

@@ -36,7 +36,6 @@ STORAGE = StorageStatus(
 
 def busy_worker() -> WorkerSnapshot:
     load = make_load(
-        sequence=1,
         num_running=3,
         num_waiting=2,
         num_free_pages=4,

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
@@ -25,6 +27,7 @@ from kvist.cores import num_usable_cores
 from kvist.engine.config import EngineConfig, HostTierConfig, ModelOptions
 from kvist.engine.limits import resolve_limits
 from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
 from kvist.engine.watchdog import Watchdog
 from kvist.errors import ConfigError
@@ -255,6 +258,7 @@ def _assemble(
         storage: StorageControl | None = None
         if host_pool is not None:
             host_tier = HostTier(host_pool.tensor.shape[0])
+            spec = msgspec.structs.replace(spec, num_host_pages=host_tier.num_pages)
             if host_pool.persistent is not None:
                 host_tier.restore(host_pool.persistent.restore())
             mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=clock)
@@ -285,7 +289,8 @@ def _assemble(
             runner=runner,
             channel=channel,
             transport=transports,
-            reports=LoadReports(snapshot=cache.snapshot),
+            reports=LoadReports(),
+            page_events=PageEventLog(list_pages=cache.list_pages),
             mover=mover,
             storage=storage,
             clock=clock,

@@ -11,8 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvist.request import RequestId
+from kvist.wire import ListPages
 
 MAX_GATEWAYS = 256
+
+
+@dataclass(slots=True)
+class PageReader:
+    """How far a gateway has got with the page events. Mutable; owned by its `ConnectedGateway`."""
+
+    next_sequence: int = 0
+    wanted: ListPages | None = None  # pieces of the list of all pages that are to be sent
 
 
 @dataclass(slots=True)
@@ -21,8 +30,8 @@ class ConnectedGateway:
 
     identity: bytes
     last_contact_s: float
-    next_sequence: int = 0  # of the next LoadReport to this gateway
-    wants_snapshot: bool = True
+    has_report: bool = False  # a LoadReport was sent
+    pages: PageReader | None = None  # None: the gateway has not asked for page events
     request_ids: set[RequestId] = field(default_factory=set)
 
 

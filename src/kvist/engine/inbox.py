@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.channel.engine import Inbound
-from kvist.engine.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways
+from kvist.engine.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways, PageReader
 from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
 from kvist.plan.events import Event
 from kvist.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, EngineRequest, Outcome, RequestId, SamplingParams
@@ -71,7 +71,14 @@ class Inbox:
 
     def _translate_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
         match message:
-            case wire.Hello() | wire.Submit() | wire.Abort() | wire.FlushCache() | wire.StorageCommand():
+            case (
+                wire.Hello()
+                | wire.ListPages()
+                | wire.Submit()
+                | wire.Abort()
+                | wire.FlushCache()
+                | wire.StorageCommand()
+            ):
                 gateway = self._gateways.note_contact(identity, now_s)
                 if gateway is not None:
                     return self._from_gateway(gateway, message)
@@ -100,8 +107,11 @@ class Inbox:
     def _from_gateway(self, gateway: ConnectedGateway, message: wire.GatewayToEngine) -> Event | Reply | None:
         match message:
             case wire.Hello():
-                gateway.wants_snapshot = gateway.wants_snapshot or message.resync
                 return Reply(identity=gateway.identity, message=wire.Welcome(spec=self._spec))
+            case wire.ListPages():
+                gateway.pages = gateway.pages or PageReader()
+                gateway.pages.wanted = message if message.first_piece >= 0 else None
+                return None
             case wire.Submit():
                 return self._submitted(gateway, message)
             case wire.Abort():

@@ -32,6 +32,7 @@ from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.engine.gateways import Gateways
 from kvist.engine.inbox import Inbox, refusal
+from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
 from kvist.engine.step_abort import StepAbort, StepAborted
 from kvist.engine.step_times import StepCpuTimes
@@ -104,6 +105,7 @@ class LoopParts:
     channel: Channel
     transport: Transport
     reports: LoadReports
+    page_events: PageEventLog
     clock: Clock
     gateway_timeout_s: float
     mover: Mover | None = None  # with a host tier
@@ -235,7 +237,11 @@ class EngineLoop:
         """Return how long the loop may sleep without a message or report."""
         if self.has_pending:
             return 0.0
-        times = [self._parts.reports.due_at_s(self._gateways), self._next_check_s]
+        times = [
+            self._parts.reports.due_at_s(self._gateways),
+            self._parts.page_events.due_at_s(self._gateways),
+            self._next_check_s,
+        ]
         if self._wake_at_s is not None:
             times.append(self._wake_at_s)
         return max(0.0, min(times) - self._parts.clock.now_s())
@@ -367,7 +373,11 @@ class EngineLoop:
 
     def _report(self, plan: Plan, now_s: float) -> None:
         reports = self._parts.reports
-        reports.record(plan.page_events)
+        if plan.changed_pages:
+            reports.on_pages_changed()
+            self._parts.page_events.record(plan.changed_pages)
+        for identity, events in self._parts.page_events.make(self._gateways, now_s):
+            self._send(identity, events)
         if now_s < reports.due_at_s(self._gateways):
             return
         totals = {

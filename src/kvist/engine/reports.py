@@ -1,18 +1,14 @@
-"""Makes the load reports: the status of this engine and the changes of its cached pages, for every gateway.
+"""Makes LoadReports: the load of this engine, for every gateway.
 
-Reports are sent `MAX_INTERVAL_S` after the previous ones, and after `MIN_INTERVAL_S` if cached pages have changed or a
-gateway needs a snapshot. All gateways get their reports at the same time, so one set of pending changes is enough. A
-gateway that is new, or has requested a snapshot, gets every cached page instead of the changes.
+Reports are sent once a second, and `MIN_INTERVAL_S` after the previous one if cached pages changed or a gateway is new.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import get_args
+from collections.abc import Iterator
 
 from kvist import wire
 from kvist.engine.gateways import Gateways
-from kvist.kv.changes import PageChanges
 from kvist.kv.tiers.host import HostCounts
 from kvist.scheduler.status import SchedulerStatus
 
@@ -23,25 +19,19 @@ MAX_INTERVAL_S = 1.0
 class LoadReports:
     """Mutable; owned by the engine loop."""
 
-    def __init__(self, *, snapshot: Callable[[], Sequence[wire.PageEvents]]) -> None:
-        self._snapshot = snapshot
-        self._changes = {tier: PageChanges(tier) for tier in get_args(wire.PageTier)}  # since the last report
+    def __init__(self) -> None:
+        self._pages_changed = False  # since the last report
         self._last_sent_s = float("-inf")
 
-    def record(self, events: Sequence[wire.PageEvents]) -> None:
-        for event in events:
-            changes = self._changes[event.tier]
-            for digest in event.removed:
-                changes.on_removed(digest)
-            for digest in event.stored:
-                changes.on_stored(digest)
+    def on_pages_changed(self) -> None:
+        self._pages_changed = True
 
     def make_due(self) -> None:
         """Make the next reports due at once."""
         self._last_sent_s = float("-inf")
 
     def due_at_s(self, gateways: Gateways) -> float:
-        urgent = any(self._changes.values()) or any(gateway.wants_snapshot for gateway in gateways)
+        urgent = self._pages_changed or any(not gateway.has_report for gateway in gateways)
         return self._last_sent_s + (MIN_INTERVAL_S if urgent else MAX_INTERVAL_S)
 
     def make(
@@ -54,31 +44,23 @@ class LoadReports:
         *,
         draining: bool = False,
     ) -> Iterator[tuple[bytes, wire.LoadReport]]:
-        """Make one report per gateway. Exhaust the iterator: the pending changes are in these reports only."""
-        events = tuple(event for changes in self._changes.values() for event in changes.take())
-        everything: tuple[wire.PageEvents, ...] | None = None
-        self._last_sent_s = now_s
+        """Make one report per gateway."""
+        self._last_sent_s, self._pages_changed = now_s, False
+        report = wire.LoadReport(
+            num_running=status.num_running,
+            num_waiting=status.num_waiting,
+            num_free_pages=status.pages.free,
+            num_cached_pages=status.pages.cached,
+            num_owned_pages=status.pages.owned,
+            num_in_flight_pages=status.pages.in_flight,
+            service_s=status.service_s,
+            num_host_pages=_by_state(status.host_pages),
+            storage=storage,
+            draining=draining,
+            totals={**status.totals, **totals},
+        )
         for gateway in gateways:
-            if gateway.wants_snapshot and everything is None:
-                everything = tuple(self._snapshot())
-            report = wire.LoadReport(
-                sequence=gateway.next_sequence,
-                num_running=status.num_running,
-                num_waiting=status.num_waiting,
-                num_free_pages=status.pages.free,
-                num_cached_pages=status.pages.cached,
-                num_owned_pages=status.pages.owned,
-                num_in_flight_pages=status.pages.in_flight,
-                service_s=status.service_s,
-                num_host_pages=_by_state(status.host_pages),
-                storage=storage,
-                draining=draining,
-                snapshot=gateway.wants_snapshot,
-                page_events=everything or () if gateway.wants_snapshot else events,
-                totals={**status.totals, **totals},
-            )
-            gateway.next_sequence += 1
-            gateway.wants_snapshot = False
+            gateway.has_report = True
             yield gateway.identity, report
 
 

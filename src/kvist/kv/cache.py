@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvist.kv.changes import PageChanges
 from kvist.kv.counters import CACHE_COUNTERS, HitCounters
 from kvist.kv.device_tier import DeviceTier
 from kvist.kv.keys import iter_page_digests, iter_page_keys, page_keys, root_digest
@@ -39,8 +40,11 @@ from kvist.kv.tiers.host import HostCounts, HostPage, HostTier
 from kvist.kv.tiers.prefetch import Prefetch
 from kvist.kv.tiers.storage import StorageTier
 from kvist.kv.tiers.write_policy import WRITE_POLICIES, WritePolicy
+from kvist.plan.plan import ChangedPages
 from kvist.plan.tiers import PagesBackedUp, PagesLoaded, TierJob
-from kvist.wire import PageEvents
+from kvist.wire import ListedPages, PageTier
+
+_MAX_EMPTY_PIECES = 64  # skipped in one call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,14 +314,24 @@ class PageCache:
         }
         return CACHE_COUNTERS.filled(counted)
 
-    def take_page_events(self) -> tuple[PageEvents, ...]:
+    def take_changed_pages(self) -> tuple[ChangedPages, ...]:
         """Return the pages that entered and left each tier since the last call."""
         events = self._tree.changes.take()
         return events if self._host is None else events + self._host.tier.changes.take()
 
-    def snapshot(self) -> tuple[PageEvents, ...]:
-        """Return every cached page, by tier; in the device pool parents come before children."""
-        device = PageEvents(tier="device", stored=tuple(node.digest for node in self._tree.nodes()))
-        if self._host is None:
-            return (device,)
-        return device, PageEvents(tier="host", stored=tuple(self._host.tier.digests()))
+    def list_pages(self, first_piece: int) -> ListedPages:
+        """Return a piece of the list of all cached pages, of both tiers in turn; empty pieces are skipped."""
+        tiers: list[tuple[PageTier, PageChanges]] = [("device", self._tree.changes)]
+        if self._host is not None:
+            tiers.append(("host", self._host.tier.changes))
+        num_pieces = len(tiers) * max(changes.num_pieces for _, changes in tiers)
+        tier, digests, piece = tiers[0][0], b"", first_piece
+        for _ in range(_MAX_EMPTY_PIECES):
+            if piece >= num_pieces or digests:
+                break
+            tier, changes = tiers[piece % len(tiers)]
+            number = piece // len(tiers)
+            digests = changes.piece(number) if number < changes.num_pieces else b""
+            piece += 1
+        following = piece if piece < num_pieces else None
+        return ListedPages(tier=tier, digests=digests, first_piece=first_piece, next_piece=following)

@@ -49,7 +49,7 @@ class Root(Node):
 
 
 class PageNode(Node):
-    __slots__ = ("duplicates", "key", "num_hits", "page_id", "parent")
+    __slots__ = ("duplicates", "key", "num_hits", "page_id", "parent", "row")
 
     def __init__(self, parent: Node, key: bytes, page_id: int) -> None:
         super().__init__(chain_digest(parent.digest, key))
@@ -57,6 +57,7 @@ class PageNode(Node):
         self.key = key
         self.page_id = page_id
         self.duplicates: list[Pin] | None = None  # the pins that have a page of their own for this prefix
+        self.row = 0  # in the list of all pages (changes.py)
         self.num_hits = 0  # requests that matched this page; counted by cache.py, reset by `write_back`
 
 
@@ -155,7 +156,7 @@ class RadixTree:
             if node is None:
                 node = parent.children[key] = PageNode(parent, key, page_id)
                 change.taken.append(page_id)
-                self.changes.on_stored(node.digest)
+                node.row = self.changes.on_stored(node.digest)
             elif node.num_readers == 0:
                 self._read(node)
                 change.released.append(node.page_id)
@@ -223,7 +224,7 @@ class RadixTree:
         assert not node.children, "a page is evicted before the prefix it continues"
         parent = node.parent
         del parent.children[node.key]
-        self.changes.on_removed(node.digest)
+        self.changes.on_removed(node.digest, node.row)
         if isinstance(parent, Root):
             self._drop_root_if_unused(parent)
         return node

@@ -8,7 +8,7 @@ from kvist.plan.batch import Batch
 from kvist.plan.tiers import TierJob
 from kvist.plan.transfers import StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.request import EpochId
-from kvist.wire import Ended, PageEvents, TokenChunk
+from kvist.wire import Ended, PageTier, TokenChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,15 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChangedPages:
+    """The pages that entered and left one tier, net: a digest is in one of the two at most."""
+
+    tier: PageTier
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     chunks: tuple[TokenChunk, ...] = ()  # to the gateways
     ended: tuple[Ended, ...] = ()
@@ -28,6 +37,6 @@ class Plan:
     transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
     tier_jobs: tuple[TierJob, ...] = ()  # copies between device pool, host tier and store
     watched_epochs: frozenset[EpochId] = frozenset()  # peers whose death must be reported
-    page_events: tuple[PageEvents, ...] = ()  # net changes of each tier in this step; one event per tier
+    changed_pages: tuple[ChangedPages, ...] = ()  # in this step, at most one for each tier
     batch: Batch | None = None  # to be launched; runs after the pending batch, if any
     wake_at_s: float | None = None  # the latest time of the next call of `step`

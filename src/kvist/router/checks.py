@@ -10,10 +10,11 @@ import math
 import re
 
 from kvist.request import EngineRequest, SamplingParams, TokenLogprobs
-from kvist.wire import EngineSpec, LoadReport, TokenChunk
+from kvist.wire import DIGEST_BYTES, EngineSpec, LoadReport, PageEvents, TokenChunk
 
 _LONGEST_RETRY_AFTER_S = 3600.0
 _MAX_TOTALS = 512
+_MAX_DIGEST_FIELDS = 6  # in one message: stored and removed pages of each tier, and a piece of a list with room to grow
 _TOTAL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # becomes part of a metric name
 
 
@@ -62,7 +63,6 @@ def _fault_of_logprobs(logprobs: tuple[TokenLogprobs, ...], sampling: SamplingPa
 
 def fault_of_report(report: LoadReport) -> str | None:
     counts = (
-        report.sequence,
         report.num_running,
         report.num_waiting,
         report.num_free_pages,
@@ -79,12 +79,23 @@ def fault_of_report(report: LoadReport) -> str | None:
     return None if wrong is None else f"a counter named {wrong[:64]!r}"
 
 
+def fault_of_page_events(events: PageEvents) -> str | None:
+    fields = [digests for changes in events.changes for digests in (changes.stored, changes.removed)]
+    fields += [listed.digests for listed in events.listed]
+    if any(len(digests) % DIGEST_BYTES for digests in fields):
+        return "digests of a wrong length"
+    if len(fields) > _MAX_DIGEST_FIELDS:
+        return f"{len(fields)} groups of digests"
+    return None
+
+
 def fault_of_spec(spec: EngineSpec) -> str | None:
     for name in ("vocab_size", "max_model_len", "page_size", "num_pages", "tp_size", "max_running_requests"):
         if getattr(spec, name) < 1:
             return f"a {name} of {getattr(spec, name)}"
-    if spec.max_queued_requests < 0:
-        return f"a max_queued_requests of {spec.max_queued_requests}"
+    for name in ("num_host_pages", "max_queued_requests"):
+        if getattr(spec, name) < 0:
+            return f"a {name} of {getattr(spec, name)}"
     return None
 
 

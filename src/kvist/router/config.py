@@ -49,8 +49,9 @@ class RoutingOptions:
     policy: str = choice_of(POLICIES, "cache_aware", "routing policy")
     policy_options: Given = options_of_choice(POLICIES, chosen_by="policy", title="routing policy")
     max_known_pages: int = option(
-        262_144,
-        "maximum number of cached pages tracked for each worker; routing ignores further pages",
+        16_777_216,
+        "maximum number of different cached pages that routing knows, of all workers together; each worker has an "
+        "equal share, and the gateway needs about 50 bytes of memory for each page",
         unit="pages",
         minimum=0,
     )

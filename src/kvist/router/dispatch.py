@@ -126,7 +126,13 @@ class Dispatcher:
 
     def snapshot(self) -> ClusterSnapshot:
         cancelled = Cancelled(num_held=self._num_cancelled_held, release_s=self._release_s)
-        return ClusterSnapshot(workers=self._registry.snapshot(), cancelled=cancelled)
+        index = self._registry.index
+        return ClusterSnapshot(
+            workers=self._registry.snapshot(),
+            cancelled=cancelled,
+            num_index_entries=index.num_entries,
+            num_index_bytes=index.num_bytes,
+        )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
         """Yield the output of the request. Closing or cancelling the iterator aborts the request at every engine.

@@ -26,6 +26,7 @@ from kvist.errors import ConfigError, KvistError, Unavailable
 from kvist.router import discovery
 from kvist.router.config import RouterConfig
 from kvist.router.membership import NamedWorker
+from kvist.router.page_queue import PageQueue
 from kvist.router.registry import Registry, Worker, WorkerState, is_another
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Fleet:
         self._api_key = api_key
         self._gateway_id = secrets.token_hex(6)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._page_queue = PageQueue(registry.index, self._apply)
         self._links: dict[Worker, GatewayLink] = {}
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
         self._cancelled: set[asyncio.Task[None]] = set()  # that have not ended yet
@@ -94,6 +96,7 @@ class Fleet:
         worker = self._registry.find(url)
         assert worker is not None, f"no worker has the URL {url}"
         self._registry.leave(worker)
+        self._page_queue.wake()  # its pages are forgotten
         worker.leave_by_s = self._clock.now_s() + self._config.links.request_timeout_s
         if not worker.in_flight:
             self._forget(worker, worker.problem)
@@ -108,6 +111,7 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), *self._cancelled, return_exceptions=True)
         self._tasks.clear()
+        self._page_queue.close()
         if self._http is not None:
             await self._http.aclose()
         self._context.destroy(linger=0)
@@ -184,6 +188,7 @@ class Fleet:
                 if now_s >= next_hello_s:
                     next_hello_s = now_s + self._config.links.keepalive_s
                     self._say_hello(worker)
+                self._request_pages(worker, now_s)
                 await asyncio.wait((lost,), timeout=check_s)
                 now_s = self._clock.now_s()
                 if worker.state is WorkerState.LEAVING and (not worker.in_flight or now_s >= worker.leave_by_s):
@@ -204,7 +209,7 @@ class Fleet:
             link.close()
 
     def _say_hello(self, worker: Worker) -> None:
-        self.send(worker, wire.Hello(gateway_id=self._gateway_id, resync=worker.needs_snapshot))
+        self.send(worker, wire.Hello(gateway_id=self._gateway_id))
 
     @property
     def _stalled_s(self) -> float:
@@ -246,17 +251,31 @@ class Fleet:
             if worker.spec is not None:  # otherwise no Welcome has come, and no request was sent
                 self._events.on_outputs(worker, message)
         elif isinstance(message, wire.LoadReport):
-            if self._registry.on_report(worker, message, now_s):
-                logger.info("missed a load report of worker %s: asking for a snapshot", worker.worker_id)
-                self.send(worker, wire.Hello(gateway_id=self._gateway_id, resync=True))
+            self._registry.on_report(worker, message, now_s)
+        elif isinstance(message, wire.PageEvents):
+            if not self._page_queue.put(worker, message):
+                worker.num_rejected_messages += 1
         elif isinstance(message, wire.Welcome):
             if worker.spec is not None and is_another(worker.spec, message.spec):
                 self._mark_lost(worker, "it was restarted")  # the requests of the old process are gone
             self._registry.on_welcome(worker, message, now_s)
+            self._request_pages(worker, now_s)
         else:
             self._events.on_answer(worker, message)
+
+    def _request_pages(self, worker: Worker, now_s: float) -> None:
+        """Send the worker the request for its pages that is due, if any."""
+        request = None if worker.pages is None else worker.pages.request(now_s)
+        if request is not None:
+            self.send(worker, request)
+
+    def _apply(self, worker: Worker, events: wire.PageEvents) -> None:
+        request = self._registry.on_page_events(worker, events, self._clock.now_s())
+        if request is not None:
+            self.send(worker, request)
 
     def _mark_lost(self, worker: Worker, reason: str) -> None:
         assert self._events is not None
         self._registry.on_lost(worker, reason)
+        self._page_queue.wake()  # its pages are forgotten
         self._events.on_lost(worker, reason)

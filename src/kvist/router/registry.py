@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import secrets
 from dataclasses import dataclass, field
 
 from kvist.bounded_log import BoundedLog
@@ -17,13 +18,14 @@ from kvist.errors import ConfigError
 from kvist.fairness import CallerCounts, CallerPath
 from kvist.plan.compat import difference_of_pages
 from kvist.request import RequestId, Role, WorkerId
-from kvist.router.checks import fault_of_report, fault_of_spec
+from kvist.router.checks import fault_of_page_events, fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
-from kvist.router.known_pages import KnownPages
+from kvist.router.page_feed import PageFeed
 from kvist.router.policy import WorkerView
-from kvist.router.stream import WorkerSnapshot
+from kvist.router.prefix_index import HeldPages, PrefixIndex
+from kvist.router.stream import KnownPages, WorkerSnapshot
 from kvist.service_time import SHORTEST_WAIT_S, retry_after_s
-from kvist.wire import PROTOCOL_VERSION, EngineSpec, LoadReport, Welcome, interworks
+from kvist.wire import PROTOCOL_VERSION, EngineSpec, ListPages, LoadReport, PageEvents, Welcome, interworks
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +65,7 @@ class Worker:
     spec: EngineSpec | None = None
     load: LoadReport | None = None
     last_message_s: float = 0.0
-    known_pages: KnownPages
-    sequence: int | None = None  # of the last report
-    needs_snapshot: bool = True
+    pages: PageFeed | None = None  # of its current process; None before the first Welcome, and while LOST
     num_rejected_messages: int = 0  # each was dropped, or failed its request
     leave_by_s: float = 0.0  # while LEAVING: when the requests that are still open fail
     in_flight: dict[RequestId, SentRequest] = field(default_factory=dict)
@@ -124,16 +124,17 @@ class Worker:
             self.num_pending_tokens -= found.num_pending_tokens
             self.callers.remove(found.caller)
 
-    def view(self) -> WorkerView:
+    def view(self, held: HeldPages) -> WorkerView:
+        """Return the worker as a policy sees it; `held` are the prompt's pages there."""
         assert self.spec is not None
         reported = self.load.num_running + self.load.num_waiting if self.load is not None else 0
         return WorkerView(
             worker_id=self.spec.worker_id,
-            namespace=self.spec.namespace,
             page_size=self.spec.page_size,
             num_requests=max(len(self.in_flight), reported),  # the report counts other gateways' requests too
             num_pending_tokens=self.num_pending_tokens,
-            cached_pages=self.known_pages.digests,
+            num_known_pages=0 if self.pages is None else self.pages.num_pages,
+            held=held,
         )
 
 
@@ -151,6 +152,7 @@ class Registry:
         self._tokenizer = tokenizer
         self._log = BoundedLog(logger)
         self._workers: dict[str, Worker] = {}
+        self.index = PrefixIndex(config.routing.max_known_pages, seed=secrets.randbits(128))
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -163,8 +165,7 @@ class Registry:
             assert leaving.state is WorkerState.LEAVING, f"{url} is a worker already"
             leaving.wanted_role, leaving.state, leaving.problem = role, WorkerState.JOINING, "named again"
             return leaving
-        pages = KnownPages(self._config.routing.max_known_pages)
-        worker = Worker(url=url, wanted_role=role, last_message_s=now_s, known_pages=pages, problem="no message yet")
+        worker = Worker(url=url, wanted_role=role, last_message_s=now_s, problem="no message yet")
         self._workers[url] = worker
         return worker
 
@@ -174,10 +175,12 @@ class Registry:
     def leave(self, worker: Worker) -> None:
         """Send the worker no new request."""
         worker.state, worker.problem = WorkerState.LEAVING, "removed from this gateway"
+        self._forget_pages(worker)
 
     def remove(self, worker: Worker) -> None:
         """Forget a worker without requests."""
         del self._workers[worker.url]
+        self._forget_pages(worker)
 
     def ready(self, role: Role) -> list[Worker]:
         return [w for w in self._workers.values() if w.state is WorkerState.READY and w.role is role]
@@ -205,30 +208,43 @@ class Registry:
             raise ConfigError(problem)
         self._reset_reported_state(worker)
         worker.spec, worker.state, worker.problem = spec, WorkerState.READY, ""
+        self.index.add(spec.worker_id, {"device": spec.num_pages, "host": spec.num_host_pages})
+        worker.pages = PageFeed(self.index, spec.worker_id)
         logger.info("worker %s is ready: %s, epoch %s", spec.worker_id, spec.role, spec.epoch)
 
-    def on_report(self, worker: Worker, report: LoadReport, now_s: float) -> bool:
-        """Apply a load report. Return True if an earlier one was lost and a snapshot is needed."""
+    def on_report(self, worker: Worker, report: LoadReport, now_s: float) -> None:
         worker.last_message_s = now_s
         fault = fault_of_report(report)
         if fault is not None:
-            worker.num_rejected_messages += 1
-            self._log.warning("rejected a load report of worker %s: the report has %s", worker.worker_id, fault)
-            return False
-        in_order = worker.sequence is not None and report.sequence == worker.sequence + 1
-        worker.sequence = report.sequence
+            self._reject(worker, f"the load report has {fault}")
+            return
         worker.load = report
         if report.draining and worker.state is WorkerState.READY:
             logger.info("worker %s is stopping and takes no new requests", worker.worker_id)
             worker.state, worker.problem = WorkerState.DRAINING, "it is stopping"
-        if report.snapshot:
-            worker.known_pages.clear()
-            worker.needs_snapshot = False
-        self._apply_page_events(worker, report)
-        if report.snapshot or in_order or worker.needs_snapshot:
-            return False
-        worker.needs_snapshot = True  # keep using the old set until then: it is only a hint
-        return True
+
+    def on_page_events(self, worker: Worker, events: PageEvents, now_s: float) -> ListPages | None:
+        """Apply page events. Return the request to the worker that they make due, if any."""
+        assert worker.pages is not None
+        fault = fault_of_page_events(events)
+        if fault is not None:
+            self._reject(worker, f"the page events have {fault}")
+            return None
+        was_cut = worker.pages.num_cut
+        request = worker.pages.on_events(events, now_s)
+        if worker.pages.num_cut and not was_cut:
+            logger.warning(
+                "worker %s reports more cached pages than it can have (%d), or than its share of the %d that routing "
+                "knows (--max-known-pages); further pages are ignored",
+                worker.worker_id,
+                0 if worker.spec is None else worker.spec.num_pages + worker.spec.num_host_pages,
+                self.index.max_pages,
+            )
+        return request
+
+    def _reject(self, worker: Worker, fault: str) -> None:
+        worker.num_rejected_messages += 1
+        self._log.warning("rejected a message of worker %s: %s", worker.worker_id, fault)
 
     def on_lost(self, worker: Worker, reason: str) -> None:
         """Mark the worker as unusable. The dispatcher fails its requests."""
@@ -256,25 +272,17 @@ class Registry:
             sources=worker.sources,
             num_in_flight=len(worker.in_flight),
             num_rejected_messages=worker.num_rejected_messages,
+            known_pages=KnownPages() if worker.pages is None else worker.pages.known(),
         )
 
-    @staticmethod
-    def _reset_reported_state(worker: Worker) -> None:
-        worker.known_pages.clear()
-        worker.sequence = None
-        worker.needs_snapshot = True
+    def _reset_reported_state(self, worker: Worker) -> None:
+        self._forget_pages(worker)
         worker.load = None
 
-    def _apply_page_events(self, worker: Worker, report: LoadReport) -> None:
-        pages = worker.known_pages
-        was_limited = pages.is_limited
-        pages.apply(report.page_events)
-        if pages.is_limited and not was_limited:
-            logger.warning(
-                "worker %s has more cached pages than the %d tracked here: raise --max-known-pages for better routing",
-                worker.worker_id,
-                self._config.routing.max_known_pages,
-            )
+    def _forget_pages(self, worker: Worker) -> None:
+        if worker.pages is not None:
+            self.index.remove(worker.worker_id)
+            worker.pages = None
 
     def _problem(self, worker: Worker, welcome: Welcome) -> str:
         spec = welcome.spec

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
 from kvist.fairness import CallerPath, caller_path
 from kvist.fit import limit_text, num_tokens_needed
-from kvist.kv.keys import page_digests
-from kvist.request import EngineRequest, Mode, Role
+from kvist.request import EngineRequest, Mode, Role, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.pairs import Pairs
 from kvist.router.policies import POLICIES
-from kvist.router.policy import Policy, PromptDigests, num_hit_tokens
+from kvist.router.policy import Policy, Prompt
+from kvist.router.prefix_index import NOTHING_HELD, HeldPages
+from kvist.router.prompt_digests import PromptDigests
 from kvist.router.registry import Registry, Worker, WorkerState
 
 # A cached page saves a decode worker a transfer, which costs far less than computing the page: load weighs more.
@@ -92,8 +93,7 @@ class Router:
         self._pairs = Pairs()
         self._prompt_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         self._decode_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
-        # The last prompt, its salt, and its digests by namespace: the n answers to one prompt are routed in sequence.
-        self._digested: tuple[tuple[int, ...], str, dict[str, list[bytes]]] = ((), "", {})
+        self._digests = PromptDigests()
 
     def can_serve(self) -> bool:
         """Return whether the ready workers can serve a request with an answer of any length. They may be full."""
@@ -127,26 +127,25 @@ class Router:
                 retry_after_s=retry_after_s,
             )
         first = [*free.unified, *(free.prefill if free.decode or single else ())]
-        prompt = self._prompt(request, [*first, *free.decode])
-        chosen = _pick(self._prompt_policy, prompt, first)
-        num_cached = min(num_hit_tokens(prompt, chosen.view()), _most_cached(request))
-        left = max(1, prompt.num_tokens - num_cached)
+        prompt = Prompt(num_tokens=request.num_prompt_tokens)
+        held = self._held_pages(request, [*first, *free.decode])
+        chosen = _pick(self._prompt_policy, prompt, first, held)
+        num_hit_tokens = chosen.view(held.get(chosen.worker_id, NOTHING_HELD)).num_hit_tokens
+        left = max(1, prompt.num_tokens - min(num_hit_tokens, _most_cached(request)))
         if single or chosen.role is Role.UNIFIED:
             return Route(mode=Mode.FULL, prefill=chosen, decode=chosen, num_prompt_tokens_left=left)
         partners = [worker for worker in free.decode if self._pairs.may_pair(chosen, worker)]
-        partner = _pick(self._decode_policy, replace(prompt, hit_weight=DECODE_HIT_WEIGHT), partners)
+        partner = _pick(self._decode_policy, replace(prompt, hit_weight=DECODE_HIT_WEIGHT), partners, held)
         return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left)
 
-    def _prompt(self, request: EngineRequest, workers: Sequence[Worker]) -> PromptDigests:
-        token_ids, salt = request.prompt_token_ids, request.cache_salt
-        if token_ids is not self._digested[0] or salt != self._digested[1]:  # all answers to one prompt share the tuple
-            self._digested = (token_ids, salt, {})
-        digests = self._digested[2]
-        for worker in workers:
-            spec = worker.spec
-            if spec is not None and worker.known_pages.digests and spec.namespace not in digests:
-                digests[spec.namespace] = page_digests(token_ids, spec.page_size, spec.namespace, salt)
-        return PromptDigests(num_tokens=request.num_prompt_tokens, digests=digests)
+    def _held_pages(self, request: EngineRequest, workers: Sequence[Worker]) -> dict[WorkerId, HeldPages]:
+        """Return the leading pages of the prompt that each worker holds."""
+        held: dict[WorkerId, HeldPages] = {}
+        kinds = {(w.spec.namespace, w.spec.page_size) for w in workers if w.spec is not None}
+        for namespace, page_size in kinds if self._registry.index.num_entries else ():
+            pieces = self._digests.pieces(request.prompt_token_ids, page_size, namespace, request.cache_salt)
+            held.update(self._registry.index.match(pieces))
+        return held
 
     def _no_worker_error(self, ready: Candidates) -> Unavailable:
         if ready.prefill or ready.decode:
@@ -204,6 +203,7 @@ def _most_cached(request: EngineRequest) -> int:
     return request.num_prompt_tokens if sampling.prompt_logprobs is None else max(0, sampling.prompt_logprobs_start - 1)
 
 
-def _pick(policy: Policy, prompt: PromptDigests, workers: Sequence[Worker]) -> Worker:
-    worker_id = policy.choose(prompt, [worker.view() for worker in workers])
+def _pick(policy: Policy, prompt: Prompt, workers: Sequence[Worker], held: Mapping[WorkerId, HeldPages]) -> Worker:
+    views = [worker.view(held.get(worker.worker_id, NOTHING_HELD)) for worker in workers]
+    worker_id = policy.choose(prompt, views)
     return next(worker for worker in workers if worker.worker_id == worker_id)

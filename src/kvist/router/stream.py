@@ -5,6 +5,7 @@ Pure data types. router/dispatch.py creates them; server/ and metrics.py read th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvist.metrics import Histogram
@@ -26,6 +27,15 @@ class StreamPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KnownPages:
+    """The gateway's knowledge of the cached pages of one worker's process."""
+
+    num_pages: int = 0  # in the index, counted once in each tier
+    num_cut: int = 0  # left out since the pages were listed last
+    num_listings: Mapping[str, int] = field(default_factory=dict)  # by page_feed.Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSnapshot:
     worker_id: WorkerId
     role: Role | None  # how the router uses the worker; None before the first Welcome, if no URL list says it
@@ -38,6 +48,7 @@ class WorkerSnapshot:
     sources: tuple[str, ...] = ()  # that name the worker: "flags", "http", "announcement", or a --discovery
     num_in_flight: int = 0  # requests of this gateway that have not ended at the worker
     num_rejected_messages: int = 0  # undecodable or impossible messages
+    known_pages: KnownPages = field(default_factory=lambda: KnownPages())
 
     @property
     def role_name(self) -> str:
@@ -58,3 +69,5 @@ class Cancelled:
 class ClusterSnapshot:
     workers: tuple[WorkerSnapshot, ...]
     cancelled: Cancelled = field(default_factory=Cancelled)
+    num_index_entries: int = 0  # different pages that the index knows
+    num_index_bytes: int = 0

@@ -63,7 +63,7 @@ class Batcher:
         self._allocator.begin_step()
         self._num_logprobs_left = MAX_STEP_LOGPROBS
         items: list[BatchItem] = []
-        step = PendingStep(decodes=[], chunks=[], planned_s=self._context.now_s)
+        step = PendingStep(decodes=[], chunks=[])
         prompts = self._add_decodes(items, step.decodes)
         backlog = self._requests.waiting.num_tokens + sum(len(each.token_ids) - each.num_planned for each in prompts)
         self._step_tokens = step_tokens(self._context.config, num_decodes=len(items), backlog_tokens=backlog)
@@ -146,7 +146,6 @@ class Batcher:
                 scored_token_ids=scored_token_ids,
             )
         )
-        step.num_prompt_tokens += end - start
         self._context.count("computed_prompt_tokens", end - start)
         return end - start
 
@@ -185,8 +184,6 @@ class Batcher:
             self._count_admission(request)
         computes = not request.awaits_handoff
         self._requests.move(request, RequestState.RUNNING if computes else RequestState.GRANTED)
-        if computes:
-            self._allocator.begin_computing(request)
         self._handoffs.on_allocated(request)
 
     def _count_admission(self, request: ActiveRequest) -> None:

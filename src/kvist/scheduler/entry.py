@@ -19,12 +19,12 @@ from kvist.wire import Submit
 Refusal = tuple[str, str]  # error code, message
 TokenRule = Callable[[SamplingParams], bool]  # whether all tokens must be known before the next one is planned
 
-_WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAITING_PAGES)
+_WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAITING_LOAD)
 
 _WRONG_MODE = {
     Role.UNIFIED: "does not take over pages. Send decode requests to a decode worker",
-    Role.PREFILL: "computes prompts and short answers. Send longer requests to the router",
-    Role.DECODE: "computes no prompts for other workers. Send the request to the router",
+    Role.PREFILL: "computes prompts and one token. Send longer requests to the router",
+    Role.DECODE: "does not compute prompts. Send the request to the router",
 }
 
 

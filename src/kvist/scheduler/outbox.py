@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from kvist.plan.batch import Batch
-from kvist.plan.plan import Flush, Plan
+from kvist.plan.plan import ChangedPages, Flush, Plan
 from kvist.plan.tiers import TierJob
 from kvist.plan.transfers import StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.request import EpochId
-from kvist.wire import Ended, PageEvents, SourceToTarget, TargetToSource, TokenChunk
+from kvist.wire import Ended, SourceToTarget, TargetToSource, TokenChunk
 
 
 class Outbox:
@@ -36,7 +36,7 @@ class Outbox:
         batch: Batch | None,
         tier_jobs: list[TierJob],
         watched_epochs: frozenset[EpochId],
-        page_events: tuple[PageEvents, ...],
+        changed_pages: tuple[ChangedPages, ...],
         wake_at_s: float | None,
     ) -> Plan:
         plan = Plan(
@@ -47,7 +47,7 @@ class Outbox:
             transfers=tuple(self.transfers),
             tier_jobs=tuple(tier_jobs),
             watched_epochs=watched_epochs,
-            page_events=page_events,
+            changed_pages=changed_pages,
             batch=batch,
             wake_at_s=wake_at_s,
         )

@@ -126,7 +126,7 @@ class Steps:
             batch=batch,
             tier_jobs=self._cache.plan_jobs(),
             watched_epochs=self._handoffs.watched_epochs,
-            page_events=self._cache.take_page_events(),
+            changed_pages=self._cache.take_changed_pages(),
             wake_at_s=context.timers.next_at_s(),
         )
 

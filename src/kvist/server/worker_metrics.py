@@ -81,11 +81,30 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     states = GaugeMetricFamily("kvist:workers", "workers in this state", labels=["state"])
     for state, count in sorted(Counter(worker.state for worker in snapshot.workers).items()):
         states.add_metric([state], count)
+    known = GaugeMetricFamily(
+        "kvist:worker_known_pages", "cached pages of this worker that routing knows, in each tier", labels=labels
+    )
+    cut = GaugeMetricFamily(
+        "kvist:worker_cut_pages",
+        "cached pages of this worker that routing leaves out: more than its spec allows, or than its share of "
+        "--max-known-pages",
+        labels=labels,
+    )
+    listings = CounterMetricFamily(
+        "kvist:worker_page_listings",
+        "times that the gateway listed all cached pages of this worker: it joined, a message was lost (gap), the sums "
+        "of both sides differed (sums), or other workers joined (share)",
+        labels=[*labels, "reason"],
+    )
     totals: dict[str, CounterMetricFamily] = {}
     for worker in snapshot.workers:
         label_values, load = [worker.worker_id, worker.role_name], worker.load
         alive.add_metric(label_values, float(worker.alive))
         rejected.add_metric(label_values, worker.num_rejected_messages)
+        known.add_metric(label_values, worker.known_pages.num_pages)
+        cut.add_metric(label_values, worker.known_pages.num_cut)
+        for reason, count in worker.known_pages.num_listings.items():
+            listings.add_metric([*label_values, reason], count)
         running.add_metric(label_values, 0 if load is None else load.num_running)
         waiting.add_metric(label_values, 0 if load is None else load.num_waiting)
         by_state = pages_by_state(load)
@@ -106,8 +125,8 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
                 errors.add_metric([*label_values, errno], count)
         for name, value in sorted(load.totals.items()):
             if name not in totals:
-                known = COUNTER_BY_NAME.get(name)
-                text = name if known is None else known.text
+                declared = COUNTER_BY_NAME.get(name)
+                text = name if declared is None else declared.text
                 totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
             totals[name].add_metric(label_values, value)
     yield GaugeMetricFamily(
@@ -115,6 +134,10 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
         "cancelled requests that at least one worker has not ended yet",
         snapshot.cancelled.num_held,
     )  # fmt: skip
+    yield GaugeMetricFamily(
+        "kvist:routing_index_pages", "different cached pages that routing knows", snapshot.num_index_entries
+    )
+    yield GaugeMetricFamily("kvist:routing_index_bytes", "memory of the index of pages", snapshot.num_index_bytes)
     yield snapshot.cancelled.release_s.family(
         "cancel_release_seconds", "time from the client's disconnect to the end of its request at every worker"
     )
@@ -130,5 +153,8 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
         *storage,
         errors,
         rejected,
+        known,
+        cut,
+        listings,
         *totals.values(),
     )

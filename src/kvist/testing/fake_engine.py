@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Unpack, get_args
 
 import msgspec
 
@@ -77,6 +77,11 @@ class _Pace:
             self._next_step_s = start_s + num_tokens / self._max_tokens_per_s
 
 
+_NO_PAGES = tuple(
+    wire.TierSum(tier=tier, num_pages=0, xor=bytes(wire.DIGEST_BYTES)) for tier in get_args(wire.PageTier)
+)
+
+
 class FakeEngine:
     """Serves from its own thread between `start` and `stop`. A test may set the public fields meanwhile: `hold` leaves
     requests unanswered, `refusal` fails them, `silent` reads without answering, `stop_after` lets streams hang."""
@@ -105,12 +110,13 @@ class FakeEngine:
         self.refusal: wire.Ended | None = None  # request_id is filled in
         self.submitted: list[wire.Submit] = []
         self.aborted: list[RequestId] = []
-        self.num_resyncs = 0
-        self.gateways: dict[bytes, int] = {}  # address → sequence of the next load report
+        self.num_listings = 0  # requests for all pages, which are answered with none
+        self.gateways: dict[bytes, int] = {}  # address → sequence of the next page events
         self._streams: deque[_Stream] = deque()
         self._streams_that_hang: deque[_Stream] = deque()
         self._held: dict[RequestId, bytes] = {}
-        self._reports: deque[tuple[int, wire.LoadReport]] = deque()  # with the number of skipped sequence numbers
+        self._reports: deque[wire.LoadReport] = deque()
+        self._changes: deque[tuple[int, wire.TierChanges]] = deque()  # with the number of lost messages before it
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -126,9 +132,14 @@ class FakeEngine:
             self._thread.join()
         self.channel.close()
 
-    def report(self, *, skip: int = 0, **changes: Unpack[LoadFields]) -> None:
-        """Send a load report to every gateway; `skip` sequence numbers are lost before it."""
-        self._reports.append((skip, make_load(**changes)))
+    def report(self, **changes: Unpack[LoadFields]) -> None:
+        """Send a load report to every gateway."""
+        self._reports.append(make_load(**changes))
+        self.channel.wakeup()
+
+    def change_pages(self, changes: wire.TierChanges, *, num_lost: int = 0) -> None:
+        """Send page events to every gateway, after messages that are lost."""
+        self._changes.append((num_lost, changes))
         self.channel.wakeup()
 
     @property
@@ -150,7 +161,11 @@ class FakeEngine:
             for sender, message in self.channel.recv(self._pace.wait_s() if self._streams else RECV_TIMEOUT_S):
                 self._handle(sender, message)
             while self._reports:
-                self._send_report()
+                report = self._reports.popleft()
+                for gateway in list(self.gateways):
+                    self._send_load(gateway, report)
+            while self._changes:
+                self._send_changes(*self._changes.popleft())
             if self._streams and not self._pace.wait_s():
                 self._pace.begin(len(self._streams) * self.tokens_per_message)
                 self._step()
@@ -159,11 +174,13 @@ class FakeEngine:
         if self.silent:
             return
         if isinstance(message, wire.Hello):
-            new = sender not in self.gateways
             self.gateways.setdefault(sender, 0)
-            self.num_resyncs += message.resync
             self.channel.send(sender, wire.Welcome(spec=self.spec))
-            self._send_load(sender, make_load(snapshot=new or message.resync))
+            self._send_load(sender, make_load())
+        elif isinstance(message, wire.ListPages):
+            self.num_listings += 1
+            nothing = wire.ListedPages(tier="device", first_piece=message.first_piece)
+            self._send_events(sender, wire.PageEvents(sequence=0, listed=(nothing,), sums=_NO_PAGES))
         elif isinstance(message, wire.Submit):
             self._take(sender, message)
         elif isinstance(message, wire.Abort):
@@ -220,16 +237,18 @@ class FakeEngine:
         self.gateways.pop(gateway, None)
         self._streams = deque(s for s in self._streams if s.gateway != gateway)
 
-    def _send_report(self) -> None:
-        skip, report = self._reports.popleft()
+    def _send_changes(self, num_lost: int, changes: wire.TierChanges) -> None:
         for gateway in list(self.gateways):
-            self.gateways[gateway] += skip
-            self._send_load(gateway, report)
+            self.gateways[gateway] += num_lost
+            self._send_events(gateway, wire.PageEvents(sequence=0, changes=(changes,)))
+
+    def _send_events(self, gateway: bytes, events: wire.PageEvents) -> None:
+        """Send page events with the gateway's next sequence number."""
+        self.channel.send(gateway, msgspec.structs.replace(events, sequence=self.gateways[gateway]))
+        self.gateways[gateway] += 1
 
     def _send_load(self, gateway: bytes, report: wire.LoadReport) -> None:
-        if self.channel.send(gateway, msgspec.structs.replace(report, sequence=self.gateways[gateway])):
-            self.gateways[gateway] += 1
-        else:
+        if not self.channel.send(gateway, report):
             del self.gateways[gateway]
 
 

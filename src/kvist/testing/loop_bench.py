@@ -17,6 +17,7 @@ from typing import TypeVar
 from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
 from kvist.engine.loop import EngineLoop, LoopParts, StepRunner, Storage
+from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
 from kvist.kv.pages import PageCounts
 from kvist.plan.batch import Batch
@@ -263,14 +264,15 @@ class LoopBench:
         self.clock = clock or FakeClock(100.0)
         self.channel = FakeChannel(self.clock, self.order)
         self.scheduler, self.runner, self.transport = ScriptedScheduler(), FakeRunner(self.order), FakeTransport()
-        self.cached_pages: list[wire.PageEvents] = []  # of a snapshot
+        self.cached_pages: list[wire.ListedPages] = [wire.ListedPages(tier="device", first_piece=0)]  # by piece
         parts = LoopParts(
             spec=spec or make_spec(),
             scheduler=scheduler or self.scheduler,
             runner=runner or self.runner,
             channel=self.channel,
             transport=transport or self.transport,
-            reports=LoadReports(snapshot=lambda: self.cached_pages),
+            reports=LoadReports(),
+            page_events=PageEventLog(list_pages=lambda piece: self.cached_pages[piece]),
             clock=self.clock,
             gateway_timeout_s=gateway_timeout_s,
             storage=storage,

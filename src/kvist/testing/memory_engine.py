@@ -18,6 +18,7 @@ from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.engine.assembly import make_storage
 from kvist.engine.loop import EngineLoop, LoopParts
+from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
 from kvist.kv.cache import PageCache
 from kvist.kv.layout import PageLayout, namespace
@@ -173,7 +174,8 @@ class MemoryEngine:
             runner=runner,
             channel=self.channel,
             transport=self._transport,
-            reports=LoadReports(snapshot=cache.snapshot),
+            reports=LoadReports(),
+            page_events=PageEventLog(list_pages=cache.list_pages),
             clock=clock,
             gateway_timeout_s=1e9,
             mover=self._mover,
@@ -194,6 +196,7 @@ class MemoryEngine:
             max_model_len=MAX_MODEL_LEN,
             page_size=PAGE_SIZE,
             num_pages=self.shape.num_pages,
+            num_host_pages=self.shape.num_host_pages,
             max_running_requests=config.max_running_requests,
             max_queued_requests=config.max_queued_requests,
         )

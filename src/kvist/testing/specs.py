@@ -29,6 +29,7 @@ class SpecFields(TypedDict, total=False):
     max_model_len: int
     page_size: int
     num_pages: int
+    num_host_pages: int
     namespace: str
     dtype: str
     tp_size: int
@@ -53,6 +54,7 @@ _SPEC = wire.EngineSpec(
     max_model_len=64,
     page_size=16,
     num_pages=4,
+    num_host_pages=4,
     namespace="n",
     dtype="float32",
     tp_size=1,
@@ -74,6 +76,7 @@ _ROOMY_SPEC = make_spec(
     vocab_size=1 << 20,
     max_model_len=1 << 20,
     num_pages=1 << 16,
+    num_host_pages=1 << 16,
     max_running_requests=1 << 16,
     max_queued_requests=1 << 16,
 )
@@ -87,7 +90,6 @@ def make_roomy_spec(**changes: Unpack[SpecFields]) -> wire.EngineSpec:
 class LoadFields(TypedDict, total=False):
     """The fields of `wire.LoadReport`."""
 
-    sequence: int
     num_running: int
     num_waiting: int
     num_free_pages: int
@@ -98,13 +100,10 @@ class LoadFields(TypedDict, total=False):
     num_host_pages: dict[str, int]
     storage: wire.StorageStatus | None
     draining: bool
-    snapshot: bool
-    page_events: tuple[wire.PageEvents, ...]
     totals: dict[str, float]
 
 
 _LOAD = wire.LoadReport(
-    sequence=0,
     num_running=0,
     num_waiting=0,
     num_free_pages=0,

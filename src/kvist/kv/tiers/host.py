@@ -30,6 +30,7 @@ class HostPage:
     last_use: int
     num_children: int = 0
     num_pins: int = 0  # jobs that read or write the page, and prefetches that keep it
+    row: int = 0  # in the list of all pages (changes.py), while resident
     resident: bool = False  # the slot holds the page's bytes
     stored: bool = False  # believed to be in the storage tier, or on its way there
     from_storage: bool = False  # the bytes came from the storage tier, and no request has loaded them yet
@@ -92,7 +93,7 @@ class HostTier:
             page.resident = True
             if parent is not None:
                 parent.num_children += 1
-            self.changes.on_stored(page.digest)
+            page.row = self.changes.on_stored(page.digest)
         used = {each.slot for each in saved}
         assert len(used) == len(self._pages), "a slot holds one page"
         self._free = [slot for slot in self._free if slot not in used]
@@ -144,7 +145,7 @@ class HostTier:
     def written(self, page: HostPage, *, ok: bool) -> None:
         page.resident = ok
         if ok:
-            self.changes.on_stored(page.digest)
+            page.row = self.changes.on_stored(page.digest)
         self.unpin(page)
 
     def pin(self, page: HostPage) -> None:
@@ -207,7 +208,7 @@ class HostTier:
         self._free.append(page.slot)
         self.num_evicted += 1
         if page.resident:
-            self.changes.on_removed(page.digest)
+            self.changes.on_removed(page.digest, page.row)
         parent = page.parent
         if parent is not None:
             parent.num_children -= 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvist.config import option
 from kvist.request import WorkerId
 from kvist.router.policies.least_loaded import LeastLoaded
-from kvist.router.policy import PromptDigests, WorkerView, num_hit_tokens
+from kvist.router.policy import Prompt, WorkerView
 
 REQUEST_PENALTY_TOKENS = 64  # cost of each request at the worker, in computed tokens
 
@@ -44,17 +44,17 @@ class CacheAware:
         self._options = options
         self._by_load = LeastLoaded()
 
-    def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:
+    def choose(self, prompt: Prompt, candidates: Sequence[WorkerView]) -> WorkerId:
         options = self._options
         loads = [worker.num_requests for worker in candidates]
         lowest, highest = min(loads), max(loads)
         if highest - lowest > options.balance_abs_threshold and highest > options.balance_rel_threshold * lowest:
             return self._by_load.choose(prompt, candidates)
-        return min(candidates, key=lambda w: (self._cost(prompt, w), w.num_requests, len(w.cached_pages), w.worker_id)
+        return min(candidates, key=lambda w: (self._cost(prompt, w), w.num_requests, w.num_known_pages, w.worker_id)
         ).worker_id  # fmt: skip
 
-    def _cost(self, prompt: PromptDigests, worker: WorkerView) -> float:
-        num_hit = num_hit_tokens(prompt, worker)
+    def _cost(self, prompt: Prompt, worker: WorkerView) -> float:
+        num_hit = worker.num_hit_tokens
         if num_hit < self._options.cache_threshold * prompt.num_tokens:
             num_hit = 0
         queued = worker.num_pending_tokens + REQUEST_PENALTY_TOKENS * worker.num_requests

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvist.request import WorkerId
-from kvist.router.policy import PromptDigests, WorkerView
+from kvist.router.policy import Prompt, WorkerView
 
 
 class RoundRobin:
@@ -14,7 +14,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last: WorkerId | None = None
 
-    def choose(self, prompt: PromptDigests, candidates: Sequence[WorkerView]) -> WorkerId:  # noqa: ARG002 (any prompt, in turn)
+    def choose(self, prompt: Prompt, candidates: Sequence[WorkerView]) -> WorkerId:  # noqa: ARG002 (any prompt, in turn)
         names = sorted(worker.worker_id for worker in candidates)
         self._last = next((name for name in names if self._last is None or name > self._last), names[0])
         return self._last

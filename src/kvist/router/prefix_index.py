@@ -1,0 +1,343 @@
+"""The index of all workers' cached pages: digest → the workers that hold the page, by tier. PURE.
+
+Each worker has a number, and an entry has one bit for each number and tier (digest_table.py). `match` walks once over a
+prompt's digests and keeps the set of workers that hold every page so far.
+
+A worker's pages are replaced without a gap: `begin_listing` gives the worker a second number, which takes the listed
+pages and all later changes, while the pages of both numbers count as held; `end_listing` drops the first number.
+Dropped numbers are cleared in slices (`work`), and given out again after that.
+
+Bounds: a worker has at most the pages that its spec allows in each tier, and at most its share of `max_pages`; pages
+beyond are left out and counted (`num_cut`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from kvist.request import WorkerId
+from kvist.router.digest_table import Bits, DigestTable, Keys
+from kvist.wire import DIGEST_BYTES, PageTier, TierSum
+
+TIERS: tuple[PageTier, ...] = get_args(PageTier)
+Rows = npt.NDArray[np.uint64]  # [num_pages, 2]: the digests
+
+_NUMBERS_PER_COLUMN = 32
+_ALL = np.uint32(0xFFFFFFFF)
+_MASK = (1 << 64) - 1
+
+
+class HeldPages(NamedTuple):
+    """The leading pages of a prompt that one worker holds."""
+
+    num_device: int = 0  # in its device pool
+    num_host: int = 0  # after those: in the host tier, or in both again
+
+    @property
+    def num_pages(self) -> int:
+        return self.num_device + self.num_host
+
+
+NOTHING_HELD = HeldPages()
+
+
+@dataclass(slots=True)
+class _TierPages:
+    """The pages of one number in one tier. Mutable; owned by its `_Listing`."""
+
+    num_pages: int = 0
+    xor: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(2, dtype=np.uint64))
+
+
+@dataclass(slots=True)
+class _Listing:
+    """A number, and the pages stored under it. Mutable; owned by its `_Member`."""
+
+    number: int
+    tiers: dict[PageTier, _TierPages] = field(default_factory=lambda: {tier: _TierPages() for tier in TIERS})
+    num_cut: int = 0  # pages beyond the bounds, which are not in the index
+
+    @property
+    def num_pages(self) -> int:
+        return sum(pages.num_pages for pages in self.tiers.values())
+
+
+@dataclass(slots=True)
+class _Member:
+    """A worker of the index. Mutable; owned by the `PrefixIndex`."""
+
+    max_pages: Mapping[PageTier, int]
+    shown: _Listing
+    next: _Listing | None = None  # between `begin_listing` and `end_listing`
+
+    def listings(self) -> list[_Listing]:
+        return [self.shown] if self.next is None else [self.shown, self.next]
+
+
+class PrefixIndex:
+    """Mutable; owned by the registry. Digests are given as bytes: `DIGEST_BYTES` for each page, joined."""
+
+    def __init__(self, max_pages: int, *, seed: int) -> None:
+        """`seed` is secret: clients choose the pages, and must not find two that share an entry."""
+        self.max_pages = max_pages
+        self._table = DigestTable(len(TIERS))
+        self._factors = [np.uint64(seed >> shift & _MASK | 1) for shift in (0, 64)]
+        self._members: dict[WorkerId, _Member] = {}
+        self._free_numbers = list(range(_NUMBERS_PER_COLUMN - 1, -1, -1))
+        self._num_numbers = _NUMBERS_PER_COLUMN
+        self._dropped_numbers: list[int] = []  # free when the table has dropped their bits
+
+    # ---------------------------------------------------------------- members
+
+    def add(self, worker_id: WorkerId, max_pages: Mapping[PageTier, int]) -> None:
+        """Add a worker without pages, in the place of one with the same id."""
+        self.remove(worker_id)
+        self._members[worker_id] = _Member(max_pages, _Listing(self._take_number()))
+
+    def remove(self, worker_id: WorkerId) -> None:
+        """Forget a worker and its pages. An unknown id is ignored."""
+        member = self._members.pop(worker_id, None)
+        if member is not None:
+            for listing in member.listings():
+                self._drop(listing)
+
+    def begin_listing(self, worker_id: WorkerId) -> None:
+        """Replace the worker's pages: what is stored from now on is the new set. A second call begins again."""
+        member = self._members[worker_id]
+        if member.next is not None:
+            self._drop(member.next)
+        member.next = _Listing(self._take_number())
+
+    def end_listing(self, worker_id: WorkerId) -> None:
+        """Drop the pages from before `begin_listing`."""
+        member = self._members[worker_id]
+        assert member.next is not None
+        self._drop(member.shown)
+        member.shown, member.next = member.next, None
+
+    # ---------------------------------------------------------------- pages
+
+    def store(self, worker_id: WorkerId, tier: PageTier, digests: bytes) -> int:
+        """Add pages. Return how many were left out because of the bounds."""
+        member = self._members[worker_id]
+        listing = member.next or member.shown
+        keys, rows = self._distinct(digests)
+        pages = listing.tiers[tier]
+        column, bit = self._place_of(listing.number, tier)
+        room = self._room(member, listing, tier)
+        num_cut = 0
+        if len(keys) > room:
+            is_new = np.flatnonzero((self._table.bits(keys)[column] & bit) == 0)
+            cut = is_new[room:]
+            num_cut = len(cut)
+            keys, rows = np.delete(keys, cut), np.delete(rows, cut, axis=0)
+        _count(pages, rows, self._table.set(keys, column, bit), 1)
+        listing.num_cut += num_cut
+        return num_cut
+
+    def discard(self, worker_id: WorkerId, tier: PageTier, digests: bytes) -> None:
+        """Remove pages. Unknown ones are ignored."""
+        keys, rows = self._distinct(digests)
+        for listing in self._members[worker_id].listings():
+            was_set = self._table.clear(keys, *self._place_of(listing.number, tier))
+            _count(listing.tiers[tier], rows, was_set, -1)
+
+    def match(self, pieces: Iterable[bytes]) -> dict[WorkerId, HeldPages]:
+        """Return the leading pages that each worker holds, of the workers that hold the first one.
+
+        `pieces` are the digests of a prompt's pages, in order, in pieces of any size; they are drawn only as long as
+        some worker holds every page."""
+        runs = _Runs(self._num_numbers // _NUMBERS_PER_COLUMN)
+        for piece in pieces:
+            columns = self._table.bits(self._keys_of(_rows(piece)))
+            self._show_both(columns)
+            if not runs.extend(columns):
+                break
+        lengths = runs.lengths()
+        found = {}
+        for worker_id, member in self._members.items():
+            held = lengths.get(member.shown.number)
+            if held is not None:
+                found[worker_id] = held
+        return found
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def num_entries(self) -> int:
+        return self._table.num_entries
+
+    @property
+    def num_bytes(self) -> int:
+        return self._table.num_bytes
+
+    def num_pages(self, worker_id: WorkerId) -> int:
+        """Return the number of the worker's pages, counted once in each tier."""
+        member = self._members.get(worker_id)
+        return 0 if member is None else (member.next or member.shown).num_pages
+
+    def num_cut(self, worker_id: WorkerId) -> int:
+        """Return how many pages of the current listing were left out."""
+        member = self._members[worker_id]
+        return (member.next or member.shown).num_cut
+
+    def sums(self, worker_id: WorkerId) -> tuple[TierSum, ...]:
+        """Return count and XOR of the worker's pages in each tier, of the new listing if there is one."""
+        member = self._members[worker_id]
+        tiers = (member.next or member.shown).tiers
+        return tuple(
+            TierSum(tier=tier, num_pages=pages.num_pages, xor=pages.xor.tobytes()) for tier, pages in tiers.items()
+        )
+
+    def exceeds_share(self, worker_id: WorkerId) -> bool:
+        """Return whether the worker has more pages than its share, since other workers have joined."""
+        return self.num_pages(worker_id) > self.share
+
+    @property
+    def share(self) -> int:
+        """The most pages that one worker may have."""
+        return self.max_pages // max(1, len(self._members))
+
+    @property
+    def has_work(self) -> bool:
+        return self._table.has_work
+
+    def work(self, num_slots: int) -> None:
+        """Do a slice of the work that is left: on `num_slots` slots of the table."""
+        self._table.work(num_slots)
+        if self._dropped_numbers and not self._table.is_dropping:
+            self._free_numbers += self._dropped_numbers
+            self._dropped_numbers = []
+
+    # ---------------------------------------------------------------- numbers and bits
+
+    def _take_number(self) -> int:
+        if not self._free_numbers:
+            first = self._num_numbers
+            self._num_numbers += _NUMBERS_PER_COLUMN
+            self._free_numbers = list(range(self._num_numbers - 1, first - 1, -1))
+            for _ in TIERS:
+                self._table.add_column()
+        return self._free_numbers.pop()
+
+    def _drop(self, listing: _Listing) -> None:
+        for tier in TIERS:
+            self._table.drop(*self._place_of(listing.number, tier))
+        self._dropped_numbers.append(listing.number)
+
+    def _place_of(self, number: int, tier: PageTier) -> tuple[int, np.uint32]:
+        group, place = divmod(number, _NUMBERS_PER_COLUMN)
+        return group * len(TIERS) + TIERS.index(tier), np.uint32(1 << place)
+
+    def _room(self, member: _Member, listing: _Listing, tier: PageTier) -> int:
+        return max(
+            0,
+            min(
+                member.max_pages.get(tier, 0) - listing.tiers[tier].num_pages,
+                self.share - listing.num_pages,
+                self.max_pages - self._table.num_entries,
+            ),
+        )
+
+    def _distinct(self, digests: bytes) -> tuple[Keys, Rows]:
+        """Return the keys and digests in ascending order of keys, each once."""
+        rows = _rows(digests)
+        keys = self._keys_of(rows)
+        order = np.argsort(keys)
+        keys, rows = keys[order], rows[order]
+        repeated = keys[1:] == keys[:-1]
+        if repeated.any():
+            first = np.concatenate(([True], ~repeated))
+            keys, rows = keys[first], rows[first]
+        return keys, rows
+
+    def _keys_of(self, rows: Rows) -> Keys:
+        keys: Keys = rows[:, 0] * self._factors[0] + rows[:, 1] * self._factors[1]
+        keys[keys == 0] = 1  # the table's mark of a free slot
+        return keys
+
+    def _show_both(self, columns: list[Bits]) -> None:
+        """Let the pages of a worker's second number count for the first one too."""
+        for member in self._members.values():
+            if member.next is None:
+                continue
+            for tier in TIERS:
+                column, bit = self._place_of(member.shown.number, tier)
+                next_column, next_bit = self._place_of(member.next.number, tier)
+                columns[column][(columns[next_column] & next_bit) != 0] |= bit
+
+
+class _Runs:
+    """The workers that hold every page of a prompt so far. Mutable; owned by one `match`."""
+
+    def __init__(self, num_groups: int) -> None:
+        self._num_pages = 0
+        self._any = [_Run() for _ in range(num_groups)]
+        self._device = [_Run() for _ in range(num_groups)]
+
+    def extend(self, columns: list[Bits]) -> bool:
+        """Take the bits of the next pages. Return whether a worker holds all of them."""
+        more = False
+        for group, (any_tier, device) in enumerate(zip(self._any, self._device, strict=True)):
+            of_tier = columns[group * len(TIERS) : (group + 1) * len(TIERS)]
+            more |= any_tier.extend(np.bitwise_or.reduce(of_tier), self._num_pages)
+            device.extend(of_tier[0], self._num_pages)
+        self._num_pages += len(columns[0])
+        return more
+
+    def lengths(self) -> dict[int, HeldPages]:
+        """Return the pages held, by number, of the numbers that hold any."""
+        found: dict[int, HeldPages] = {}
+        for group, (any_tier, device) in enumerate(zip(self._any, self._device, strict=True)):
+            num_device = device.lengths(self._num_pages)
+            for place, num_pages in any_tier.lengths(self._num_pages).items():
+                in_device = num_device.get(place, 0)
+                found[group * _NUMBERS_PER_COLUMN + place] = HeldPages(in_device, num_pages - in_device)
+        return found
+
+
+class _Run:
+    """The numbers of one column that hold every page so far, and how far the others came. Mutable."""
+
+    def __init__(self) -> None:
+        self._holders = _ALL
+        self._ended: dict[int, int] = {}  # number of leading pages, above 0
+
+    def extend(self, bits: Bits, num_before: int) -> bool:
+        if not self._holders or not len(bits):
+            return bool(self._holders)
+        holders = np.bitwise_and.accumulate(bits)
+        holders &= self._holders
+        before = np.concatenate(([self._holders], holders[:-1]))
+        lost = before & ~holders
+        for index in np.flatnonzero(lost).tolist():
+            if num_before + index:
+                for place in _places(int(lost[index])):
+                    self._ended[place] = num_before + index
+        self._holders = holders[-1]
+        return bool(self._holders)
+
+    def lengths(self, num_pages: int) -> dict[int, int]:
+        if not num_pages:
+            return {}
+        return {**self._ended, **dict.fromkeys(_places(int(self._holders)), num_pages)}
+
+
+def _places(bits: int) -> list[int]:
+    return [place for place in range(_NUMBERS_PER_COLUMN) if bits >> place & 1]
+
+
+def _rows(digests: bytes) -> Rows:
+    return np.frombuffer(digests, dtype="<u8").reshape(-1, DIGEST_BYTES // 8)
+
+
+def _count(pages: _TierPages, rows: Rows, changed: npt.NDArray[np.bool_], sign: int) -> None:
+    num_changed = int(np.count_nonzero(changed))
+    if num_changed:
+        pages.num_pages += sign * num_changed
+        pages.xor ^= np.bitwise_xor.reduce(rows if num_changed == len(rows) else rows[changed])
