@@ -144,6 +144,19 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         return len(self.prompt_token_ids)
 
 
+REQUEST_FIELDS = (*EngineRequest.__struct_fields__, *SamplingParams.__struct_fields__)
+
+
+def fields_in_use(request: EngineRequest) -> frozenset[str]:
+    """Return the fields of the request, and of its sampling parameters, that differ from their defaults."""
+    return frozenset(
+        field.name
+        for struct in (request, request.sampling)
+        for field in msgspec.structs.fields(struct)
+        if getattr(struct, field.name) != field.default
+    )
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Natural-log probabilities under the model's own distribution: before penalties, temperature and truncation."""
 

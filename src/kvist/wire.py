@@ -22,6 +22,7 @@ import msgspec
 
 from kvist.errors import WireError
 from kvist.request import (
+    REQUEST_FIELDS,
     EngineRequest,
     EpochId,
     FinishReason,
@@ -177,6 +178,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_running_requests: int
     max_queued_requests: int
     protocol_version: int = PROTOCOL_VERSION
+    request_fields: tuple[str, ...] = REQUEST_FIELDS  # that the engine knows; another one would be ignored
     layout: str  # `PageLayout.describe` of whole pages, with the heads of all ranks
     page_bytes: int  # of a whole page
     host_id: str  # equal only for processes that can map each other's files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvist.errors import Overloaded, Unavailable
-from kvist.request import EpochId, Mode, Role
+from kvist.request import REQUEST_FIELDS, EpochId, Mode, Role
 from kvist.router import pairs as module
 from kvist.router.pairs import Pairs
 from kvist.testing.router_bench import RouterBench
@@ -74,3 +74,18 @@ async def test_a_full_worker_of_the_only_pair_is_an_overload() -> None:
     await bench.begin(REQUEST)
     with pytest.raises(Overloaded):
         await (await bench.begin(REQUEST))
+
+
+async def test_a_request_with_a_field_that_an_older_engine_would_ignore_is_not_sent_to_it() -> None:
+    bench = RouterBench()
+    known = tuple(name for name in REQUEST_FIELDS if name != "min_p")
+    older = bench.engines.join("older", role=Role.UNIFIED, request_fields=known)
+    newer_field = make_request(max_tokens=4, min_p=0.5)
+    with pytest.raises(Unavailable, match="no ready worker knows min_p: run the gateway's version of Kvist"):
+        await (await bench.begin(newer_field))
+    await bench.begin(REQUEST)
+    assert len(bench.engines.submits(older)) == 1
+    newer = bench.engines.join("newer", role=Role.UNIFIED)
+    for _ in range(3):
+        await bench.begin(newer_field)
+    assert (len(bench.engines.submits(older)), len(bench.engines.submits(newer))) == (1, 3)

@@ -17,7 +17,7 @@ from kvist.bounded_log import BoundedLog
 from kvist.errors import ConfigError
 from kvist.fairness import CallerCounts, CallerPath
 from kvist.plan.compat import difference_of_pages
-from kvist.request import RequestId, Role, WorkerId
+from kvist.request import REQUEST_FIELDS, EngineRequest, RequestId, Role, WorkerId, fields_in_use
 from kvist.router.checks import fault_of_page_events, fault_of_report, fault_of_spec
 from kvist.router.config import RouterConfig
 from kvist.router.page_feed import PageFeed
@@ -66,6 +66,7 @@ class Worker:
     load: LoadReport | None = None
     last_message_s: float = 0.0
     pages: PageFeed | None = None  # of its current process; None before the first Welcome, and while LOST
+    unknown_fields: frozenset[str] = frozenset()  # of requests: its engine is older than this gateway
     num_rejected_messages: int = 0  # each was dropped, or failed its request
     leave_by_s: float = 0.0  # while LEAVING: when the requests that are still open fail
     in_flight: dict[RequestId, SentRequest] = field(default_factory=dict)
@@ -82,6 +83,10 @@ class Worker:
         if self.wanted_role is not None:
             return self.wanted_role
         return self.spec.role if self.spec is not None else None
+
+    def knows(self, request: EngineRequest) -> bool:
+        """Return whether the engine knows every field that the request uses."""
+        return not self.unknown_fields or self.unknown_fields.isdisjoint(fields_in_use(request))
 
     def holds(self, num_tokens: int) -> bool:
         assert self.spec is not None
@@ -207,6 +212,7 @@ class Registry:
             worker.state, worker.problem = WorkerState.JOINING, problem
             raise ConfigError(problem)
         self._reset_reported_state(worker)
+        worker.unknown_fields = frozenset(REQUEST_FIELDS).difference(spec.request_fields)
         worker.spec, worker.state, worker.problem = spec, WorkerState.READY, ""
         self.index.add(spec.worker_id, {"device": spec.num_pages, "host": spec.num_host_pages})
         worker.pages = PageFeed(self.index, spec.worker_id)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
 from kvist.fairness import CallerPath, caller_path
 from kvist.fit import limit_text, num_tokens_needed
-from kvist.request import EngineRequest, Mode, Role, WorkerId
+from kvist.request import EngineRequest, Mode, Role, WorkerId, fields_in_use
 from kvist.router.config import RouterConfig
 from kvist.router.pairs import Pairs
 from kvist.router.policies import POLICIES
@@ -56,6 +56,14 @@ class Candidates:
 
     def has_route(self, *, single: bool) -> bool:
         return bool(self.unified) or bool(self.prefill and (self.decode or single))
+
+    def that_know(self, request: EngineRequest) -> Candidates:
+        """Keep the workers that know every field of the request. An older worker would ignore a newer field."""
+        return Candidates(
+            unified=[w for w in self.unified if w.knows(request)],
+            prefill=[w for w in self.prefill if w.knows(request)],
+            decode=[w for w in self.decode if w.knows(request)],
+        )
 
     def that_fit(self, request: EngineRequest) -> Candidates:
         """Keep the workers that can hold the request; for prefill workers, the prompt and one token."""
@@ -111,6 +119,10 @@ class Router:
         single = request.sampling.max_tokens <= 1 and not request.output_token_ids
         if not ready.has_route(single=single):
             raise self._no_worker_error(ready)
+        known = ready.that_know(request)
+        if not known.has_route(single=single):
+            raise self._no_field_error(request, ready)
+        ready = known
         able = ready if single else ready.paired_by(self._pairs)
         if not able.has_route(single=single):
             raise self._no_pair_error(ready)
@@ -159,6 +171,13 @@ class Router:
             if worker.state is not WorkerState.READY
         ]
         return Unavailable("; ".join([problem, *known[:4]]), retry_after_s=self._config.links.retry_after_s)
+
+    def _no_field_error(self, request: EngineRequest, ready: Candidates) -> Unavailable:
+        unknown = frozenset[str]().union(*(worker.unknown_fields for worker in ready.all())) & fields_in_use(request)
+        return Unavailable(
+            f"no ready worker knows {' and '.join(sorted(unknown))}: run the gateway's version of Kvist on the workers",
+            retry_after_s=self._config.links.retry_after_s,
+        )
 
     def _no_pair_error(self, ready: Candidates) -> Unavailable:
         problems = self._pairs.problems(ready.prefill, ready.decode)

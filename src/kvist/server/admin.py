@@ -16,6 +16,7 @@ from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.http.asgi import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.router.stream import WorkerSnapshot
 from kvist.server.gateway import GatewayContext
+from kvist.server.pairs import pair_infos
 from kvist.server.sampling import check_num_lists, check_token_ids, token_lists
 from kvist.server.storage_names import decode_store, field_of, named_status
 from kvist.server.worker_metrics import pages_by_state
@@ -145,6 +146,7 @@ class Admin:
             "engine": gateway.own_engine(),
             "engine_health": gateway.own_health(),
             "workers": [_worker_info(worker) for worker in self._workers()],
+            "pairs": pair_infos(self._workers()),
         }
         await send_json(send, info)
 

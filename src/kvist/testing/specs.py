@@ -36,6 +36,7 @@ class SpecFields(TypedDict, total=False):
     max_running_requests: int
     max_queued_requests: int
     protocol_version: int
+    request_fields: tuple[str, ...]
     layout: str
     page_bytes: int
     host_id: str

@@ -3,6 +3,7 @@ one row here."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -68,22 +69,27 @@ def make_transports(
     watch = EpochWatch(runtime_dir)
     offered: dict[str, OfferedTransport] = {}
     settle_s = 0.0
-    for name in names_of(TRANSPORTS, names):
-        row = TRANSPORTS[name]
-        kind = row.make({key: value for key, value in (given or {}).items() if key in _fields(row)})
-        obstacle = kind.obstacle_for(pool)
-        if not obstacle:
+    with contextlib.ExitStack() as closing:  # after an error
+        closing.callback(watch.close)
+        for name in names_of(TRANSPORTS, names):
+            row = TRANSPORTS[name]
+            kind = row.make({key: value for key, value in (given or {}).items() if key in _fields(row)})
+            obstacle = kind.obstacle_for(pool)
+            if obstacle and names != "auto":
+                raise ConfigError(
+                    f"--disaggregation-transfer-backend {name}: {obstacle}. Use auto, which offers all that work here",
+                    param="disaggregation_transfer_backend",
+                )
+            if obstacle:
+                logger.debug("the transport %s is not offered: %s", name, obstacle)
+                continue
             address = kind.address(name, pool)
-            context = TransportContext(pool=pool, address=address, runtime_dir=runtime_dir, watch=watch, wakeup=wakeup)
-            offered[name] = kind.build(context)
-            settle_s = max(settle_s, kind.settle_s)
-        elif names != "auto":
-            raise ConfigError(
-                f"--disaggregation-transfer-backend {name}: {obstacle}. Use auto, which offers all that work here",
-                param="disaggregation_transfer_backend",
+            offered[name] = kind.build(
+                TransportContext(pool=pool, address=address, runtime_dir=runtime_dir, watch=watch, wakeup=wakeup)
             )
-        else:
-            logger.info("the transport %s is not offered: %s", name, obstacle)
+            closing.callback(offered[name].close)
+            settle_s = max(settle_s, kind.settle_s)
+        closing.pop_all()
     return Transports(offered, watch=watch, wakeup=wakeup, settle_s=settle_s)
 
 
