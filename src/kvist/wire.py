@@ -401,6 +401,7 @@ class Closed(_Message, frozen=True):
     source_epoch: EpochId
     error_code: str | None = None  # None: aborted at prefill, or acknowledged before
     message: str = ""
+    unsettled: bool = False  # a write failed, and its bytes may still be under way: decode must revoke the access first
 
 
 ToScheduler = Submit | Abort | FlushCache  # events of the engine's scheduler; the engine handles all others itself
@@ -411,6 +412,7 @@ GatewayToEngine = Hello | ListPages | ToScheduler | Command
 EngineToGateway = Welcome | StepOutputs | LoadReport | PageEvents | Answer
 TargetToSource = Grant | Ack | Revoke
 SourceToTarget = Done | Closed
+PeerMessage = TargetToSource | SourceToTarget
 ToEngine = GatewayToEngine | TargetToSource  # what an engine's ROUTER socket receives
 
 

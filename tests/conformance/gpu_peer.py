@@ -32,8 +32,9 @@ def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str,
     )
     woken = threading.Event()
     transport = make_transports(pool, runtime_dir=Path(runtime_dir), wakeup=woken.set, names=name)
-    [address] = transport.addresses
-    arrivals = None if address.location == pool.address.location else Path(address.location)
+    [address] = transport.addresses_for(EpochId("source"))
+    staged = address.same_host and address.location != pool.address.location
+    arrivals = Path(address.location) if staged else None
     memory = pool.tensor.view(torch.uint8).view(pool.num_pages, -1)
     print(msgspec.json.encode(address).decode(), flush=True)
     for line in sys.stdin:

@@ -18,6 +18,7 @@ from kvist.request import EpochId, HandoffId
 from kvist.testing.inproc_transport import INPROC
 from kvist.transfer import TRANSPORTS
 from kvist.transfer.host_pages import Pages
+from kvist.transfer.mooncake_engine import MooncakeOptions, obstacle
 from tests.conformance.transport_hosts import (
     DEVICE_PAGES_ON_A_CPU,
     LAYOUT,
@@ -52,6 +53,7 @@ class Case:
     transport: str  # of the source
     peer_transport: str = ""  # of the targets; "": that of the source
     devices: tuple[str, str] = ("cpu", "cpu")  # of the source and of its peers, in other processes if one is a GPU
+    over_network: bool = False  # then the peers are in other processes, too
 
     @property
     def num_gpus(self) -> int:
@@ -65,9 +67,10 @@ def cases() -> Iterator[ParameterSet]:
     yield pytest.param(Case("host-staged", STAGED_DEVICE_PAGES), id="host-staged-to-device-pages")
     yield pytest.param(Case(STAGED_DEVICE_PAGES, "host-staged"), id="host-staged-from-device-pages")
     for name, row in TRANSPORTS.items():
-        pairs = row.make({}).device_pairs
+        kind = row.make({})
+        pairs = kind.device_pairs
         if ("cpu", "cpu") in pairs:
-            yield pytest.param(Case(name), id=name)
+            yield pytest.param(Case(name, over_network=not kind.same_host), id=name)
         if ("cuda", "cuda") in pairs:
             for last in (0, 1):
                 devices = ("cuda:0", f"cuda:{last}")
@@ -83,7 +86,9 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
     made: Host
     if case.transport == INPROC:
         made = InprocHost()
-    elif case.num_gpus:
+    elif case.num_gpus or case.over_network:
+        if case.over_network and (reason := obstacle(MooncakeOptions())):
+            pytest.skip(reason)
         if torch.cuda.device_count() < case.num_gpus:
             pytest.skip(f"torch sees {torch.cuda.device_count()} GPUs")
         peers: GpuPeers = request.getfixturevalue("gpu_peers")

@@ -92,8 +92,8 @@ def device_digests(pages: Pages) -> list[bytes]:
 
 
 def digests_of(transport: str) -> Callable[[Pages], list[bytes]]:
-    """Return the function that computes the digests of pages on a GPU, by the transport."""
-    return host_digests if transport == "host-staged" else device_digests
+    """Return the function that computes the digests of pages in other processes, by the transport."""
+    return host_digests if transport in ("host-staged", "mooncake") else device_digests
 
 
 class InprocHost:
@@ -136,7 +136,7 @@ class MappedFile:
 
 def with_arrivals(pages: Pages, address: PoolAddress, pool: DevicePool) -> Pages:
     """Lay the pages that wait in a file of arrivals over those of the pool."""
-    if address.location == pool.address.location:
+    if address.location == pool.address.location or not address.same_host:
         return pages
     arrived = np.fromfile(address.location, np.uint8).reshape(pages.shape)
     return np.where(arrived.any(axis=1, keepdims=True), arrived, pages)
@@ -345,7 +345,8 @@ class GpuHost:
 
         def put(pages: Pages) -> None:
             memory.copy_(torch.from_numpy(pages))
-            torch.cuda.synchronize()
+            if memory.is_cuda:
+                torch.cuda.synchronize()
 
         self._closing += [transport.close, pool.close, lock.close]
         return Side(

@@ -34,6 +34,8 @@ from kvist.runner.config import RunnerOptions
 from kvist.scheduler.config import SchedulerOptions
 from kvist.store.config import StorageConfig
 from kvist.testing.specs import submit_full
+from kvist.transfer.config import TransferConfig
+from kvist.transfer.mooncake_engine import MooncakeOptions, obstacle
 
 pytestmark = pytest.mark.e2e
 
@@ -117,6 +119,7 @@ class Cluster:
         scheduler: SchedulerOptions | None = None,
         host_tier: HostTierConfig | None = None,
         storage: StorageConfig | None = None,
+        transfer: TransferConfig | None = None,
         tp: int = 1,
         **runner: Any,
     ) -> list[Engine]:
@@ -129,6 +132,7 @@ class Cluster:
             channel=ChannelConfig(cluster_key=KEY),
             host_tier=host_tier or HostTierConfig(),
             storage=storage or StorageConfig(),
+            transfer=transfer or TransferConfig(),
         )
         endpoints = [EndpointOptions(role=Role(role)) for role in roles]
         started = [Engine(EngineConfig(options=options, endpoint=endpoint)) for endpoint in endpoints]
@@ -224,6 +228,22 @@ def test_prefill_and_decode_processes_give_the_tokens_of_one_engine(cluster: Clu
     handoff = decode.chunks[0].handoff
     assert handoff is not None
     assert handoff.num_pages == -(-700 // 16)
+
+
+OVER_MOONCAKE = TransferConfig(disaggregation_transfer_backend="mooncake")
+needs_mooncake = pytest.mark.skipif(bool(obstacle(MooncakeOptions())), reason=obstacle(MooncakeOptions()) or "-")
+
+
+@needs_mooncake
+def test_a_handoff_over_mooncake_gives_the_tokens_of_one_engine(cluster: Cluster) -> None:
+    unified, prefill, decode = cluster.start("unified", "prefill", "decode", transfer=OVER_MOONCAKE)
+    for num_prompt_tokens in (700, 1, 16, 333):
+        assert_pair_equals_unified(unified, prefill, decode, num_prompt_tokens)
+
+
+@needs_mooncake
+def test_prefill_killed_while_it_writes_over_mooncake_frees_the_pages_of_decode(cluster: Cluster) -> None:
+    assert_killed_prefill_frees_pages(*cluster.start("prefill", "decode", scheduler=SLOW, transfer=OVER_MOONCAKE))
 
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": "float32", "attention_backend": "torch"}  # exact, as on a CPU
@@ -410,7 +430,10 @@ def test_a_killed_rank_ends_its_engine_and_fails_the_open_requests(cluster: Clus
 
 
 def test_prefill_killed_during_a_transfer_fails_the_decode_request_and_frees_its_pages(cluster: Cluster) -> None:
-    prefill, decode = cluster.start("prefill", "decode", scheduler=SLOW)
+    assert_killed_prefill_frees_pages(*cluster.start("prefill", "decode", scheduler=SLOW))
+
+
+def assert_killed_prefill_frees_pages(prefill: Engine, decode: Engine) -> None:
     submit_pair(prefill, decode, make_request("r", 7000))
     until(lambda: decode.load is not None and decode.load.num_in_flight_pages > 0, decode)
     assert not prefill.ended

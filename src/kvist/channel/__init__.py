@@ -11,7 +11,15 @@ from kvist.channel.cluster_key import with_cluster_key, with_private_key
 from kvist.channel.engine import EngineChannel
 from kvist.channel.gateway import GatewayLink
 from kvist.channel.proof import PROOF_HEADER, ClusterProof
-from kvist.channel.security import ChannelConfig, Member, address_for_log, bracketed, host_to_name, is_loopback
+from kvist.channel.security import (
+    ChannelConfig,
+    Member,
+    address_for_log,
+    bracketed,
+    host_to_name,
+    is_loopback,
+    split_tcp_endpoint,
+)
 
 __all__ = [
     "PROOF_HEADER",
@@ -24,6 +32,7 @@ __all__ = [
     "bracketed",
     "host_to_name",
     "is_loopback",
+    "split_tcp_endpoint",
     "with_cluster_key",
     "with_private_key",
 ]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvist.channel import EngineChannel, Member, bracketed, with_cluster_key
+from kvist.channel import EngineChannel, Member, bracketed, split_tcp_endpoint, with_cluster_key
 from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores
@@ -238,6 +238,7 @@ def _assemble(
             wakeup=channel.wakeup,
             names=options.transfer.disaggregation_transfer_backend,
             given=options.transfer.disaggregation_transfer_options,
+            advertised_host=(split_tcp_endpoint(channel.endpoint) or ("127.0.0.1", ""))[0],
         )
         closing.callback(transports.close)
         if not transports.addresses and not endpoint.role.serves_alone:
@@ -289,6 +290,7 @@ def _assemble(
             runner=runner,
             channel=channel,
             transport=transports,
+            access=transports,
             reports=LoadReports(),
             page_events=PageEventLog(list_pages=cache.list_pages),
             mover=mover,

@@ -20,6 +20,7 @@ reports.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections import defaultdict, deque
@@ -41,7 +42,7 @@ from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Plan
 from kvist.plan.tiers import FindPages, PageJob, PageReport, PagesFound, StorageAttached, StoreJob, StoreReport
-from kvist.plan.transfers import PeerDied, StopWrites, ToSource, VerifyPages, WritePages
+from kvist.plan.transfers import PeerDied, StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.request import EpochId
 from kvist.scheduler import Scheduler
 from kvist.transfer import Transport
@@ -64,6 +65,13 @@ class Channel(Protocol):
     def send(self, identity: bytes, message: Outbound) -> bool: ...
     def send_to_peer(self, endpoint: str, message: wire.TargetToSource) -> bool: ...
     def wakeup(self) -> None: ...
+
+
+class WriteAccess(Protocol):
+    """`transfer.Transports`, or a fake: who may write our pages, and whose writes may still be under way."""
+
+    def sending(self, message: wire.PeerMessage) -> wire.PeerMessage: ...
+    def settle(self, closed: wire.Closed) -> None: ...
 
 
 class LaunchedStep(Protocol):
@@ -108,6 +116,7 @@ class LoopParts:
     page_events: PageEventLog
     clock: Clock
     gateway_timeout_s: float
+    access: WriteAccess | None = None  # None: the pages are reached by no network
     mover: Mover | None = None  # with a host tier
     storage: Storage | None = None  # with a host tier
     overlap: bool = False  # launch a batch before the previous one is read; as in the scheduler
@@ -205,6 +214,10 @@ class EngineLoop:
         events, replies = self._inbox.translate(received, now_s)
         for reply in replies:
             self._send(reply.identity, reply.message)
+        if self._parts.access is not None:
+            for event in events:
+                if isinstance(event, wire.Closed):
+                    self._parts.access.settle(event)
         # Transfer reports first: a report made before a Revoke arrived must not count as the report of its StopWrites.
         tier_reports = self._tier_reports()
         events = [
@@ -355,12 +368,19 @@ class EngineLoop:
             self._pending_events += [wire.Abort(request_id=request_id) for request_id in lost]
 
     def _send_to_peers(self, plan: Plan) -> None:
-        for outgoing in plan.messages:
+        for planned in plan.messages:
+            outgoing = self._completed(planned)
             if not isinstance(outgoing, ToSource):
                 # A failed send means a broken connection: the peer repeats its message, or its epoch is found dead.
                 self._parts.channel.send(outgoing.target_epoch.encode(), outgoing.message)
             elif not self._parts.channel.send_to_peer(outgoing.endpoint, outgoing.message):
                 self._pending_events += _refusal_of_unsent_grant(outgoing)
+
+    def _completed(self, planned: ToSource | ToTarget) -> ToSource | ToTarget:
+        access = self._parts.access
+        if access is None:
+            return planned
+        return dataclasses.replace(planned, message=access.sending(planned.message))  # type: ignore[arg-type]  # same type
 
     def _start_transfer(self, job: WritePages | VerifyPages | StopWrites) -> None:
         match job:

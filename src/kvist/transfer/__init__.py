@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvist.door import Backend, Door, Given, backend, names_of
+from kvist.door import Backend, Door, Given, backend, backend_with, names_of
 from kvist.errors import ConfigError
 from kvist.plan.transfers import TransferReport
 from kvist.transfer.epoch import EpochWatch
+from kvist.transfer.mooncake_engine import MooncakeOptions
 from kvist.transfer.transport import OfferedTransport, Transport, TransportContext, TransportKind
 from kvist.transfer.transports import Transports
 
@@ -52,17 +53,35 @@ def _host_staged() -> TransportKind:
     return HOST_STAGED
 
 
+def _mooncake(options: MooncakeOptions) -> TransportKind:
+    from kvist.transfer.mooncake import mooncake_kind
+
+    return mooncake_kind(options)
+
+
 TRANSPORTS: Door[[], TransportKind] = {  # by `PoolAddress.transport`; a pair of engines prefers the first it has
     "shm": backend(_shm, text="between pools in the memory of one host, by mapping the peer's file"),
     "cuda-ipc": backend(_cuda_ipc, text="between pools on the GPUs of one host, by opening the peer's memory"),
     "host-staged": backend(
         _host_staged, text="between pools in any memory of one host, GPUs and CPUs, through a file in host memory"
     ),
+    "mooncake": backend_with(
+        MooncakeOptions,
+        _mooncake,
+        text="between pools in the memory of any two hosts, over TCP or RDMA; part of auto only if one of its "
+        "options is set",
+    ),
 }
 
 
 def make_transports(
-    pool: DevicePool, *, runtime_dir: Path, wakeup: Callable[[], None], names: str = "auto", given: Given | None = None
+    pool: DevicePool,
+    *,
+    runtime_dir: Path,
+    wakeup: Callable[[], None],
+    names: str = "auto",
+    given: Given | None = None,
+    advertised_host: str = "127.0.0.1",
 ) -> Transports:
     """Make the transports that `--disaggregation-transfer-backend` names, with their given options: for "auto" all
     that work with this pool. Raises `ConfigError` for a named one that does not."""
@@ -73,9 +92,12 @@ def make_transports(
         closing.callback(watch.close)
         for name in names_of(TRANSPORTS, names):
             row = TRANSPORTS[name]
-            kind = row.make({key: value for key, value in (given or {}).items() if key in _fields(row)})
+            options = {key: value for key, value in (given or {}).items() if key in _fields(row)}
+            kind = row.make(options)
+            if names == "auto" and kind.only_by_name and not options:
+                continue
             obstacle = kind.obstacle_for(pool)
-            if obstacle and names != "auto":
+            if obstacle and (names != "auto" or options):
                 raise ConfigError(
                     f"--disaggregation-transfer-backend {name}: {obstacle}. Use auto, which offers all that work here",
                     param="disaggregation_transfer_backend",
@@ -83,10 +105,15 @@ def make_transports(
             if obstacle:
                 logger.debug("the transport %s is not offered: %s", name, obstacle)
                 continue
-            address = kind.address(name, pool)
-            offered[name] = kind.build(
-                TransportContext(pool=pool, address=address, runtime_dir=runtime_dir, watch=watch, wakeup=wakeup)
+            context = TransportContext(
+                pool=pool,
+                address=kind.address(name, pool),
+                runtime_dir=runtime_dir,
+                watch=watch,
+                wakeup=wakeup,
+                advertised_host=advertised_host,
             )
+            offered[name] = kind.build(context)
             closing.callback(offered[name].close)
             settle_s = max(settle_s, kind.settle_s)
         closing.pop_all()

@@ -9,7 +9,7 @@ While other engines of the folder run, the file stays for at least `KEEP_DEAD_S`
 still distinguish "dead" from "unknown"; then `sweep`, which every engine runs at its start, removes the file.
 memory/runtime_dir.py removes the pool file of a dead engine at once, and epoch files when no engine runs.
 
-Locks work on one host only: a transport between hosts would need leases.
+Locks work on one host only. A transport between hosts revokes a peer's access instead (mooncake.py).
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvist.plan.transfers import TransferReport, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
 from kvist.transfer.epoch import EpochWatch
-from kvist.wire import PoolAddress
+from kvist.wire import Closed, Grant, PoolAddress
 
 if TYPE_CHECKING:
     from kvist.memory.device_pool import DevicePool
@@ -62,6 +62,24 @@ class OfferedTransport(Transport, Protocol):
         """Where peers with the same transport find our pages."""
 
 
+@runtime_checkable
+class Revocable(Protocol):
+    """A transport whose writes may still be under way after they failed, so that a writer's access must be revoked
+    before its pages are reused. All methods are called by the engine loop's thread."""
+
+    def address_for(self, epoch: EpochId) -> PoolAddress:
+        """Return the address through which the peer of that epoch may write until its access is revoked."""
+
+    def granted(self, grant: Grant) -> Grant:
+        """Return our Grant with such an address."""
+
+    def is_unsettled(self, handoff_id: HandoffId) -> bool:
+        """Return whether a write of ours for this handoff failed, so that its bytes may still be under way."""
+
+    def settle(self, closed: Closed) -> None:
+        """Revoke the access of an unsettled handoff: when this returns, none of its bytes can arrive."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportContext:
     """The settings of a transport that come from its engine; the others are the transport's own options."""
@@ -71,6 +89,7 @@ class TransportContext:
     runtime_dir: Path  # this host's folder of pool and lock files
     watch: EpochWatch  # of processes of this host; closed by the engine
     wakeup: Callable[[], None]  # makes the engine's loop call `poll`
+    advertised_host: str  # this host's address for other hosts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +101,7 @@ class TransportKind:
     same_host: bool = True  # both engines must run on one host, with one runtime folder
     settle_s: float = 0.0  # time after the end of a peer's process during which its last writes may still arrive
     obstacle: Callable[[DevicePool], str] = lambda _pool: ""  # why it cannot serve this pool; empty if it can
+    only_by_name: str = ""  # why "auto" does not offer it, unless one of its options is set; empty if "auto" does
 
     def obstacle_for(self, pool: DevicePool) -> str:
         """Return why an engine with this pool cannot offer the transport; empty if it can."""

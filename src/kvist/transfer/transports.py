@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from kvist.clock import Clock, MonotonicClock
 from kvist.plan.transfers import PagesVerified, TransferReport, VerifyPages, WritePages, WritesFailed
 from kvist.request import EpochId, HandoffId
 from kvist.transfer.epoch import MAX_WATCHED, EpochWatch
 from kvist.transfer.jobs import MAX_HANDOFFS
-from kvist.transfer.transport import OfferedTransport
-from kvist.wire import PoolAddress
+from kvist.transfer.transport import OfferedTransport, Revocable
+from kvist.wire import Closed, Grant, PeerMessage, PoolAddress
 
 
 class Transports:
@@ -33,6 +35,7 @@ class Transports:
         """`settle_s`: the longest time after the end of a peer's process during which its last writes may still arrive
         by one of the transports."""
         self._offered = offered
+        self._revocable = [each for each in offered.values() if isinstance(each, Revocable)]
         self._watch = watch
         self._wakeup = wakeup
         self._settle_s = settle_s
@@ -45,6 +48,27 @@ class Transports:
     def addresses(self) -> tuple[PoolAddress, ...]:
         """The addresses of our pool, one per transport, best first."""
         return tuple(each.address for each in self._offered.values())
+
+    def addresses_for(self, epoch: EpochId) -> tuple[PoolAddress, ...]:
+        """Return the addresses through which the peer of that epoch may write."""
+        return tuple(
+            each.address_for(epoch) if isinstance(each, Revocable) else each.address for each in self._offered.values()
+        )
+
+    def sending(self, message: PeerMessage) -> PeerMessage:
+        """Complete a message to a peer: a Grant with our windows for it, a Closed with whether writes are under way."""
+        for transport in self._revocable:
+            if isinstance(message, Grant):
+                message = transport.granted(message)
+            elif isinstance(message, Closed) and transport.is_unsettled(message.handoff_id):
+                message = msgspec.structs.replace(message, unsettled=True)
+        return message
+
+    def settle(self, closed: Closed) -> None:
+        """Make sure that no byte of a closed handoff can arrive any more. Call before its pages are released."""
+        if closed.unsettled:
+            for transport in self._revocable:
+                transport.settle(closed)
 
     def write(self, job: WritePages) -> None:
         transport = self._offered.get(job.pool.transport)
