@@ -25,7 +25,7 @@ def unified(num_pages: int = 12, **config: Any) -> SimEngine:
 
 
 def arrived(request_id: str, num_tokens: int = 5, **fields: Any) -> Submit:
-    prompt = [(index * 7 + len(request_id)) % 20 for index in range(num_tokens)]
+    prompt = [(index * 7 + sum(map(ord, request_id))) % 20 for index in range(num_tokens)]
     return submit_full(sim_request(request_id, prompt, ignore_eos=True, **fields))
 
 

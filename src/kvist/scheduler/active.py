@@ -5,7 +5,7 @@
                    └──────────────┴──► SUSPENDED ──► WAITING    preempted before its Grant; WAITING again with the Grant
     WAITING ──► GRANTED ──► RUNNING ──► ENDED           DECODE: the prefill worker fills its pages
     WAITING ──► LOADING ──► RUNNING | GRANTED           its first pages are copied from the host tier
-    WAITING ──► AWAITING_LOAD ──► WAITING               another request loads its next pages from the host tier
+    WAITING ──► AWAITING_PAGES ──► WAITING              another request loads or computes its next pages
     FETCHING ──► WAITING                                before the queue: pages are fetched from the storage tier
 
 Every other state may change to ENDED. Each state has one container (states.py). This file makes no decisions.
@@ -38,7 +38,7 @@ from kvist.wire import HandoffReport, PrefillPeer
 class RequestState(enum.Enum):
     FETCHING = "fetching"  # without pages: waits for pages from the store
     WAITING = "waiting"  # in the queue, without pages
-    AWAITING_LOAD = "awaiting_load"  # without pages: waits for another request's load
+    AWAITING_PAGES = "awaiting_pages"  # without pages: another request loads or computes its next pages
     SUSPENDED = "suspended"  # PREFILL without a Grant, preempted: waits for the Grant
     GRANTED = "granted"  # DECODE: its pages are granted to the prefill worker
     LOADING = "loading"  # has pages; the mover copies host pages into the first of them
@@ -51,14 +51,14 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.FETCHING: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.WAITING: frozenset(
         {
-            RequestState.AWAITING_LOAD,
+            RequestState.AWAITING_PAGES,
             RequestState.LOADING,
             RequestState.RUNNING,
             RequestState.GRANTED,
             RequestState.ENDED,
         }
     ),
-    RequestState.AWAITING_LOAD: frozenset({RequestState.WAITING, RequestState.ENDED}),
+    RequestState.AWAITING_PAGES: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.SUSPENDED: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.GRANTED: frozenset({RequestState.RUNNING, RequestState.ENDED}),
     RequestState.LOADING: frozenset({RequestState.RUNNING, RequestState.GRANTED, RequestState.ENDED}),

@@ -8,9 +8,10 @@ at least one request always runs to its end.
 
 Host tier: a request that leaves the queue with a part of its K/V in the host tier is LOADING, and in no batch, until
 the copy has ended. If the copy fails, those tokens are computed. Other requests do not wait for a LOADING request,
-except requests that would load the same pages (AWAITING_LOAD). A LOADING request is never preempted, since the mover
-may access its pages. With `write_back`, pages may have to be copied before they are evicted: while enough copies are
-pending, no request is preempted; requests that need pages skip the batch.
+except requests that would load the same pages (AWAITING_PAGES; shared_prefix.py has the waits for computed pages). A
+LOADING request is never preempted, since the mover may access its pages. With `write_back`, pages may have to be copied
+before they are evicted: while enough copies are pending, no request is preempted; requests that need pages skip the
+batch.
 
 A pending step still writes the pages of its requests: a victim in the pending step is only left out of the step being
 planned, and is preempted when the step after that is planned.
@@ -27,6 +28,7 @@ from kvist.request import Mode
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.pending import PendingSteps
+from kvist.scheduler.shared_prefix import SharedPrefixes
 from kvist.scheduler.states import Requests
 
 
@@ -35,7 +37,7 @@ class Allocation(enum.Enum):
 
     READY = "ready"  # the request has its pages, and the first of them hold all its cached tokens
     LOADING = "loading"  # the request has its pages, and starts when its load has ended
-    AWAITS_LOAD = "awaits load"  # the request has left the queue until another request's load has ended
+    AWAITS_PAGES = "awaits pages"  # the request has left the queue: another request loads or computes its next pages
     NO_PAGES = "no pages"  # the request stays at the head of the queue
 
 
@@ -51,6 +53,7 @@ class Allocator:
         self._followers: dict[int, list[ActiveRequest]] = defaultdict(
             list
         )  # job id → the requests that wait for the job
+        self._shared = SharedPrefixes(page_size=cache.page_size, usual_step_tokens=context.config.chunked_prefill_size)
         self._last_failed_allocation: tuple[int, int] | None = None  # ticket; reclaimable pages beyond the reserve
         self.deferred_victims: set[ActiveRequest] = set()  # victims whose pages the pending step still writes
         self.out_of_pages = False  # a running request found no page in the step being planned
@@ -58,6 +61,12 @@ class Allocator:
     def begin_step(self) -> None:
         self.out_of_pages = False
         self.deferred_victims.clear()
+        for request in self._shared.released():
+            self._requests.move(request, RequestState.WAITING)
+
+    def begin_computing(self, request: ActiveRequest) -> None:
+        """Let other requests wait for the pages that this running request is about to compute."""
+        self._shared.lead(request)
 
     # ---------------------------------------------------------------- running requests
 
@@ -101,9 +110,14 @@ class Allocator:
         load = cache.pending_load(lease, token_ids, max_tokens=max_cached)
         if load is not None:
             cache.close(lease)
-            requests.move(request, RequestState.AWAITING_LOAD)
+            requests.move(request, RequestState.AWAITING_PAGES)
             self._followers[load].append(request)
-            return Allocation.AWAITS_LOAD
+            return Allocation.AWAITS_PAGES
+        if not request.awaits_handoff and self._shared.try_follow(request, lease):
+            cache.close(lease)
+            requests.move(request, RequestState.AWAITING_PAGES)
+            self._context.count("shared_prefix_waits")
+            return Allocation.AWAITS_PAGES
         num_needed = -(-len(token_ids) // cache.page_size) - len(lease.page_ids)
         while (too_few := cache.num_reclaimable - num_needed < reserve) or not cache.grow(lease, len(token_ids)):
             # with enough reclaimable pages, pending copies free them: no victim is needed
@@ -130,7 +144,7 @@ class Allocator:
         request.loading = False
         request.num_computed = request.num_planned = self._cache.loaded(event, request.token_ids)
         for follower in self._followers.pop(event.job_id, ()):
-            if follower.state is RequestState.AWAITING_LOAD:
+            if follower.state is RequestState.AWAITING_PAGES:
                 self._requests.move(follower, RequestState.WAITING)
         return request
 

@@ -184,6 +184,8 @@ class Batcher:
             self._count_admission(request)
         computes = not request.awaits_handoff
         self._requests.move(request, RequestState.RUNNING if computes else RequestState.GRANTED)
+        if computes:
+            self._allocator.begin_computing(request)
         self._handoffs.on_allocated(request)
 
     def _count_admission(self, request: ActiveRequest) -> None:

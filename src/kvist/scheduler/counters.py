@@ -25,6 +25,11 @@ SCHEDULER_COUNTERS = CounterGroup(
             unit="tokens",
             text="prompt tokens computed by the model, recomputed ones included",
         ),
+        Counter(
+            name="shared_prefix_waits",
+            unit="requests",
+            text="times that a request waited for pages that another running request was computing",
+        ),
         Counter(name="generation_tokens", unit="tokens", text="output tokens produced"),
         Counter(name="preemptions", unit="requests", text="running requests preempted because no free page was left"),
         Counter(name="requests_finished", unit="requests", text="requests that ended with all their tokens"),

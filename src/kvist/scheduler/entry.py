@@ -19,7 +19,7 @@ from kvist.wire import Submit
 Refusal = tuple[str, str]  # error code, message
 TokenRule = Callable[[SamplingParams], bool]  # whether all tokens must be known before the next one is planned
 
-_WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAITING_LOAD)
+_WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAITING_PAGES)
 
 _WRONG_MODE = {
     Role.UNIFIED: "does not take over pages. Send decode requests to a decode worker",

@@ -66,7 +66,7 @@ class Requests:
         self.unadmitted = CallerCounts()  # live requests that were never admitted, by caller
         self.fetching = Fetching(context, cache)
         self.waiting = WaitingQueue()
-        self.awaiting_load = InOrder()
+        self.awaiting_pages = InOrder()
         self.suspended = InOrder()
         self.granted = InOrder()
         self.loading = InOrder()
@@ -77,7 +77,7 @@ class Requests:
         self.by_state: Mapping[RequestState, Container] = {
             RequestState.FETCHING: self.fetching,
             RequestState.WAITING: self.waiting,
-            RequestState.AWAITING_LOAD: self.awaiting_load,
+            RequestState.AWAITING_PAGES: self.awaiting_pages,
             RequestState.SUSPENDED: self.suspended,
             RequestState.GRANTED: self.granted,
             RequestState.LOADING: self.loading,
@@ -89,7 +89,7 @@ class Requests:
     @property
     def num_waiting(self) -> int:
         """The number of live requests without pages."""
-        return len(self.waiting) + len(self.fetching) + len(self.awaiting_load) + len(self.suspended)
+        return len(self.waiting) + len(self.fetching) + len(self.awaiting_pages) + len(self.suspended)
 
     @property
     def num_counted_as_running(self) -> int:

@@ -269,6 +269,10 @@ class SimEngine:
             assert self.world.now_s < request.arrived_s + self.config.queue_timeout_s / 2, (
                 "a request waits for the store too long"
             )
+        if not self.under_way:  # else the end of a leader may not have been seen yet
+            assert not len(requests.awaiting_pages) or len(requests.running) + len(requests.loading), (
+                "requests wait for pages that no request computes or loads"
+            )
         for request in live:
             assert request.prefetch is None or not request.has_pages, "a prefetch is open after admission"
 
