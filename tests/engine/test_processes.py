@@ -513,7 +513,6 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
     ("settings", "code", "says"),
     [
         (b'{"options": {"model": {"model_path": "/nowhere"}}}\n', "model_load_error", "/nowhere"),
-        (b'{"endpoint": {"role": "prefill"}, "options": {"runner": {"tp": 2}}}\n', "config_error", "--tp 2"),
         (b'{"options": {"host_tier": {"hicache_ratio": 3}}}\n', "config_error", "add --enable-hierarchical-cache"),
         (
             b'{"options": {"storage": {"hicache_storage_backend": "file"}}}\n',

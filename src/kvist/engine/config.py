@@ -152,12 +152,3 @@ class EngineConfig:
     name: NameOptions = field(default_factory=NameOptions)
     log: LogConfig = field(default_factory=LogConfig)
     worker_id: str = ""  # the worker's public name; empty: its engine endpoint
-
-    def __post_init__(self) -> None:
-        tp, role = self.options.runner.tp, self.endpoint.role
-        if tp > 1 and not role.serves_alone:
-            raise ConfigError(
-                f"--tp {tp} with --role {role}: tensor-parallel engines cannot hand pages over yet; "
-                "use --tp 1, or --role unified",
-                param="tp",
-            )

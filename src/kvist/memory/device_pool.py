@@ -134,6 +134,7 @@ class DevicePool:
         """Add the other ranks' pools to this one, rank 0's. The engine's pages have `num_kv_heads` heads in total."""
         self.whole_layout = dataclasses.replace(self.layout, num_kv_heads=num_kv_heads)
         self._others = others
+        self.export_error = self.export_error or "a handoff cannot reach the pages of several GPUs; use --role unified"
 
     def pieces(self) -> list[tuple[int, Tensor]]:
         """Return the pieces of every page: (offset in the whole page, [num_pages, piece bytes] uint8 on a rank's GPU).
