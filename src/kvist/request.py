@@ -21,6 +21,7 @@ WorkerId = NewType("WorkerId", str)  # "127.0.0.1:30001": the worker's public na
 # Limits of one request; the gateway refuses more.
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_BAD_WORDS = 1024
+MAX_SHORT_ANSWER = 16  # output tokens that a prefill engine may generate without a decode engine
 MAX_BAD_WORD_TOKENS = 4096  # of all bad words of a request together
 # Limits of the runner's tables. Of a request with more or longer bad words, the host checks them (`needs_known_token`).
 TABLE_BAD_WORDS = 256  # of two tokens or more
@@ -52,22 +53,21 @@ class Role(enum.Enum):
     """The set of modes that an engine admits. An engine of any role holds both sides of a handoff."""
 
     UNIFIED = "unified"  # computes whole requests, and prompts for decode engines
-    PREFILL = "prefill"  # computes prompts for decode engines, and whole requests of at most one output token
-    DECODE = "decode"  # takes over requests whose prompts another engine has computed, and generates their answers
+    PREFILL = "prefill"  # computes prompts for decode engines, and whole requests with a short answer
+    DECODE = "decode"  # generates answers: to prompts that another engine has computed, and to whole requests
 
     def __str__(self) -> str:
         return self.value
 
     @property
     def modes(self) -> frozenset[Mode]:
-        """The admitted modes; `admits` has the limit of FULL at a prefill engine."""
-        return _ADMITTED_MODES[self]
+        """The admitted modes; `admits` adds the limits on their answers."""
+        return frozenset(_ADMITTED_MODES[self])
 
     def admits(self, mode: Mode, *, max_tokens: int) -> bool:
         """Return whether an engine of this role accepts a request of `max_tokens` output tokens in this mode."""
-        if self is Role.PREFILL and mode is Mode.FULL:
-            return max_tokens <= 1
-        return mode in self.modes
+        most_tokens = _ADMITTED_MODES[self].get(mode, -1)
+        return most_tokens is None or max_tokens <= most_tokens
 
     @property
     def serves_alone(self) -> bool:
@@ -75,10 +75,11 @@ class Role(enum.Enum):
         return self is Role.UNIFIED
 
 
-_ADMITTED_MODES = {
-    Role.UNIFIED: frozenset({Mode.FULL, Mode.PREFILL}),
-    Role.PREFILL: frozenset({Mode.PREFILL, Mode.FULL}),
-    Role.DECODE: frozenset({Mode.DECODE}),
+# The modes of each role, with the most output tokens of a request in that mode; None: no limit.
+_ADMITTED_MODES: dict[Role, dict[Mode, int | None]] = {
+    Role.UNIFIED: {Mode.FULL: None, Mode.PREFILL: None},
+    Role.PREFILL: {Mode.PREFILL: None, Mode.FULL: MAX_SHORT_ANSWER},
+    Role.DECODE: {Mode.DECODE: None, Mode.FULL: None},
 }
 
 

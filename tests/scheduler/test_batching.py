@@ -11,7 +11,7 @@ import pytest
 from kvist.errors import ConfigError
 from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.plan import Plan
-from kvist.request import EngineRequest, FinishReason, Mode, Outcome, RequestId, Role, SamplingParams
+from kvist.request import MAX_SHORT_ANSWER, EngineRequest, FinishReason, Mode, Outcome, RequestId, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig
 from kvist.testing.sim_cluster import SimCluster, sim_request
 from kvist.testing.sim_device import EOS, reference_stream
@@ -244,8 +244,7 @@ def test_an_answer_that_cannot_fit_is_refused_and_never_shortened(num_pages: int
         (sim_request("a", [1]), Mode.PREFILL, Role.UNIFIED),  # no handoff_id
         (sim_request("a", [1]), Mode.DECODE, Role.UNIFIED),
         (sim_request("a", [1]), Mode.DECODE, Role.PREFILL),
-        (sim_request("a", [1], max_tokens=2), Mode.FULL, Role.PREFILL),
-        (sim_request("a", [1]), Mode.FULL, Role.DECODE),
+        (sim_request("a", [1], max_tokens=MAX_SHORT_ANSWER + 1), Mode.FULL, Role.PREFILL),
         (sim_request("a", [1]), Mode.PREFILL, Role.DECODE),
         (sim_request("a", [1]), Mode.DECODE, Role.DECODE),  # no handoff_id, no prefill worker
     ],
@@ -269,6 +268,16 @@ def test_allowed_tokens_that_all_end_the_answer_contradict_min_tokens(fields: di
     for one in ended:
         assert (one.outcome, one.error_code) == (Outcome.FAILED, "invalid_request")
         assert "leaves no token" in one.message
+
+
+@pytest.mark.parametrize(("role", "max_tokens"), [(Role.PREFILL, MAX_SHORT_ANSWER), (Role.DECODE, 20)])
+def test_a_worker_of_a_pair_answers_whole_requests(role: Role, max_tokens: int) -> None:
+    world = SimCluster()
+    engine = world.start("e", role=role, config=small_config())
+    world.submit(sim_request("a", [1] * 14, max_tokens=max_tokens), engine)
+    world.settle()
+    world.check_settled()
+    assert world.outcome("a", engine) is Outcome.FINISHED
 
 
 def test_a_prefill_worker_answers_a_whole_request_of_one_token() -> None:

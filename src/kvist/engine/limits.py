@@ -23,7 +23,8 @@ class _Limits(NamedTuple):
 # A CPU takes milliseconds for a token, so steps must be small, or the streams in them are slowed down. A GPU's matrix
 # products take the same time per token at 512 tokens as at thousands, and steps up to 2048 tokens are replayed as
 # graphs; on workers without decode streams, larger steps save fixed costs. Above 1792 tokens the products of an H200
-# are 6% slower (docs/log.md). A decode worker computes prompts only to resume preempted requests.
+# are 6% slower (docs/log.md). A decode worker computes the
+# prompts of whole requests in usual steps beside its streams.
 _AUTO = {
     ("cpu", Role.UNIFIED): _Limits(128, 512, 512),
     ("cpu", Role.PREFILL): _Limits(128, 512, 512),

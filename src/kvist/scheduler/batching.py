@@ -63,7 +63,7 @@ class Batcher:
         self._allocator.begin_step()
         self._num_logprobs_left = MAX_STEP_LOGPROBS
         items: list[BatchItem] = []
-        step = PendingStep(decodes=[], chunks=[])
+        step = PendingStep(decodes=[], chunks=[], planned_s=self._context.now_s)
         prompts = self._add_decodes(items, step.decodes)
         backlog = self._requests.waiting.num_tokens + sum(len(each.token_ids) - each.num_planned for each in prompts)
         self._step_tokens = step_tokens(self._context.config, num_decodes=len(items), backlog_tokens=backlog)
@@ -146,6 +146,7 @@ class Batcher:
                 scored_token_ids=scored_token_ids,
             )
         )
+        step.num_prompt_tokens += end - start
         self._context.count("computed_prompt_tokens", end - start)
         return end - start
 

@@ -26,6 +26,16 @@ SCHEDULER_COUNTERS = CounterGroup(
             text="prompt tokens computed by the model, recomputed ones included",
         ),
         Counter(
+            name="prompt_step_tokens", unit="tokens", text="prompt tokens computed in the steps of prompt_step_seconds"
+        ),
+        Counter(
+            name="prompt_step_seconds",
+            unit="seconds",
+            text="total time of steps that computed prompt tokens, the decodes in them included",
+        ),
+        Counter(name="decode_steps", unit="steps", text="steps without prompt tokens"),
+        Counter(name="decode_step_seconds", unit="seconds", text="total time of steps without prompt tokens"),
+        Counter(
             name="shared_prefix_waits",
             unit="requests",
             text="times that a request waited for pages that another running request was computing",

@@ -23,8 +23,8 @@ _WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAI
 
 _WRONG_MODE = {
     Role.UNIFIED: "does not take over pages. Send decode requests to a decode worker",
-    Role.PREFILL: "computes prompts and one token. Send longer requests to the router",
-    Role.DECODE: "does not compute prompts. Send the request to the router",
+    Role.PREFILL: "computes prompts and short answers. Send longer requests to the router",
+    Role.DECODE: "computes no prompts for other workers. Send the request to the router",
 }
 
 

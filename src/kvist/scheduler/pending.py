@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from kvist.scheduler.active import ActiveRequest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PendingStep:
-    """The requests whose K/V a planned step computes, until the step is reported."""
+    """The requests whose K/V a planned step computes, until the step is reported. Mutable while it is planned."""
 
     decodes: list[ActiveRequest]  # each computes one token, perhaps sampled by the step before, and samples one
     chunks: list[tuple[ActiveRequest, int, bool]]  # request, end position of its chunk, whether it samples a token
+    planned_s: float = 0.0
+    num_prompt_tokens: int = 0  # of all chunks
 
     def requests(self) -> list[ActiveRequest]:
         return [*self.decodes, *(request for request, *_ in self.chunks)]

@@ -28,7 +28,7 @@ _INVALID_LOGITS = (
 
 
 class Results:
-    """Has no state of its own."""
+    """Mutable; its one owner is the scheduler."""
 
     def __init__(
         self,
@@ -45,11 +45,25 @@ class Results:
         self._pending = pending
         self._endings = endings
         self._handoffs = handoffs
+        self._last_finished_s = 0.0
 
     def on_step_finished(self, event: StepFinished) -> None:
         step = self._pending.pop(event.step_id)
         self._context.count("steps")
+        self._measure(step)
         self._apply(step, event.sampled)
+
+    def _measure(self, step: PendingStep) -> None:
+        """Count the duration of a step: with overlap, from the end of the step before."""
+        context = self._context
+        duration_s = context.now_s - max(step.planned_s, self._last_finished_s)
+        self._last_finished_s = context.now_s
+        if step.num_prompt_tokens:
+            context.count("prompt_step_tokens", step.num_prompt_tokens)
+            context.count("prompt_step_seconds", duration_s)
+        else:
+            context.count("decode_steps")
+            context.count("decode_step_seconds", duration_s)
 
     def on_step_failed(self, event: StepFailed) -> None:
         for request in self._pending.pop(event.step_id).requests():
