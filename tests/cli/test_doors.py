@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from kvist.config import option
-from kvist.door import Door, Given, backend, backend_with, choice_of, options_of_choice
+from kvist.door import Door, Given, backend, backend_with, choice_of, names_of, options_of_choice
 from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
 from kvist.flags import Sources, read_settings
@@ -134,3 +134,47 @@ def test_given_options_become_flags_again() -> None:
     argv, environ = to_argv((config,), Settings)
     assert (argv, environ) == (["--store=file", "--store-path=/pages"], {})
     assert [each.key for each in options_of(StoreConfig)] == ["store", "store_path", "store_size"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeveralConfig:
+    stores: str = choice_of(DOOR, "auto", "where pages are kept", auto="all", several=True)
+    store_options: Given = options_of_choice(DOOR, chosen_by="stores", title="store", prefix="store_", several=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeveralSettings:
+    config: Path | None = option(None, "TOML file")
+    storage: SeveralConfig = field(default_factory=SeveralConfig)
+
+
+def read_several(*argv: str) -> SeveralConfig:
+    return read_settings(SeveralSettings, Sources(argv=argv, environ={})).storage
+
+
+def test_several_backends_are_named_with_commas_and_have_their_options() -> None:
+    config = read_several("--stores", "memory,file", "--store-path", "/pages", "--store-size", "2")
+    assert config == SeveralConfig(stores="memory,file", store_options={"path": "/pages", "size": 2.0})
+    assert names_of(DOOR, config.stores) == ("memory", "file")
+    assert to_argv((config,), SeveralSettings)[0] == ["--stores=memory,file", "--store-path=/pages", "--store-size=2.0"]
+    assert "--stores {auto,file,memory,null},..." in help_text(SeveralSettings, HelpPage(usage="kvist", summary="x"))
+
+
+def test_auto_stands_for_all_backends_and_takes_the_options_of_each() -> None:
+    config = read_several("--store-path", "/pages")
+    assert config == SeveralConfig(store_options={"path": "/pages"})
+    assert names_of(DOOR, config.stores) == tuple(DOOR)
+
+
+@pytest.mark.parametrize("wrong", ["file,tape", "file,file", "auto,file", "file,", ","])
+def test_a_list_with_an_unknown_or_repeated_backend_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"one of auto, file, memory, null \(or several, with commas\)"):
+        read_several("--stores", wrong)
+
+
+def test_an_option_of_a_backend_outside_the_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--store-path is an option of the store file, and --stores is memory,null"):
+        read_several("--stores", "memory,null", "--store-path", "/pages")
+    with pytest.raises(ConfigError, match="the path is empty") as caught:
+        read_several("--stores", "null,file", "--store-path=")
+    assert caught.value.param == "store_path"

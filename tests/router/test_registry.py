@@ -14,7 +14,7 @@ from kvist.router.prefix_index import NOTHING_HELD
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.testing.page_events import joined, tier_changes
 from kvist.testing.specs import make_load, make_roomy_spec
-from kvist.wire import ListPages, PageEvents, Welcome
+from kvist.wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, ListPages, PageEvents, Welcome
 
 A, B, C = (bytes([i]) * 16 for i in range(3))
 
@@ -160,10 +160,19 @@ def test_a_leaving_worker_gets_no_request_and_is_ready_again_when_it_is_named_ag
     assert registry.workers == ()
 
 
-def test_another_protocol_version_is_refused() -> None:
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION + 2, OLDEST_PROTOCOL_VERSION - 1])
+def test_another_protocol_version_is_refused(version: int) -> None:
     registry = Registry(RouterConfig())
-    with pytest.raises(ConfigError, match="protocol 99"):
-        registry.on_welcome(add(registry), Welcome(spec=make_roomy_spec(), protocol_version=99), 0.0)
+    with pytest.raises(ConfigError, match=f"protocol {version}, this gateway {PROTOCOL_VERSION}"):
+        registry.on_welcome(add(registry), Welcome(spec=make_roomy_spec(), protocol_version=version), 0.0)
+
+
+def test_a_worker_of_the_next_protocol_version_is_accepted() -> None:
+    registry = Registry(RouterConfig())
+    worker, version = add(registry), PROTOCOL_VERSION + 1
+    spec = make_roomy_spec(protocol_version=version)
+    registry.on_welcome(worker, Welcome(spec=spec, protocol_version=version), 0.0)
+    assert registry.ready(Role.UNIFIED) == [worker]
 
 
 def test_a_worker_computes_room_load_and_retry_time_from_its_requests_and_reports() -> None:

@@ -25,7 +25,7 @@ class VerifyPages:
     handoff_id: HandoffId
     page_ids: tuple[int, ...]
     transport: str  # that wrote the pages: the digest of a page depends on it
-    checksum: str = ""  # the writer's
+    checksum: str = ""  # the writer's; empty: nothing to compare
     page_digests: bytes = b""  # the writer's, if it sent them
 
 

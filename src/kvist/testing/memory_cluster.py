@@ -45,6 +45,7 @@ class ShapeFields(TypedDict, total=False):
     fingerprint: str
     overlap: bool
     queue_timeout_s: float
+    transports: str
 
 
 @dataclass

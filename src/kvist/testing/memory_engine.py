@@ -31,6 +31,7 @@ from kvist.memory.page_copier import PageMover
 from kvist.memory.runtime_dir import host_id
 from kvist.models.decoder import CausalLM
 from kvist.plan.tiers import CancelFetch, StorageAttached, StoreJob, StoreReport
+from kvist.plan.transfers import VerifyPages
 from kvist.request import EpochId, Role, needs_known_token
 from kvist.runner.runner import Runner
 from kvist.runner.shaping import table_sizes
@@ -122,6 +123,7 @@ class EngineShape:
     fingerprint: str = "tiny"  # of the model: engines with another one share no pages
     overlap: bool = False
     queue_timeout_s: float = 60.0
+    transports: str = "auto"  # that the engine offers
 
 
 class MemoryEngine:
@@ -140,7 +142,7 @@ class MemoryEngine:
         cache = make_cache(shape, self.namespace)
         config = scheduler_config(model, shape)
         wakeup = self.channel.wakeup
-        self._transport = make_transports(self._pool, runtime_dir=runtime_dir, wakeup=wakeup)
+        self._transport = make_transports(self._pool, runtime_dir=runtime_dir, wakeup=wakeup, names=shape.transports)
         self.as_peer = make_peer_spec(
             *self._transport.addresses,
             worker_id=epoch,
@@ -240,6 +242,17 @@ class MemoryEngine:
         if self._watched is None:
             return False
         return self._watched.num_open > 0 or self._watched.status().state in ("attaching", "detaching")
+
+    def change_next_arrival(self) -> None:
+        """Change a byte of the first page of the next pages that arrive, before they are verified."""
+        verify = self._transport.verify
+
+        def change_and_verify(job: VerifyPages) -> None:
+            self._pool.bytes[job.page_ids[0], 0] ^= 1
+            self._transport.verify = verify  # type: ignore[method-assign]
+            verify(job)
+
+        self._transport.verify = change_and_verify  # type: ignore[method-assign]
 
     def die(self) -> None:
         if self._storage is not None:

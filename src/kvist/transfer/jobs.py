@@ -212,7 +212,7 @@ class TransferJobs(Generic[PeerT]):
             logger.exception("computing the checksum of handoff %s failed", job.handoff_id)
             return PagesVerified(handoff_id=job.handoff_id, checksum="")  # equals no writer's checksum
         checksum, num_intact = fold(digests), 0
-        if checksum != job.checksum:
+        if job.checksum and checksum != job.checksum:
             num_intact = num_equal(shortened(digests), job.page_digests)
             which = f"page {num_intact} of {len(digests)}" if job.page_digests else f"one of {len(digests)} pages"
             logger.warning("%s of handoff %s has arrived changed (%s)", which, job.handoff_id, job.transport)
