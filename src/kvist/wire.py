@@ -52,6 +52,14 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_default
 # ---------------------------------------------------------------- in several directions
 
 
+class PoolPart(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory of one tensor-parallel rank on its own GPU: a part of every page, the rank's heads."""
+
+    location: str  # as `PoolAddress.location`
+    offset: int  # in the page, in bytes
+    num_bytes: int  # of the part of one page
+
+
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
     """How a peer can write to a page pool by one transport. `location` is the pool's address in that transport (in shm
     and cuda-ipc: the path of the pool's file)."""
@@ -64,6 +72,7 @@ class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"  # type of the device that has the pages: "cpu" or "cuda"
     from_devices: tuple[str, ...] = ("cpu", "cuda")  # types of the devices whose pools can be written into this one
     same_host: bool = True  # only processes with an equal `host_id` can use the address
+    parts: tuple[PoolPart, ...] = ()  # of the ranks, in their order; empty: `location` has whole pages
 
 
 class PeerSpec(msgspec.Struct, frozen=True, kw_only=True):

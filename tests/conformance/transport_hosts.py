@@ -131,7 +131,12 @@ class MappedFile:
 
     def __init__(self, descriptor: int, address: PoolAddress) -> None:
         self._pages = map_file(descriptor, address)
-        self.address = self._pages.ctypes.data
+        self.offset, self.num_bytes = 0, address.page_bytes
+        self.parts = [self]
+
+    def address_on(self, device: torch.device) -> int:
+        assert device.type == "cpu"
+        return self._pages.ctypes.data
 
 
 def with_arrivals(pages: Pages, address: PoolAddress, pool: DevicePool) -> Pages:

@@ -16,7 +16,16 @@ from kvist import wire
 from kvist.request import EngineRequest, Outcome, RequestId
 from kvist.testing.specs import submit_full
 from kvist.testing.tiny_model import write_tiny_model
-from tests.engine.test_processes import ON_GPU, SLOW, Cluster, Engine, make_request, submit_pair, until
+from tests.engine.test_processes import (
+    ON_GPU,
+    SLOW,
+    Cluster,
+    Engine,
+    assert_host_tier_gives_the_same_tokens,
+    make_request,
+    submit_pair,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -158,6 +167,10 @@ def test_an_abort_during_a_transfer_frees_the_pages_of_both_engines(
 def all_pages_are_free_or_cached(engine: Engine) -> bool:
     load = engine.load
     return load is not None and load.num_free_pages + load.num_cached_pages == engine.spec.num_pages
+
+
+def test_ranks_hand_over_pages_that_their_host_tier_has_loaded(own_cluster: Cluster) -> None:
+    assert_host_tier_gives_the_same_tokens(own_cluster, tp=2)
 
 
 def kill_a_rank(engine: Engine) -> None:

@@ -266,3 +266,17 @@ def test_gpu_page_sums_and_copies_equal_the_cpu(rng: torch.Generator, num_words:
     assert torch.equal(copy_pages(on_gpu, (3, 0, 8), target.data_ptr(), (6, 1, 2)).cpu(), want)
     assert torch.equal(target[[6, 1, 2]].cpu(), pages[[3, 0, 8]])
     assert not target[[0, 3, 4, 5]].any()
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 2048), (2048, 5000), (1, 4097), (8, 10)])
+def test_gpu_sums_and_copies_of_pieces_equal_the_cpu(rng: torch.Generator, start: int, end: int) -> None:
+    pages = torch.randint(-(2**63), 2**63 - 1, (9, 5000), generator=rng)
+    on_gpu, target = pages.to(CUDA)[:, start:end], torch.zeros(7, 6000, dtype=torch.int64, device=CUDA)
+    want = sum_pages_torch(pages[[3, 0, 8], start:end], start)
+    assert torch.equal(sum_pages(on_gpu, (3, 0, 8), first_word=start).cpu(), want)
+    into = target[:, 10:].data_ptr()
+    copied = copy_pages(on_gpu, (3, 0, 8), into, (6, 1, 2), target_page_bytes=6000 * 8, first_word=start)
+    assert torch.equal(copied.cpu(), want)
+    assert torch.equal(target[[6, 1, 2], 10 : 10 + end - start].cpu(), pages[[3, 0, 8], start:end])
+    target[[6, 1, 2], 10 : 10 + end - start] = 0
+    assert not target.any()

@@ -82,3 +82,21 @@ def test_pages_are_summed_and_copied_in_the_given_order(pages: Tensor) -> None:
     assert copied.tolist() == sum_pages_torch(pages[[4, 0]]).tolist()
     assert torch.equal(target[[1, 5]], pages[[4, 0]])
     assert not target[[0, 2, 3, 4]].any()
+
+
+@pytest.mark.parametrize("at", [1, 16, 32])
+def test_the_sums_of_pieces_add_up_to_those_of_the_page(pages: Tensor, at: int) -> None:
+    first, last = sum_pages(pages[:, :at], (4, 0)), sum_pages(pages[:, at:], (4, 0), first_word=at)
+    assert torch.equal(first + last, sum_pages(pages, (4, 0)))
+    assert not torch.equal(last, sum_pages(pages[:, at:], (4, 0)))
+
+
+def test_a_piece_of_each_page_is_copied_to_pages_of_another_size(pages: Tensor) -> None:
+    target = torch.zeros(6, 40, dtype=torch.int64)
+    copied = copy_pages(
+        pages[:, 5:25], (4, 0), target[:, 9:].data_ptr(), (1, 5), target_page_bytes=40 * 8, first_word=5
+    )
+    assert torch.equal(copied, sum_pages(pages[:, 5:25], (4, 0), first_word=5))
+    assert torch.equal(target[[1, 5], 9:29], pages[[4, 0], 5:25])
+    target[[1, 5], 9:29] = 0
+    assert not target.any()

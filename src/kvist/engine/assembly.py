@@ -232,6 +232,8 @@ def _assemble(
             advertise_host=endpoint.engine_advertise_host,
         )
         closing.callback(channel.close)
+        if not endpoint.role.serves_alone:
+            pool.open_ranks()
         transports = make_transports(
             pool,
             runtime_dir=runtime_dir,

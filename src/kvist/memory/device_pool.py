@@ -12,7 +12,7 @@ error at that time, and cannot kill the engine later, when it first writes a pag
 
 On CUDA the pool is device memory, and the file contains the handle that opens the memory (cuda_memory.py). Each
 tensor-parallel rank has a pool of its own, with its heads of every page; rank 0 also opens the pools of the other ranks
-(`join_ranks`, `pieces`).
+(`join_ranks`, `open_ranks`), for the host tier and for handoffs.
 
 The creator holds an flock on the file while it lives; `create` first removes the files of dead engines
 (runtime_dir.py).
@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -41,7 +42,7 @@ from kvist.kv.layout import PageLayout
 from kvist.memory import cuda_memory
 from kvist.memory.runtime_dir import free_bytes, publish_pool, remove_leftovers, room_remedy, runtime_dir
 from kvist.own_files import open_own
-from kvist.wire import PoolAddress
+from kvist.wire import PoolAddress, PoolPart
 
 SHM, CUDA_IPC = "shm", "cuda-ipc"  # how peers reach a pool: `PoolAddress.transport`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,6 +88,7 @@ class DevicePool:
         self._lock_fd = lock_fd  # None: attached, not created here
         self._mapped = mapped  # None on CUDA
         self._others: Sequence[RankPool] = ()
+        self._opened: list[tuple[int, Tensor]] = []  # the other ranks' pieces (offset in the whole page, memory)
 
     @classmethod
     def create(
@@ -134,23 +136,46 @@ class DevicePool:
         """Add the other ranks' pools to this one, rank 0's. The engine's pages have `num_kv_heads` heads in total."""
         self.whole_layout = dataclasses.replace(self.layout, num_kv_heads=num_kv_heads)
         self._others = others
-        self.export_error = self.export_error or "a handoff cannot reach the pages of several GPUs; use --role unified"
+        part_bytes = self.layout.page_bytes
+        places = [(str(self._path), 0), *((other.path, other.first_head * self._head_bytes) for other in others)]
+        self.address = msgspec.structs.replace(
+            self.address,
+            page_bytes=self.whole_layout.page_bytes,
+            layout=self.whole_layout.describe(),
+            parts=tuple(PoolPart(location=path, offset=offset, num_bytes=part_bytes) for path, offset in places),
+        )
 
-    def pieces(self) -> list[tuple[int, Tensor]]:
-        """Return the pieces of every page: (offset in the whole page, [num_pages, piece bytes] uint8 on a rank's GPU).
+    @property
+    def has_all_ranks(self) -> bool:
+        """Whether this process can access the pages of every rank: always, or after `open_ranks`."""
+        return len(self._opened) == len(self._others)
 
-        Opens the memory of the other ranks, which stays mapped while the tensors exist. Raises `EngineError`."""
-        head_bytes = self.layout.page_bytes // self.layout.num_kv_heads
-        pieces = [(0, self.tensor.view(self.num_pages, -1).view(torch.uint8))]
+    def open_ranks(self) -> None:
+        """Open the memory of the other ranks, until `close`. Takes some memory on each GPU. Raises `EngineError`."""
+        if self.has_all_ranks:
+            return
+        opened: list[tuple[int, Tensor]] = []
         for other in self._others:
             try:
                 memory = cuda_memory.open_tensor(Path(other.path).read_bytes(), other.device)
             except EngineError as error:
                 raise EngineError(
-                    f"rank 0 cannot reach the pages on {other.device}: {error}. Use --tp 1, or disable the host tier"
+                    f"rank 0 cannot reach the pages on {other.device}: {error}. Use --tp 1, or --role unified without "
+                    "the host tier"
                 ) from error
-            pieces.append((other.first_head * head_bytes, memory.view(self.num_pages, self.layout.page_bytes)))
-        return pieces
+            piece = memory.view(self.num_pages, self.layout.page_bytes)
+            opened.append((other.first_head * self._head_bytes, piece))
+        self._opened = opened
+
+    def pieces(self) -> list[tuple[int, Tensor]]:
+        """Return the pieces of every page: (offset in the whole page, [num_pages, piece bytes] uint8 on a rank's GPU).
+        Raises `EngineError` as `open_ranks`."""
+        self.open_ranks()
+        return [(0, self.tensor.view(self.num_pages, -1).view(torch.uint8)), *self._opened]
+
+    @property
+    def _head_bytes(self) -> int:
+        return self.layout.page_bytes // self.layout.num_kv_heads
 
     @property
     def bytes(self) -> npt.NDArray[np.uint8]:
@@ -162,6 +187,7 @@ class DevicePool:
     def close(self) -> None:
         """Remove the file. The memory is freed with the last tensor over it and the last peer's mapping."""
         self.tensor = torch.empty(0, dtype=self.tensor.dtype)
+        self._opened = []
         self._mapped = None
         if self._lock_fd is not None:
             self._path.unlink(missing_ok=True)

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import msgspec
+
 from kvist.plan.transfers import TransferReport, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
 from kvist.transfer.epoch import EpochWatch
@@ -100,6 +102,7 @@ class TransportKind:
     build: Callable[[TransportContext], OfferedTransport]
     same_host: bool = True  # both engines must run on one host, with one runtime folder
     settle_s: float = 0.0  # time after the end of a peer's process during which its last writes may still arrive
+    splits_pages: bool = False  # knows `PoolAddress.parts`; other transports serve no pool that has parts
     obstacle: Callable[[DevicePool], str] = lambda _pool: ""  # why it cannot serve this pool; empty if it can
     only_by_name: str = ""  # why "auto" does not offer it, unless one of its options is set; empty if "auto" does
 
@@ -109,17 +112,16 @@ class TransportKind:
         if not any(device in pair for pair in self.device_pairs):
             ends = sorted({end for pair in self.device_pairs for end in pair})
             return f"copies between pools on {' and '.join(ends)}, and this pool is on {device}"
+        if pool.address.parts and not self.splits_pages:
+            return "copies whole pages, and each GPU of a tensor-parallel engine has its own heads of every page"
         return self.obstacle(pool)
 
     def address(self, name: str, pool: DevicePool) -> PoolAddress:
         """Return the address of the pool's file, as that of the transport `name`."""
-        address, device = pool.address, pool.tensor.device.type
-        return PoolAddress(
+        device = pool.tensor.device.type
+        return msgspec.structs.replace(
+            pool.address,
             transport=name,
-            location=address.location,
-            num_pages=address.num_pages,
-            page_bytes=address.page_bytes,
-            layout=address.layout,
             device=device,
             from_devices=tuple(sorted(ours for ours, peers in self.device_pairs if peers == device)),
             same_host=self.same_host,
