@@ -82,6 +82,7 @@ def test_only_private_addresses_and_that_of_the_sender_are_dialled(host: str, se
         ("a.workers.example", "*.workers.example"),
         ("203.0.113.9", "203.0.113.0/24"),
         ("2001:db8::5", "2001:DB8::/32"),
+        ("127.0.0.1", "127.0.0.1"),
     ],
 )
 def test_the_operator_allows_more_hosts_by_name_and_by_network(host: str, entry: str) -> None:
@@ -89,6 +90,24 @@ def test_the_operator_allows_more_hosts_by_name_and_by_network(host: str, entry:
     assert rule.admits(host, ELSEWHERE)
     assert not rule.admits("workers.example", ELSEWHERE)
     assert not rule.admits("203.0.114.9", ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "url", "allowed"),
+    [
+        ("tcp://10.0.0.5:5", "http://10.0.0.5:1", True),
+        ("tcp://Worker.example:5", "http://worker.example:1", True),
+        ("tcp://10.0.0.6:5", "http://10.0.0.5:1", True),
+        ("tcp://127.0.0.1:5", "http://127.0.0.1:1", True),
+        ("tcp://127.0.0.1:5", "http://10.0.0.5:1", False),
+        ("tcp://169.254.169.254:80", "http://10.0.0.5:1", False),
+        ("tcp://other.example:80", "http://10.0.0.5:1", False),
+        ("ipc:///run/socket", "http://10.0.0.5:1", False),
+        ("ipc:///run/socket", "http://127.0.0.1:1", True),
+    ],
+)
+def test_a_worker_named_over_http_cannot_send_the_router_anywhere(endpoint: str, url: str, allowed: bool) -> None:
+    assert HostRule(()).admits_engine(endpoint, url) is allowed
 
 
 @pytest.mark.parametrize("entry", ["", "10.0.0.0/99", "*", "a.*.b", "http://h:1"])

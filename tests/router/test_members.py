@@ -57,7 +57,7 @@ async def start_gateway(network: Network) -> AsyncIterator[StartGateway]:
 
     async def start(*, api_key: str | None = None, **config: object) -> RouterParts:
         parts = build_router(
-            compose(RouterConfig, {"keepalive_s": 0.05, **config}),
+            compose(RouterConfig, {"keepalive_s": 0.05, "allowed_worker_hosts": ("127.0.0.1",), **config}),
             ChannelConfig(cluster_key=CLUSTER_KEY),
             transport=httpx.MockTransport(network),
             api_key=api_key,
@@ -249,6 +249,16 @@ async def test_a_worker_that_redirects_is_not_followed(start_gateway: StartGatew
     add(parts, "10.0.0.1")
     await until(lambda: "status 307" in parts.dispatcher.snapshot().workers[0].problem)
     assert {request.url.host for request in network.requests} == {"10.0.0.1"}
+
+
+async def test_a_worker_that_sends_the_router_to_an_engine_elsewhere_is_not_followed(
+    start_gateway: StartGateway, start_worker: Callable[..., FakeEngine]
+) -> None:
+    engine = start_worker("10.0.0.1")  # listens on 127.0.0.1
+    parts = await start_gateway(allowed_worker_hosts=())
+    add(parts, "10.0.0.1")
+    await until(lambda: "--allowed-worker-hosts" in parts.dispatcher.snapshot().workers[0].problem)
+    assert not engine.gateways
 
 
 async def test_many_workers_come_and_go_under_load_without_a_lost_request(

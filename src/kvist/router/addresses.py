@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from kvist.channel import bracketed
+from kvist.channel.security import split_tcp_endpoint
 from kvist.errors import ConfigError, Forbidden, RequestError
 
 MAX_URL_CHARS = 512
@@ -78,6 +79,15 @@ class HostRule:
             )
         return normal
 
+    def admits_engine(self, endpoint: str, url: str) -> bool:
+        """Return whether the worker at `url`, which somebody has named over HTTP, may send the router to this engine:
+        to its own host, or to one that it could have named."""
+        own = urlsplit(url).hostname or ""
+        address = split_tcp_endpoint(endpoint)
+        if address is None:  # a file of this machine
+            return self.admits("127.0.0.1", own)
+        return address[0].lower() == own or self.admits(address[0], own)
+
     def admits(self, host: str, sender: str) -> bool:
         host = host.lower()
         if host in self._names or any(host.endswith(suffix) for suffix in self._suffixes):
@@ -87,9 +97,11 @@ class HostRule:
             return own is None or own.is_loopback
         if address is None:
             return False
+        if any(address in network for network in self._networks):
+            return True
         if address.is_loopback:
             return own is None or own.is_loopback  # None: over a local socket
-        return address == own or any(address in network for network in (*self._networks, *_PRIVATE))
+        return address == own or any(address in network for network in _PRIVATE)
 
     def _allow(self, entry: str) -> None:
         if entry.startswith("*.") and len(entry) > len("*."):

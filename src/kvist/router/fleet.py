@@ -22,10 +22,11 @@ import zmq
 from kvist import wire
 from kvist.channel import ChannelConfig, GatewayLink, Member
 from kvist.clock import Clock, PauseMeter
-from kvist.errors import ConfigError, KvistError, Unavailable
+from kvist.errors import ConfigError, Forbidden, KvistError, Unavailable
 from kvist.router import discovery
+from kvist.router.addresses import HostRule
 from kvist.router.config import RouterConfig
-from kvist.router.membership import NamedWorker
+from kvist.router.membership import HTTP, NamedWorker
 from kvist.router.page_queue import PageQueue
 from kvist.router.registry import Registry, Worker, WorkerState, is_another
 
@@ -63,6 +64,7 @@ class Fleet:
         self._config = config
         self._channel = channel
         self._member = Member(channel.cluster_key)
+        self._hosts = HostRule(config.members.allowed_worker_hosts)
         self._clock = clock
         self._transport = transport
         self._api_key = api_key
@@ -136,6 +138,10 @@ class Fleet:
             try:
                 timeout_s = self._config.links.discovery_timeout_s
                 worker.endpoint = (await self._find(worker, timeout_s, self._stalled_s)).endpoint
+                if worker.sources == (HTTP,) and not self._hosts.admits_engine(worker.endpoint, worker.url):
+                    raise Forbidden(
+                        f"{worker.url} names the engine {worker.endpoint}: allow it in --allowed-worker-hosts"
+                    )
                 reason = await self._run_link(worker)
                 if worker.state is WorkerState.READY:
                     pause_s = _FIRST_PAUSE_S
