@@ -121,14 +121,21 @@ class PrefillPeer(msgspec.Struct, frozen=True, kw_only=True):
     spec: PeerSpec | None = None  # None: the gateway does not know it
 
 
+HandoffWay = Literal["direct", "store"]
+
+
 class Submit(_Message, frozen=True):
-    """A request, and the part of it that this engine runs."""
+    """A request, and the part of it that this engine runs.
+
+    With the handoff "store" no two engines meet: a PREFILL stores the pages of its prompt, and its decode engine gets
+    the request in mode FULL, with the first token in `output_token_ids`, and looks for the pages in the store."""
 
     request: EngineRequest
     mode: Mode
-    handoff_id: HandoffId | None = None  # set for PREFILL and DECODE
+    handoff: HandoffWay = "direct"
+    handoff_id: HandoffId | None = None  # set for PREFILL and DECODE, if the handoff is direct
     prefill: PrefillPeer | None = None  # set for DECODE
-    target_epoch: EpochId | None = None  # set for PREFILL: only a Grant of this decode engine is accepted
+    target_epoch: EpochId | None = None  # set for a direct PREFILL: only a Grant of this decode engine is accepted
 
 
 class Abort(_Message, frozen=True):
@@ -214,14 +221,23 @@ class Welcome(_Message, frozen=True):
 class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
     """Pages, bytes and times of one handoff, as measured by the decode engine."""
 
-    num_pages: int  # pages written by prefill
+    num_pages: int  # pages written by prefill; through the store: pages fetched from it
     num_pages_reused: int  # pages that decode had cached already
     num_bytes: int
-    duration_s: float  # grant sent → pages verified
+    duration_s: float  # grant sent → pages verified; through the store: request received → pages loaded
     wait_s: float  # the last part of `duration_s`: Done received → pages verified; the delay of the stream
-    transport: str = ""  # by which the pages travelled; empty if no page did
+    transport: str = ""  # by which the pages travelled, "store" through the store; empty if no page did
     transport_reason: str = ""  # why it was chosen; a text to be read
     num_pages_recomputed: int = 0  # written pages that had arrived changed, and those behind them
+    num_pages_missing: int = 0  # full pages that the store did not deliver: decode computed them
+
+
+class StoredPages(msgspec.Struct, frozen=True, kw_only=True):
+    """The pages of a prompt that a prefill engine has stored for a decode engine."""
+
+    num_pages: int  # full pages of the prompt
+    num_stored: int  # the leading pages that are in the store
+    duration_s: float  # first token sampled → last page stored; the delay of the stream
 
 
 class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step, none in a reference cycle
@@ -250,6 +266,7 @@ class Ended(_Message, frozen=True, tag=False):
     error_code: str | None = None  # errors.py's code, with FAILED
     message: str = ""
     retry_after_s: float | None = None
+    stored: StoredPages | None = None  # of a PREFILL whose handoff is through the store
 
 
 class StepOutputs(_Message, frozen=True):
@@ -271,6 +288,7 @@ class StorageStatus(_Message, frozen=True, tag=False):
     stored_bytes: int  # by all workers, as of the last store call
     errors: dict[str, int]  # count by short name; of system calls, the errno
     note: str = ""  # a text to be read
+    location: str = ""  # where the pages are: equal for workers that share them; empty without a store
 
 
 PageTier = Literal["device", "host"]  # nearest first

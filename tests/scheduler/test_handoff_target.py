@@ -98,7 +98,7 @@ def test_verified_pages_are_acknowledged_cached_and_used() -> None:
     (chunk,) = bench.finish(token_id=6).chunks
     assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (1, (6,), None)
     assert chunk.handoff is not None
-    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5, "sim", "", 0)
+    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5, "sim", "", 0, 0)
     assert bench.finish(token_id=6).chunks[0].handoff is None
 
 

@@ -38,7 +38,7 @@ from kvist.kv.pages import PageCounts, PageState
 from kvist.kv.tiers.copies import HostCopies
 from kvist.kv.tiers.host import HostCounts, HostPage, HostTier
 from kvist.kv.tiers.prefetch import Prefetch
-from kvist.kv.tiers.storage import StorageTier
+from kvist.kv.tiers.storage import PrefixStoring, StorageTier
 from kvist.kv.tiers.write_policy import WRITE_POLICIES, WritePolicy
 from kvist.plan.plan import ChangedPages
 from kvist.plan.tiers import PagesBackedUp, PagesLoaded, TierJob
@@ -180,20 +180,32 @@ class PageCache:
 
     # ---------------------------------------------------------------- the tiers behind the device pool
 
-    def prefetch(self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int) -> Prefetch | None:
-        """Start a prefetch of the pages that are in neither tier. Return None if there is nothing to wait for.
+    def prefetch(
+        self, token_ids: Sequence[int], *, cache_salt: str = "", max_tokens: int, for_handoff: bool = False
+    ) -> Prefetch | None:
+        """Start a prefetch of the pages that are in neither tier. Return None if there is nothing to wait for. With
+        `for_handoff` the pages were stored for this request, and a prefix of any length is worth a wait.
 
         The caller closes the prefetch (`storage.close`) when the request ends or, after `start_load`, is admitted."""
         num_pages = min(len(token_ids), max_tokens) // self._page_size
-        if self.storage is None or not self.storage.may_fetch(num_pages):
+        if self.storage is None or not self.storage.may_fetch(num_pages, for_handoff=for_handoff):
             return None
         cached = self._tree.match(iter_page_keys(token_ids, self._page_size, num_pages), cache_salt)
-        if not self.storage.may_fetch(num_pages - len(cached)):
+        if not self.storage.may_fetch(num_pages - len(cached), for_handoff=for_handoff):
             return None
         last = cached[-1].digest if cached else root_digest(self._namespace, cache_salt)
         digests = [node.digest for node in cached]
         digests += self._digests_after(last, token_ids, len(cached), num_pages)
-        return self.storage.begin(digests, len(cached))
+        return self.storage.begin(digests, len(cached), for_handoff=for_handoff)
+
+    def store_at_once(self, lease: PageLease, storing: PrefixStoring) -> None:
+        """Copy the pages of the lease that are in the tree, and not in `storing` yet, to the host tier and to the
+        store, under every write policy, and before pages that no request waits for."""
+        assert self._host is not None
+        assert self.storage is not None
+        nodes = self._tree.tail(lease.pin, lease.pin.num_pages - len(storing.digests))
+        self._host.copies.back_up(lease, nodes, exceeds_limit=True)
+        self.storage.store_first(storing, [node.digest for node in nodes])
 
     def start_load(self, lease: PageLease, token_ids: Sequence[int], *, max_tokens: int) -> int | None:
         """Count the lease's hits and their ceiling, and start to load the pages that the host tier has after them.

@@ -45,6 +45,7 @@ class TransportChoice:
 
     name: str | None  # None: no page may travel between the two
     reason: str  # a text to be read
+    compatible: bool = True  # False: the pages of one engine mean nothing to the other
 
 
 def peer_spec(spec: EngineSpec) -> PeerSpec:
@@ -55,7 +56,9 @@ def peer_spec(spec: EngineSpec) -> PeerSpec:
 def meet(source: Peer, target: Peer) -> TransportChoice:
     """Return the transport of handoffs from `source` to `target`."""
     problem = incompatibility(source, target)
-    return choose_transport(source, target) if problem is None else TransportChoice(name=None, reason=problem)
+    if problem is not None:
+        return TransportChoice(name=None, reason=problem, compatible=False)
+    return choose_transport(source, target)
 
 
 def incompatibility(one: Peer, other: Peer) -> str | None:

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 
 from kvist.errors import KvistError
 from kvist.request import EngineRequest, RequestId
+from kvist.router.handoff_ways import HandoffWay, Way
 from kvist.router.merge import ChunkMerger
 from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
-from kvist.wire import TokenChunk
+from kvist.wire import StoredPages, TokenChunk
+
+MAX_CONTINUED = 2  # decode workers that may get the request one after the other
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -28,12 +31,26 @@ class Attempt:
     request: EngineRequest  # with the client's id
     open: set[Worker] = field(default_factory=set)  # engines that have the request and have not sent Ended
     decode_began: bool = False  # decode has the pages: a later failure of prefill has no effect
+    handoff: HandoffWay | None = None  # of a pair
+    first_token_ids: tuple[int, ...] = ()  # that prefill sent, if the handoff is through the store
+    stored: StoredPages | None = None  # what prefill has stored
+    num_continued: int = 0  # submits to decode, if the handoff is through the store
     aborted: bool = False
     cancelled: bool = False  # closed by its reader before the end
     error: KvistError | None = None
     failed_worker: Worker | None = None  # the worker that failed with `error`
     closed_at_s: float | None = None  # when the reader ended or closed the stream
     _waiter: asyncio.Future[None] | None = None
+
+    @property
+    def through_store(self) -> bool:
+        return self.handoff is not None and self.handoff.way is Way.STORE
+
+    @property
+    def may_continue(self) -> bool:
+        """Whether decode can get the request now: the handoff is through the store, and the first token is known."""
+        waits = not self.decode_began and self.num_continued < MAX_CONTINUED
+        return self.through_store and waits and bool(self.first_token_ids) and not self.settled
 
     @property
     def settled(self) -> bool:
@@ -45,6 +62,8 @@ class Attempt:
             return
         if worker is self.decode:
             self.decode_began = True
+        elif self.through_store:
+            self.first_token_ids += chunk.token_ids
         if self.merger.push(chunk):
             self._wake()
 
@@ -67,7 +86,13 @@ class Attempt:
                 self._waiter = None
         chunk = self.merger.take()
         assert chunk is not None
-        return StreamPart(chunk=chunk, prefill_worker=self.prefill.worker_id, decode_worker=self.decode.worker_id)
+        return StreamPart(
+            chunk=chunk,
+            prefill_worker=self.prefill.worker_id,
+            decode_worker=self.decode.worker_id,
+            handoff=self.handoff,
+            stored=self.stored,
+        )
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

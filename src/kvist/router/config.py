@@ -10,6 +10,8 @@ from kvist.router.addresses import HostRule
 from kvist.router.policies import POLICIES
 from kvist.router.sources import discovery_of
 
+HANDOFFS = ("auto", "direct", "store")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerUrls:
@@ -48,6 +50,13 @@ class RoutingOptions:
 
     policy: str = choice_of(POLICIES, "cache_aware", "routing policy")
     policy_options: Given = options_of_choice(POLICIES, chosen_by="policy", title="routing policy")
+    handoff: str = option(
+        "auto",
+        "how pages go from prefill to decode: directly (direct), through the store that both workers use "
+        "(store; directly if there is none), or directly if they have a transport in common, else through the store "
+        "(auto)",
+        choices=HANDOFFS,
+    )
     max_known_pages: int = option(
         16_777_216,
         "maximum number of different cached pages that routing knows, of all workers together; each worker has an "

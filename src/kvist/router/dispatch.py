@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -30,6 +31,7 @@ from kvist.router.attempt import Attempt
 from kvist.router.checks import checked_retry_after_s, fault_of_chunk, fault_of_prompt_logprobs
 from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
+from kvist.router.handoff_ways import Way, WayCause
 from kvist.router.merge import ChunkMerger
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.route import Route, Router
@@ -91,6 +93,7 @@ class Dispatcher:
         self._calls: dict[str, _Call] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._num_cancelled_held = 0
+        self._num_handoffs: Counter[tuple[Way, WayCause]] = Counter()
         self._release_s = Histogram()  # from the reader's disconnect to the end at every engine
 
     async def start(self) -> None:
@@ -132,6 +135,7 @@ class Dispatcher:
             cancelled=cancelled,
             num_index_entries=index.num_entries,
             num_index_bytes=index.num_bytes,
+            handoffs=dict(self._num_handoffs),
         )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
@@ -233,7 +237,9 @@ class Dispatcher:
             if attempt is None:
                 continue
             attempt.open.discard(worker)
-            if worker is not attempt.prefill or worker is attempt.decode or not attempt.decode_began:
+            if not self._continue(attempt, worker) and (
+                worker is not attempt.prefill or worker is attempt.decode or not attempt.decode_began
+            ):
                 error = WorkerLost(f"worker {worker.worker_id} was lost while it had the request: {reason}")
                 error.retry_after_s = self._config.links.retry_after_s
                 self._fail(attempt, error, worker)
@@ -243,10 +249,15 @@ class Dispatcher:
         attempt.open.discard(worker)
         worker.release(attempt.request_id)
         needed = worker is attempt.decode or not attempt.decode_began
+        attempt.stored = ended.stored or attempt.stored
         if ended.outcome is Outcome.FAILED and needed:
             error = error_from_wire(ended.error_code or EngineError.code, ended.message)
             error.retry_after_s = checked_retry_after_s(ended.retry_after_s)
-            self._fail(attempt, error, worker)
+            is_final = worker is attempt.decode and not error.retryable
+            if is_final or not self._continue(attempt, worker):
+                self._fail(attempt, error, worker)
+        elif self._continue(attempt, worker):
+            pass
         elif ended.outcome is Outcome.ABORTED and needed and not attempt.aborted:
             self._fail(attempt, Unavailable(f"worker {worker.worker_id} aborted the request: {ended.message}"), worker)
         elif not attempt.open and not attempt.settled:
@@ -264,6 +275,7 @@ class Dispatcher:
             decode=route.decode,
             merger=merger,
             request=request,
+            handoff=route.handoff,
         )
         self._attempts[request_id] = attempt
         sent = msgspec.structs.replace(request, request_id=request_id)
@@ -271,6 +283,12 @@ class Dispatcher:
             self._submit(
                 attempt, route.prefill, route.num_prompt_tokens_left, wire.Submit(request=sent, mode=Mode.FULL)
             )
+            return attempt
+        if route.handoff is not None and route.handoff.way is not None:
+            self._num_handoffs[route.handoff.way, route.handoff.cause] += 1
+        if attempt.through_store:
+            submit = wire.Submit(request=sent, mode=Mode.PREFILL, handoff="store")
+            self._submit(attempt, route.prefill, route.num_prompt_tokens_left, submit)
             return attempt
         spec, target = route.prefill.spec, route.decode.spec
         assert spec is not None
@@ -285,6 +303,26 @@ class Dispatcher:
         if attempt.error is None:
             self._submit(attempt, route.decode, 0, submit_decode)
         return attempt
+
+    def _continue(self, attempt: Attempt, ended: Worker) -> bool:
+        """Send a request that is handed over through the store to its decode worker, or to another one if that worker
+        is not ready or has failed. `ended` has ended or lost the request. Return False if the request cannot continue:
+        it is handed over directly, has no token yet or has begun at decode, or no worker is left."""
+        if not attempt.may_continue:
+            return False
+        first_ids = attempt.request.output_token_ids + attempt.first_token_ids
+        request = msgspec.structs.replace(attempt.request, request_id=attempt.request_id, output_token_ids=first_ids)
+        is_ready = attempt.decode.state is WorkerState.READY and attempt.decode is not ended
+        chosen = attempt.decode if is_ready else self._router.choose_next(request, frozenset({ended, attempt.decode}))
+        if chosen is None:
+            return False
+        attempt.decode = chosen
+        attempt.num_continued += 1
+        num_stored = 0 if attempt.stored is None else attempt.stored.num_stored
+        assert chosen.spec is not None
+        num_left = max(1, request.num_prompt_tokens + len(first_ids) - num_stored * chosen.spec.page_size)
+        self._submit(attempt, chosen, num_left, wire.Submit(request=request, mode=Mode.FULL, handoff="store"))
+        return True
 
     def _submit(self, attempt: Attempt, worker: Worker, num_tokens: int, submit: wire.Submit) -> None:
         if self._engines.send(worker, submit):

@@ -1,4 +1,4 @@
-"""Which prefill and decode workers can hand requests over to each other. No sockets, no clock."""
+"""Which prefill and decode workers can hand requests over to each other, and how. No sockets, no clock."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvist.plan.compat import TransportChoice, meet
 from kvist.request import EpochId
+from kvist.router.handoff_ways import HandoffWay, choose_way
 from kvist.router.registry import Worker
 from kvist.wire import EngineSpec
 
@@ -16,7 +17,9 @@ MAX_PAIRS = 1 << 16  # remembered choices
 class Pairs:
     """Compares each pair of engines once, and remembers the newest `MAX_PAIRS` results. Mutable; the router's."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: str = "auto") -> None:
+        """`wanted`: one of `config.HANDOFFS`."""
+        self._wanted = wanted
         self._choices: OrderedDict[tuple[EpochId, EpochId], TransportChoice] = OrderedDict()
 
     def choice(self, prefill: EngineSpec, decode: EngineSpec) -> TransportChoice:
@@ -29,10 +32,14 @@ class Pairs:
             found = self._choices[key] = meet(prefill, decode)
         return found
 
-    def may_pair(self, prefill: Worker, decode: Worker) -> bool:
+    def way(self, prefill: Worker, decode: Worker) -> HandoffWay:
+        """Return the way of handoffs from one worker to the other, at this time: a store may come and go."""
         assert prefill.spec is not None
         assert decode.spec is not None
-        return self.choice(prefill.spec, decode.spec).name is not None
+        return choose_way(self._wanted, prefill, decode, self.choice(prefill.spec, decode.spec))
+
+    def may_pair(self, prefill: Worker, decode: Worker) -> bool:
+        return self.way(prefill, decode).way is not None
 
     def with_partner(
         self, prefill: Sequence[Worker], decode: Sequence[Worker]
@@ -46,6 +53,5 @@ class Pairs:
 
     def problems(self, prefill: Sequence[Worker], decode: Sequence[Worker]) -> list[str]:
         """Return why each pair cannot hand requests over; each text once."""
-        specs = [(p.spec, d.spec) for p in prefill for d in decode]
-        choices = [self.choice(one, other) for one, other in specs if one is not None and other is not None]
-        return list(dict.fromkeys(choice.reason for choice in choices if choice.name is None))
+        ways = [self.way(p, d) for p in prefill for d in decode]
+        return list(dict.fromkeys(way.reason for way in ways if way.way is None))

@@ -10,6 +10,7 @@ from kvist.fairness import CallerPath, caller_path
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.request import EngineRequest, Mode, Role, WorkerId, fields_in_use
 from kvist.router.config import RouterConfig
+from kvist.router.handoff_ways import HandoffWay
 from kvist.router.pairs import Pairs
 from kvist.router.policies import POLICIES
 from kvist.router.policy import Policy, Prompt
@@ -32,6 +33,7 @@ class Route:
     prefill: Worker
     decode: Worker  # the same worker with FULL
     num_prompt_tokens_left: int  # still to compute at `prefill`, by the cached pages known here
+    handoff: HandoffWay | None = None  # of a pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ class Router:
     def __init__(self, config: RouterConfig, registry: Registry) -> None:
         self._config = config
         self._registry = registry
-        self._pairs = Pairs()
+        self._pairs = Pairs(config.routing.handoff)
         self._prompt_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         self._decode_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         self._digests = PromptDigests()
@@ -148,7 +150,18 @@ class Router:
             return Route(mode=Mode.FULL, prefill=chosen, decode=chosen, num_prompt_tokens_left=left)
         partners = [worker for worker in free.decode if self._pairs.may_pair(chosen, worker)]
         partner = _pick(self._decode_policy, replace(prompt, hit_weight=DECODE_HIT_WEIGHT), partners, held)
-        return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left)
+        way = self._pairs.way(chosen, partner)
+        return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left, handoff=way)
+
+    def choose_next(self, request: EngineRequest, excluded: frozenset[Worker]) -> Worker | None:
+        """Choose a worker that continues an answer, whose prompt another worker has computed; None if there is none."""
+        ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
+        free = ready.that_fit(request).with_room_for(caller_path(request.client))
+        workers = free.decode or free.unified
+        if not workers:
+            return None
+        prompt = Prompt(num_tokens=request.num_prompt_tokens, hit_weight=DECODE_HIT_WEIGHT)
+        return _pick(self._decode_policy, prompt, workers, self._held_pages(request, workers))
 
     def _held_pages(self, request: EngineRequest, workers: Sequence[Worker]) -> dict[WorkerId, HeldPages]:
         """Return the leading pages of the prompt that each worker holds."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from kvist.metrics import Histogram
 from kvist.request import Role, WorkerId
-from kvist.wire import EngineSpec, LoadReport, TokenChunk
+from kvist.router.handoff_ways import HandoffWay, Way, WayCause
+from kvist.wire import EngineSpec, LoadReport, StoredPages, TokenChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class StreamPart:
     chunk: TokenChunk
     prefill_worker: WorkerId  # runs prefill; with a unified worker both ids are equal
     decode_worker: WorkerId  # runs decode
+    handoff: HandoffWay | None = None  # of a pair
+    stored: StoredPages | None = None  # of a handoff through the store, once prefill has ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,7 @@ class Cancelled:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSnapshot:
     workers: tuple[WorkerSnapshot, ...]
+    handoffs: Mapping[tuple[Way, WayCause], int] = field(default_factory=dict)  # number of requests
     cancelled: Cancelled = field(default_factory=Cancelled)
     num_index_entries: int = 0  # different pages that the index knows
     num_index_bytes: int = 0

@@ -3,6 +3,7 @@
     WAITING ──► RUNNING ──► ENDED                       FULL: a chunk or a token per step; preempted: back to WAITING
     WAITING ──► RUNNING ──► AWAITING_TRANSFER ──► ENDED PREFILL: computed; keeps its pages until the handoff closes
                    └──────────────┴──► SUSPENDED ──► WAITING    preempted before its Grant; WAITING again with the Grant
+    WAITING ──► RUNNING ──► AWAITING_TRANSFER ──► ENDED PREFILL through the store: keeps its pages until they are stored
     WAITING ──► GRANTED ──► RUNNING ──► ENDED           DECODE: the prefill worker fills its pages
     WAITING ──► LOADING ──► RUNNING | GRANTED           its first pages are copied from the host tier
     WAITING ──► AWAITING_PAGES ──► WAITING              another request loads or computes its next pages
@@ -21,6 +22,7 @@ from typing import ClassVar
 from kvist.fairness import CallerPath, caller_path
 from kvist.kv.lease import PageLease
 from kvist.kv.tiers.prefetch import Prefetch
+from kvist.kv.tiers.storage import PrefixStoring
 from kvist.request import (
     EngineRequest,
     EpochId,
@@ -43,7 +45,7 @@ class RequestState(enum.Enum):
     GRANTED = "granted"  # DECODE: its pages are granted to the prefill worker
     LOADING = "loading"  # has pages; the mover copies host pages into the first of them
     RUNNING = "running"  # has pages; takes part in steps
-    AWAITING_TRANSFER = "awaiting_transfer"  # PREFILL: computed; keeps its pages for the handoff
+    AWAITING_TRANSFER = "awaiting_transfer"  # PREFILL: computed; keeps its pages for the handoff, or until stored
     ENDED = "ended"  # `Ended` was sent; its pages stay while a step, a load or a peer still uses them
 
 
@@ -83,6 +85,7 @@ class ActiveRequest:
     arrived_s: float
     eos_token_ids: InitVar[tuple[int, ...]]
     needs_known_token: bool = False  # the request is in no batch while its last token is pending
+    from_store: bool = False  # a prefill engine has stored the pages of its prompt
     state: RequestState = RequestState.WAITING
     num_computed: int = 0  # K/V of [0, num_computed) is in the pages
     # K/V of [0, num_planned) will be in the pages once the pending steps are finished. If [0, num_planned) is all of
@@ -96,7 +99,7 @@ class ActiveRequest:
     loading: bool = False  # the mover may access its pages, even after the request has ended
     ticket: int = 0  # number of its latest push into the queue
     admitted_s: float | None = None  # time of its first admission
-    handoff_report: HandoffReport | None = None  # sent with the next chunk; set when a DECODE is taken over
+    handoff_report: HandoffReport | None = None  # sent with the next chunk; set when decode has the pages
     token_ids: list[int] = field(init=False)  # prompt and output tokens; without the first token of a PREFILL
     page_ids: Sequence[int] = field(init=False, default=())  # of the lease
     slot: SlotId = field(init=False)  # at the runner; unset in every state but RUNNING (slots.py)
@@ -230,6 +233,16 @@ class PrefillRequest(ActiveRequest):
     @property
     def has_first_token(self) -> bool:
         return self.first_token is not None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class StoringRequest(ActiveRequest):
+    """A request of mode PREFILL through the store: its prompt is computed here, and its pages are stored."""
+
+    mode: ClassVar[Mode] = Mode.PREFILL
+
+    storing: PrefixStoring | None = None  # from its first full page on; None without a store
+    computed_s: float = 0.0  # when its first token was sampled
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -80,6 +80,13 @@ class SchedulerOptions:
     ack_timeout_s: float = option(
         1.0, "Grant, Done and Revoke are sent again if there is no answer within this time", unit="s", minimum=0.001
     )
+    store_handoff_timeout_s: float = option(
+        5.0,
+        "on a prefill worker: maximum time to store the pages of a prompt for a decode worker, from the first token "
+        "on; the decode worker then computes the pages that are not stored",
+        unit="s",
+        minimum=0.001,
+    )
     max_remembered_handoffs: int = option(
         4096,
         "maximum number of remembered handoffs: grants that arrived before their request, and closed handoffs, whose "
@@ -109,6 +116,7 @@ class SchedulerConfig:
     grant_timeout_s: float = _DEFAULTS.grant_timeout_s
     handoff_timeout_s: float = _DEFAULTS.handoff_timeout_s
     ack_timeout_s: float = _DEFAULTS.ack_timeout_s
+    store_handoff_timeout_s: float = _DEFAULTS.store_handoff_timeout_s
     max_remembered_handoffs: int = _DEFAULTS.max_remembered_handoffs
     max_model_len: int = 4096  # prompt and answer together
     eos_token_ids: tuple[int, ...] = ()  # tokens that end an answer

@@ -85,6 +85,31 @@ SCHEDULER_COUNTERS = CounterGroup(
             text="total time of handoffs, from the Grant to the Ack (sent) or to verified pages (received)",
         ),
         Counter(
+            name="store_handoffs_sent",
+            unit="handoffs",
+            text="prompts whose full pages this prefill worker has stored for a decode worker",
+        ),
+        Counter(
+            name="store_handoffs_incomplete",
+            unit="handoffs",
+            text="prompts of which this prefill worker could not store all full pages in time for a decode worker",
+        ),
+        Counter(
+            name="store_handoff_seconds",
+            unit="seconds",
+            text="total time that decode workers waited for pages to be stored here, from the first token on",
+        ),
+        Counter(
+            name="store_handoffs_received",
+            unit="handoffs",
+            text="requests that this worker continued with pages that a prefill worker had stored for them",
+        ),
+        Counter(
+            name="store_handoff_missing_pages",
+            unit="pages",
+            text="full pages of these requests that were in no tier and were computed here",
+        ),
+        Counter(
             name="prefetches",
             unit="requests",
             text="requests that fetched pages from the storage tier, or waited for a fetch of another request",

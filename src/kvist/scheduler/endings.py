@@ -15,7 +15,7 @@ from kvist.scheduler.pending import PendingSteps
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
 from kvist.service_time import retry_after_s
-from kvist.wire import Ended
+from kvist.wire import Ended, StoredPages
 
 _COUNTERS = {
     Outcome.FINISHED: "requests_finished",
@@ -34,7 +34,15 @@ class Endings:
         self._cache = cache
         self._pending = pending
 
-    def end(self, request: ActiveRequest, outcome: Outcome, code: str | None = None, message: str = "") -> None:
+    def end(
+        self,
+        request: ActiveRequest,
+        outcome: Outcome,
+        code: str | None = None,
+        message: str = "",
+        *,
+        stored: StoredPages | None = None,
+    ) -> None:
         """End the request. Called once; the pages are released when no step, load or handoff uses them any more."""
         context = self._context
         self._requests.move(request, RequestState.ENDED)
@@ -42,7 +50,7 @@ class Endings:
         context.timers.cancel(TimerKind.QUEUE, request.request_id)
         if request.admitted_s is not None:
             context.service_time.add(context.now_s - request.admitted_s)
-        self._send(request.request_id, outcome, code, message)
+        self._send(request.request_id, outcome, code, message, stored)
         self.release(request)
 
     def refuse(self, request_id: RequestId, code: str, message: str) -> None:
@@ -58,7 +66,14 @@ class Endings:
             self._cache.close(request.take_lease())
         self._requests.forget(request)
 
-    def _send(self, request_id: RequestId, outcome: Outcome, code: str | None, message: str) -> None:
+    def _send(
+        self,
+        request_id: RequestId,
+        outcome: Outcome,
+        code: str | None,
+        message: str,
+        stored: StoredPages | None = None,
+    ) -> None:
         context, requests = self._context, self._requests
         context.count(_COUNTERS[outcome])
         wait_s = None
@@ -73,5 +88,6 @@ class Endings:
                 error_code=code,
                 message=message,
                 retry_after_s=wait_s,
+                stored=stored,
             )
         )

@@ -13,7 +13,7 @@ from kvist.fairness import CallerPath
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.cache import PageCache
 from kvist.request import EngineRequest, Mode, Role, SamplingParams
-from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest, RequestState
+from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest, RequestState, StoringRequest
 from kvist.wire import Submit
 
 Refusal = tuple[str, str]  # error code, message
@@ -78,7 +78,9 @@ def make_request(
         needs_known_token=needs_known_token,
     )
     if event.mode is Mode.FULL:
-        return ActiveRequest(**common)
+        return ActiveRequest(**common, from_store=event.handoff == "store")
+    if event.mode is Mode.PREFILL and event.handoff == "store":
+        return StoringRequest(**common)
     if event.handoff_id is None:
         return "invalid_request", f"a {event.mode.value} request needs a handoff_id"
     if event.mode is Mode.PREFILL:

@@ -35,7 +35,10 @@ class Fetching:
         """Start the prefetch of pages missing in the device pool and the host tier; return whether the request
         waits."""
         prefetch = request.prefetch = self._cache.prefetch(
-            request.token_ids, cache_salt=request.request.cache_salt, max_tokens=request.max_cached_tokens
+            request.token_ids,
+            cache_salt=request.request.cache_salt,
+            max_tokens=request.max_cached_tokens,
+            for_handoff=request.from_store,
         )
         if prefetch is None:
             return False

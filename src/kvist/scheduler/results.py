@@ -11,7 +11,7 @@ from kvist.errors import EngineError
 from kvist.kv.cache import PageCache
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
 from kvist.request import Outcome, SampledToken
-from kvist.scheduler.active import ActiveRequest, PrefillRequest, RequestState
+from kvist.scheduler.active import ActiveRequest, PrefillRequest, RequestState, StoringRequest
 from kvist.scheduler.chunks import send_first_token, send_prompt_logprobs, send_tokens
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
@@ -142,6 +142,10 @@ class Results:
             if is_whole:
                 self._complete_prefill(request, tokens)
             self._handoffs.on_computed(request)
+        elif isinstance(request, StoringRequest):
+            self._handoffs.stored.on_computed(request)
+            if is_whole:
+                self._complete_storing(request, tokens[0])
         elif is_whole:
             self._append(request, tokens)
 
@@ -156,6 +160,15 @@ class Results:
         send_tokens(self._context, request, position, tokens[:num_kept], finish)
         if finish is not None:
             self._handoffs.end(request, Outcome.FINISHED)
+
+    def _complete_storing(self, request: StoringRequest, token: SampledToken) -> None:
+        num_tokens = len(request.token_ids)
+        finish = request.finish_reason(token.token_id, num_tokens + 1)
+        send_tokens(self._context, request, num_tokens - request.num_prompt, (token,), finish)
+        if finish is not None:
+            self._handoffs.end(request, Outcome.FINISHED)
+        else:
+            self._handoffs.stored.on_first_token(request)
 
     def _complete_prefill(self, request: PrefillRequest, tokens: Sequence[SampledToken]) -> None:
         if request.first_token is None:  # else its pages were computed again after a preemption

@@ -27,6 +27,7 @@ from kvist.scheduler.entry import TokenRule
 from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.handoff.sides import Handoffs
 from kvist.scheduler.handoff.source import SourceSide
+from kvist.scheduler.handoff.stored import StoredHandoffs
 from kvist.scheduler.handoff.target import TargetSide
 from kvist.scheduler.pending import PendingSteps
 from kvist.scheduler.results import Results
@@ -56,7 +57,7 @@ def build_scheduler(
     pending = PendingSteps(overlap=config.overlap)
     endings = Endings(context, requests, cache, pending)
     parts = SideParts(context=context, requests=requests, cache=cache, endings=endings, epoch=epoch, own=own)
-    handoffs = Handoffs(SourceSide(parts), TargetSide(parts), endings)
+    handoffs = Handoffs(SourceSide(parts), TargetSide(parts), StoredHandoffs(parts), endings)
     return Steps(
         context=context,
         requests=requests,
@@ -116,6 +117,7 @@ class Steps:
         context.step_count += 1
         for event in events:
             self._handlers[type(event)](event)
+        self._handoffs.stored.end_settled()
         self._admission.queue_fetched()  # before the timers: pages reported in this step count as in time
         while (due := context.timers.pop_due(now_s)) is not None:
             kind, key = due

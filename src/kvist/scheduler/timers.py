@@ -13,6 +13,7 @@ class TimerKind(enum.Enum):
     EARLY_GRANT = "early grant"  # a Grant waits for its request
     ACK = "ack"  # prefill waits for the Ack of a computed request
     RESEND_DONE = "resend done"
+    STORED = "stored"  # prefill waits until the pages of a prompt are stored
     DONE = "done"  # decode waits for the verified pages
     RESEND = "resend"  # decode sends Grant or Revoke again
 

@@ -17,9 +17,10 @@ from kvist.clock import Clock
 from kvist.errors import EngineError, RequestError
 from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
+from kvist.router.handoff_ways import HandoffWay
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
-from kvist.wire import AnswerT, Command, EngineSpec, HandoffReport, TokenChunk
+from kvist.wire import AnswerT, Command, EngineSpec, HandoffReport, StoredPages, TokenChunk
 
 _LONG_PROMPT_TOKENS = 512  # routing and sending a longer prompt takes 0.1 ms or more
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and the reader of the job
@@ -99,6 +100,8 @@ class ChoiceState:
         self.prefill_worker: str | None = None
         self.decode_worker: str | None = None
         self.handoff: HandoffReport | None = None
+        self.handoff_way: HandoffWay | None = None
+        self.stored: StoredPages | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
 
@@ -191,6 +194,7 @@ class ChoiceState:
 
     def _remember_route(self, part: StreamPart) -> None:
         self.prefill_worker, self.decode_worker = part.prefill_worker, part.decode_worker
+        self.handoff_way, self.stored = part.handoff, part.stored
         if part.chunk.handoff is not None:
             self.handoff = part.chunk.handoff
         if part.chunk.num_cached_tokens is not None:

@@ -42,7 +42,7 @@ def report(choices: Sequence[ChoiceState]) -> dict[str, object]:
 
 
 def _report_one(choice: ChoiceState) -> dict[str, object]:
-    handoff = choice.handoff
+    handoff, way, stored = choice.handoff, choice.handoff_way, choice.stored
     return {
         "index": choice.index,
         "prefill_worker": choice.prefill_worker,
@@ -52,12 +52,16 @@ def _report_one(choice: ChoiceState) -> dict[str, object]:
         "handoff": None
         if handoff is None
         else {
+            "way": None if way is None or way.way is None else way.way.value,
+            "way_reason": "" if way is None else way.reason,
             "num_pages": handoff.num_pages,
             "num_pages_reused": handoff.num_pages_reused,
             "num_pages_recomputed": handoff.num_pages_recomputed,
+            "num_pages_missing": handoff.num_pages_missing,
             "num_bytes": handoff.num_bytes,
             "duration_ms": round(handoff.duration_s * 1000, 3),
             "wait_ms": round(handoff.wait_s * 1000, 3),
+            "store_ms": None if stored is None else round(stored.duration_s * 1000, 3),
             "transport": handoff.transport,
             "transport_reason": handoff.transport_reason,
         },

@@ -75,6 +75,11 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
         "request",
         labels=labels,
     )
+    handoffs = CounterMetricFamily(
+        "kvist:handoffs", "requests sent to a prefill and a decode worker, by way and cause", labels=["way", "cause"]
+    )
+    for (way, cause), count in snapshot.handoffs.items():
+        handoffs.add_metric([way.value, cause.value], count)
     named = GaugeMetricFamily("kvist:workers_named", "workers that this source names", labels=["source"])
     for source, count in sorted(Counter(each for worker in snapshot.workers for each in worker.sources).items()):
         named.add_metric([source], count)
@@ -142,6 +147,7 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
         "cancel_release_seconds", "time from the client's disconnect to the end of its request at every worker"
     )
     yield from (
+        handoffs,
         named,
         states,
         alive,

@@ -59,6 +59,10 @@ class StoreOptions(Protocol):
     """A store's own options: a frozen dataclass of `kvist.config.option`s. `str(options)` describes the store in
     messages; equal resolved options mean the same store."""
 
+    @property
+    def location(self) -> str:
+        """Where the pages are: equal for processes that share them, even if other options differ."""
+
     def resolved(self) -> StoreOptions:
         """Return the same options without links, `~` and defaults that depend on the process."""
 

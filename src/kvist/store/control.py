@@ -150,6 +150,7 @@ class StorageControl:
             stored_bytes=0 if stats is None else stats.stored_bytes,
             errors=self._mover.errors(),
             note=note,
+            location="" if chosen is None else f"{chosen.backend}:{chosen.options.location}",
         )
 
     def totals(self) -> dict[str, float]:

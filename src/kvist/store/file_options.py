@@ -49,6 +49,10 @@ class FileStoreOptions:
         return Path(os.path.realpath(os.path.expanduser(self.path)))
 
     @property
+    def location(self) -> str:
+        return str(self.folder)
+
+    @property
     def capacity_bytes(self) -> int:
         return round(self.size * _GB)
 

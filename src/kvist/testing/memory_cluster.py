@@ -24,12 +24,13 @@ import msgspec
 
 from kvist import wire
 from kvist.channel.engine import Inbound
+from kvist.kv.tiers.prefetch import PrefetchConfig
 from kvist.models.decoder import CausalLM
 from kvist.request import EngineRequest, EpochId, FinishReason, Outcome, RequestId, Role, TokenLogprobs
 from kvist.store.config import StorageConfig
 from kvist.testing.clocks import FakeClock
 from kvist.testing.memory_engine import GATEWAY, EngineShape, MemoryEngine
-from kvist.testing.specs import make_peer, submit_decode, submit_full, submit_prefill
+from kvist.testing.specs import make_peer, submit_decode, submit_full, submit_prefill, submit_stored, submit_storing
 
 GIVE_UP_S = 60.0  # of real time: generous, for busy machines
 StorageAction = Literal["status", "attach", "detach"]
@@ -42,6 +43,8 @@ class ShapeFields(TypedDict, total=False):
     num_pages: int
     num_host_pages: int
     storage: StorageConfig
+    write_policy: str
+    prefetch: PrefetchConfig
     fingerprint: str
     overlap: bool
     queue_timeout_s: float
@@ -61,6 +64,12 @@ class Stream:
     cached: int | None = None
     handoff: wire.HandoffReport | None = None
     ended: list[wire.Ended] = field(default_factory=list)
+    request: EngineRequest | None = None  # with a handoff through the store
+    then: MemoryEngine | None = None  # gets the request when prefill has ended
+
+    @property
+    def last_token(self) -> int:
+        return self.tokens[max(self.tokens)]
 
     @property
     def token_ids(self) -> list[int]:
@@ -101,7 +110,9 @@ class MemoryCluster:
         self.engines.remove(engine)
         engine.die()
         for stream in self.streams.values():
-            stream.waits_for.discard(engine.channel.epoch)
+            if engine.channel.epoch in stream.waits_for:
+                stream.waits_for.remove(engine.channel.epoch)
+                self._go_on(stream)
 
     # ------------------------------------------------------------ the gateway
 
@@ -121,6 +132,25 @@ class MemoryCluster:
         prefill.channel.waiting.append((GATEWAY, to_prefill))
         decode.channel.waiting.append((GATEWAY, to_decode))
         return stream
+
+    def submit_through_store(self, prefill: MemoryEngine, decode: MemoryEngine, request: EngineRequest) -> Stream:
+        """Submit to prefill, and to decode once prefill has ended after the first token, as a gateway does."""
+        stream = self.streams[request.request_id] = Stream({prefill.channel.epoch}, num_submits=1)
+        stream.then = decode
+        stream.request = request
+        prefill.channel.waiting.append((GATEWAY, submit_storing(request)))
+        return stream
+
+    def _go_on(self, stream: Stream) -> None:
+        """Submit the request to decode, if the first token did not end the answer."""
+        decode, request = stream.then, stream.request
+        if decode is None or request is None or stream.finish is not None or not stream.tokens:
+            return
+        stream.then = None
+        stream.num_submits += 1
+        stream.waits_for.add(decode.channel.epoch)
+        request = msgspec.structs.replace(request, output_token_ids=(*request.output_token_ids, stream.last_token))
+        decode.channel.waiting.append((GATEWAY, submit_stored(request)))
 
     def abort(self, request_id: str) -> None:
         for engine in self.engines:
@@ -182,6 +212,7 @@ class MemoryCluster:
             assert epoch in stream.waits_for, f"{ended.request_id} ended twice at {epoch}"
             stream.waits_for.remove(epoch)
             stream.ended.append(ended)
+            self._go_on(stream)
 
     def to_epoch(self, epoch: str, sender: bytes, message: object) -> bool:
         engine = self.by_epoch(epoch)

@@ -112,14 +112,19 @@ class WatchedStorage:
         return reports
 
 
+_WAIT_COMPLETE = PrefetchConfig(policy="wait_complete", threshold_tokens=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
-    """The sizes and settings of an engine. Requests with a store wait until all pages are fetched."""
+    """The sizes and settings of an engine. By default requests wait until all pages are fetched from the store."""
 
     role: Role = Role.UNIFIED
     num_pages: int = 64
     num_host_pages: int = 0  # a host tier, and with it a storage tier, if more than 0
     storage: StorageConfig = field(default_factory=StorageConfig)
+    write_policy: str = "write_through"
+    prefetch: PrefetchConfig = _WAIT_COMPLETE
     fingerprint: str = "tiny"  # of the model: engines with another one share no pages
     overlap: bool = False
     queue_timeout_s: float = 60.0
@@ -276,10 +281,14 @@ def layout_of(model: CausalLM) -> PageLayout:
 
 def make_cache(shape: EngineShape, model_namespace: str) -> PageCache:
     host = HostTier(shape.num_host_pages) if shape.num_host_pages else None
-    prefetch = PrefetchConfig(policy="wait_complete", threshold_tokens=1)
-    storage = None if host is None else StorageTier(host, prefetch, page_size=PAGE_SIZE)
+    storage = None if host is None else StorageTier(host, shape.prefetch, page_size=PAGE_SIZE)
     return PageCache(
-        num_pages=shape.num_pages, page_size=PAGE_SIZE, namespace=model_namespace, host=host, storage=storage
+        num_pages=shape.num_pages,
+        page_size=PAGE_SIZE,
+        namespace=model_namespace,
+        host=host,
+        write_policy=shape.write_policy,
+        storage=storage,
     )
 
 

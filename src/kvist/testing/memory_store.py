@@ -25,6 +25,10 @@ class MemoryStoreOptions:
     def __str__(self) -> str:
         return f"a memory store of at most {self.size:g} GB"
 
+    @property
+    def location(self) -> str:
+        return "memory"
+
     def resolved(self) -> MemoryStoreOptions:
         return self
 

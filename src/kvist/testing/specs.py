@@ -211,6 +211,16 @@ def submit_prefill(request: EngineRequest, *, handoff_id: str, target_epoch: str
     )
 
 
+def submit_storing(request: EngineRequest) -> wire.Submit:
+    """Return the submit to the prefill engine of a handoff through the store."""
+    return wire.Submit(request=request, mode=Mode.PREFILL, handoff="store")
+
+
+def submit_stored(request: EngineRequest) -> wire.Submit:
+    """Return the submit to the decode engine of a handoff through the store; `request` has the first token."""
+    return wire.Submit(request=request, mode=Mode.FULL, handoff="store")
+
+
 def submit_decode(request: EngineRequest, *, handoff_id: str, prefill: wire.PrefillPeer) -> wire.Submit:
     """Return the submit to the decode engine."""
     return wire.Submit(request=request, mode=Mode.DECODE, handoff_id=HandoffId(handoff_id), prefill=prefill)

@@ -33,9 +33,9 @@ class PrefetchConfig:
     def __post_init__(self) -> None:
         assert self.policy in PREFETCH_POLICIES
 
-    def wait_s(self, num_tokens: int) -> float:
-        """Return the longest wait for `num_tokens` tokens."""
-        if self.policy == "timeout":
+    def wait_s(self, num_tokens: int, *, for_handoff: bool = False) -> float:
+        """Return the longest wait for `num_tokens` tokens. A handoff through the store always waits for its pages."""
+        if self.policy == "timeout" or (for_handoff and self.policy == "best_effort"):
             return self.base_s + self.per_1k_s * num_tokens / 1000
         return 0.0 if self.policy == "best_effort" else math.inf
 
@@ -97,6 +97,7 @@ class Prefetch:
     digests: Sequence[bytes] = field(repr=False)  # of the prompt's pages, from the first
     num_cached: int  # leading pages in the device pool, which need no fetch
     wait_s: float  # the longest wait
+    for_handoff: bool = False  # a prefill engine has stored the pages for this request
     find_start: int = 0  # pages [find_start, len(digests)) are looked up in the store
     find_end: int = 0  # pages [find_start, find_end) were found in the store
     state: PrefetchState = PrefetchState.FINDING

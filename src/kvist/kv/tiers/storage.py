@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from kvist.kv.tiers.host import HostPage, HostTier
 from kvist.kv.tiers.prefetch import Fetch, Prefetch, PrefetchConfig, PrefetchState, PrefetchTrigger
@@ -32,6 +33,15 @@ from kvist.plan.tiers import (
     StorageAttached,
     StoreJob,
 )
+
+
+@dataclass(slots=True, eq=False)
+class PrefixStoring:
+    """The full pages of one prompt on their way to the store. Mutable; its one owner is the `StorageTier`."""
+
+    digests: list[bytes] = field(default_factory=list, repr=False)  # in prefix order
+    num_stored: int = 0  # leading pages that are in the store
+
 
 FETCH_PAGES = 16  # most pages in one job: several threads then fetch a long prefix together
 MAX_FINDS = 1024  # look-ups under way; a request beyond the limit is not looked up in the store
@@ -90,7 +100,7 @@ class StorageTier:
         if prefetch.state is not PrefetchState.FINDING:
             return  # the request has stopped waiting
         prefetch.find_end = prefetch.find_start + event.num_pages
-        if self.may_fetch(prefetch.num_found_beyond_device):
+        if self.may_fetch(prefetch.num_found_beyond_device, for_handoff=prefetch.for_handoff):
             prefetch.fire(PrefetchTrigger.FOUND)
             self._queue.append(prefetch)
         else:
@@ -129,18 +139,47 @@ class StorageTier:
         if self._attached:
             self._store_queue.store(pages)
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether there is a store."""
+        return self._attached
+
+    def store_first(self, storing: PrefixStoring, digests: Sequence[bytes]) -> None:
+        """Add pages to a prefix that is stored before all pages of the background. The caller copies them to the host
+        tier, and must call `end_storing`."""
+        storing.digests += digests
+        self._store_queue.hurry(digests)
+        self.store(page for page in map(self._host.get, digests) if page is not None)
+
+    def is_settled(self, storing: PrefixStoring) -> bool:
+        """Count the leading pages that are stored; return whether no further page is on its way to the store."""
+        while storing.num_stored < len(storing.digests):
+            page = self._host.get(storing.digests[storing.num_stored])
+            if page is None or page.lost:
+                return True
+            if not page.resident or self._store_queue.has(page):
+                return False
+            if not page.stored:
+                return True
+            storing.num_stored += 1
+        return True
+
+    def end_storing(self, storing: PrefixStoring) -> None:
+        """Stop waiting for the pages. The rest is stored in the background."""
+        self._store_queue.stop_hurrying(storing.digests)
+
     # ---------------------------------------------------------------- from the store
 
-    def may_fetch(self, num_pages: int) -> bool:
-        return self._attached and num_pages >= self._min_pages
+    def may_fetch(self, num_pages: int, *, for_handoff: bool = False) -> bool:
+        return self._attached and num_pages >= (1 if for_handoff else self._min_pages)
 
-    def begin(self, digests: Sequence[bytes], num_cached: int) -> Prefetch | None:
+    def begin(self, digests: Sequence[bytes], num_cached: int, *, for_handoff: bool = False) -> Prefetch | None:
         """Start a prefetch of a request's pages, of which the first `num_cached` are in the device pool.
 
         Return None if there is nothing to wait for. The caller must `close` the prefetch."""
         host = self._host
-        wait_s = self._config.wait_s((len(digests) - num_cached) * self._page_size)
-        prefetch = Prefetch(digests=digests, num_cached=num_cached, wait_s=wait_s)
+        wait_s = self._config.wait_s((len(digests) - num_cached) * self._page_size, for_handoff=for_handoff)
+        prefetch = Prefetch(digests=digests, num_cached=num_cached, wait_s=wait_s, for_handoff=for_handoff)
         known: list[HostPage] = []
         for digest in digests:
             page = host.get(digest)
@@ -151,7 +190,7 @@ class StorageTier:
         host.touch(known)
         prefetch.find_start = len(known)
         num_missing = len(digests) - max(len(known), num_cached)
-        if self.may_fetch(num_missing) and len(self._finds) < MAX_FINDS:
+        if self.may_fetch(num_missing, for_handoff=for_handoff) and len(self._finds) < MAX_FINDS:
             job_id = host.next_job_id()
             self._finds[job_id] = prefetch
             self._jobs.append(FindPages(job_id=job_id, digests=tuple(digests[len(known) :])))

@@ -3,6 +3,8 @@
     resident, not known to be stored ──store──► due ──a job may start──► StorePages ──stored──► in the store; after a
                                                  └── evicted before: skipped        failure, due again at the next hit
 
+Pages of a handoff through the store are stored before all others: a decode engine waits for them.
+
 Pages being stored take at most a quarter of the host tier, so that a slow store cannot occupy the whole tier. The pages
 of a job are pinned; a hung job keeps its pages, and their part of the quarter, until it returns.
 """
@@ -26,6 +28,9 @@ class StoreQueue:
         self._max_pages = min(MAX_PAGES_STORED, max(1, host.num_pages // 4))
         self._jobs: dict[int, tuple[int, list[HostPage]]] = {}  # under way, by id, with the generation of their start
         self._due: dict[HostPage, None] = {}  # to be stored, oldest first; some may have been evicted since
+        self._first: dict[HostPage, None] = {}  # to be stored before those, for handoffs through the store
+        self._hurried: set[bytes] = set()  # digests of pages that go into `_first`
+        self._storing: set[HostPage] = set()  # in jobs under way
         self._started: list[StorePages] = []  # since the last `take_jobs`
         self.generation = 0  # number of the store; knowledge of one store is not valid for the next
         self.num_pages = 0  # in jobs under way
@@ -33,17 +38,36 @@ class StoreQueue:
 
     @property
     def num_due(self) -> int:
-        return len(self._due)
+        return len(self._due) + len(self._first)
+
+    def has(self, page: HostPage) -> bool:
+        """Return whether the page is due, or is being stored."""
+        return page in self._storing or page in self._first or page in self._due
+
+    def hurry(self, digests: Iterable[bytes]) -> None:
+        """Store these pages, now and later, before all others."""
+        for digest in digests:
+            self._hurried.add(digest)
+            page = self._host.get(digest)
+            if page is not None and page in self._due:
+                del self._due[page]
+                self._first[page] = None
+
+    def stop_hurrying(self, digests: Iterable[bytes]) -> None:
+        self._hurried.difference_update(digests)
 
     def on_store_changed(self) -> None:
         """Drop the pages that are due, and forget which pages are stored."""
         self.generation += 1
         self._due.clear()
+        self._first.clear()
         self._host.forget_stored()
 
     def store(self, pages: Iterable[HostPage]) -> None:
         """Queue the resident pages of a path that are not known to be stored. `pages` are in prefix order."""
-        self._due.update(dict.fromkeys(page for page in pages if page.resident and not page.stored))
+        for page in pages:
+            if page.resident and not page.stored:
+                (self._first if page.digest in self._hurried else self._due)[page] = None
         while len(self._due) > self._host.num_pages:  # some of them were evicted
             del self._due[next(iter(self._due))]
             self.num_skipped += 1
@@ -52,6 +76,7 @@ class StoreQueue:
     def stored(self, event: PagesStored) -> None:
         generation, pages = self._jobs.pop(event.job_id)
         self.num_pages -= len(pages)
+        self._storing.difference_update(pages)
         for index, page in enumerate(pages):
             self._host.unpin(page)
             if index >= event.num_pages and generation == self.generation:
@@ -73,6 +98,7 @@ class StoreQueue:
             for page in piece:
                 page.stored = True  # unless a failure is reported; no second job stores the page meanwhile
                 self._host.pin(page)
+            self._storing.update(piece)
             job_id = self._host.next_job_id()
             self._jobs[job_id] = self.generation, piece
             digests, slots = tuple(page.digest for page in piece), tuple(page.slot for page in piece)
@@ -80,9 +106,9 @@ class StoreQueue:
 
     def _next_due(self, num_pages: int) -> list[HostPage]:
         piece: list[HostPage] = []
-        while self._due and len(piece) < num_pages:
-            page = next(iter(self._due))
-            del self._due[page]
+        while (due := self._first or self._due) and len(piece) < num_pages:
+            page = next(iter(due))
+            del due[page]
             if self._host.get(page.digest) is page:
                 piece.append(page)
             else:

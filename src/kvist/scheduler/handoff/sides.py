@@ -1,6 +1,7 @@
-"""Both sides of the handoffs of one engine: each call goes to the side that the request's mode decides.
+"""All handoffs of one engine: each call goes to the side that the request's mode decides.
 
-A request of mode FULL has no handoff. All parts outside this folder end a request by `Handoffs.end`.
+A request of mode FULL has no handoff, or loads its pages from the store. All parts outside this folder end a request
+by `Handoffs.end`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from typing import Any
 from kvist.plan.events import Event
 from kvist.plan.transfers import PeerDied
 from kvist.request import EpochId, Mode, Outcome
-from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest
+from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest, StoringRequest
 from kvist.scheduler.endings import Endings
 from kvist.scheduler.handoff.source import SourceSide
+from kvist.scheduler.handoff.stored import StoredHandoffs
 from kvist.scheduler.handoff.target import TargetSide
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Submit
 
 
 class Handoffs:
-    def __init__(self, source: SourceSide, target: TargetSide, endings: Endings) -> None:
+    def __init__(self, source: SourceSide, target: TargetSide, stored: StoredHandoffs, endings: Endings) -> None:
         self.source = source
         self.target = target
+        self.stored = stored
         self._endings = endings
 
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
@@ -30,7 +33,7 @@ class Handoffs:
         return {**self.source.handlers(), **self.target.handlers(), PeerDied: self._on_peer_died}
 
     def timer_handlers(self) -> Mapping[TimerKind, Callable[[str], None]]:
-        return {**self.source.timer_handlers(), **self.target.timer_handlers()}
+        return {**self.source.timer_handlers(), **self.target.timer_handlers(), **self.stored.timer_handlers()}
 
     @property
     def num_open(self) -> int:
@@ -60,6 +63,8 @@ class Handoffs:
             self.source.on_computed(request)  # write the cached pages
         elif isinstance(request, DecodeRequest) and not request.granted:
             self.target.grant_pages(request)
+        elif request.from_store:
+            self.stored.on_loaded(request)
 
     def on_computed(self, request: PrefillRequest) -> None:
         """Write the pages that have become full; more K/V of the request, perhaps all, is computed."""
@@ -68,7 +73,9 @@ class Handoffs:
     def end(self, request: ActiveRequest, outcome: Outcome, code: str | None = None, message: str = "") -> None:
         """End the request, and stop its handoff."""
         self._endings.end(request, outcome, code, message)
-        if isinstance(request, PrefillRequest):
+        if isinstance(request, StoringRequest):
+            self.stored.on_ended(request)
+        elif isinstance(request, PrefillRequest):
             self.source.on_ended(request, outcome, message or outcome.value)
         elif isinstance(request, DecodeRequest):
             self.target.on_ended(request, outcome, message or outcome.value)
