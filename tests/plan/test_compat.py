@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.plan.compat import TransportChoice, choose_transport, incompatibility, meet, peer_spec
 from kvist.testing.specs import make_peer_spec, make_pool, make_spec
-from kvist.wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, PeerSpec, PoolAddress
+from kvist.wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, PeerSpec, PoolAddress, PoolPart
 
 SHM = make_pool()
 IPC = make_pool(transport="cuda-ipc", device="cuda", from_devices=("cuda",))
@@ -49,6 +50,20 @@ def test_a_difference_names_both_workers_and_both_values(change: dict[str, Any],
     name, theirs, ours = named
     assert found.startswith(f"worker d1 has another {name} than worker p1 ({theirs}, not {ours}): ")
     assert meet(one, other) == TransportChoice(name=None, reason=found)
+
+
+def test_engines_of_different_tp_sizes_are_compatible() -> None:
+    """A layout is that of whole pages, and each pool's address lists its own parts."""
+    halves = tuple(PoolPart(location=f"/r{rank}", offset=32 * rank, num_bytes=32) for rank in range(2))
+    one, two = peer("p", IPC), peer("d", msgspec.structs.replace(IPC, parts=halves))
+    for source, target in ((one, two), (two, one), (two, two)):
+        assert meet(source, target).name == "cuda-ipc"
+    assert incompatibility(make_spec(tp_size=4), make_spec(tp_size=1)) is None
+    other_heads = msgspec.structs.replace(IPC, layout="l with other heads", parts=halves)
+    found = meet(one, peer("d", other_heads))
+    assert found.name is None
+    assert "l (64 bytes)" in found.reason
+    assert "l with other heads (64 bytes)" in found.reason
 
 
 def test_neighbouring_protocol_versions_are_compatible() -> None:
