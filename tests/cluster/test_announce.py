@@ -73,6 +73,7 @@ def test_a_router_names_a_limited_number_of_missing_workers() -> None:
     assert text.startswith("w:0 (no answer); w:1 (no answer)")
     assert text.endswith("92 more")
     assert waiting_for(ClusterSnapshot(workers=(worker("a:1", alive=True),))) == "a worker of the other role"
+    assert "kvist serve --router" in waiting_for(ClusterSnapshot(workers=()))
 
 
 def test_the_curl_example_is_a_valid_shell_command() -> None:

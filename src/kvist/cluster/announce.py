@@ -48,6 +48,8 @@ def shown_key(api_keys: Sequence[str]) -> str | None:
 
 def waiting_for(snapshot: ClusterSnapshot) -> str:
     """Return the workers that are not ready, each with its reason."""
+    if not snapshot.workers:
+        return "workers to join (kvist serve --router URL, or POST /workers)"
     missing = [f"{each.worker_id} ({each.problem or each.state})" for each in snapshot.workers if not each.alive]
     if len(missing) > MAX_NAMED:
         missing[MAX_NAMED:] = [f"{len(missing) - MAX_NAMED} more"]
