@@ -64,6 +64,7 @@ class GatewayMetrics(Collector):
     loop_lag_s: Histogram = field(default_factory=Histogram)
     time_to_first_token_s: Histogram = field(default_factory=Histogram)
     inter_token_latency_s: Histogram = field(default_factory=Histogram)
+    second_token_s: Histogram = field(default_factory=Histogram)
     time_per_output_token_s: Histogram = field(default_factory=Histogram)
     e2e_latency_s: Histogram = field(default_factory=Histogram)
 
@@ -117,6 +118,9 @@ class GatewayMetrics(Collector):
             "time_to_first_token_seconds", "time from reading the request to its first token"
         )
         yield self.inter_token_latency_s.family("inter_token_latency_seconds", "time between two chunks of one stream")
+        yield self.second_token_s.family(
+            "second_token_seconds", "time between the first and the second token of requests that were handed over"
+        )
         yield self.time_per_output_token_s.family(
             "time_per_output_token_seconds", "mean time per output token of a request, after its first token"
         )

@@ -230,6 +230,12 @@ class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
     transport_reason: str = ""  # why it was chosen; a text to be read
     num_pages_recomputed: int = 0  # written pages that had arrived changed, and those behind them
     num_pages_missing: int = 0  # full pages that the store did not deliver: decode computed them
+    # Further parts of the time between the first and the second token, each by the clock of one engine. `wait_s` is the
+    # part between `last_copy_s` and `admission_s`; the rest of the time are messages on their way.
+    grant_wait_s: float = 0.0  # as in `Done`
+    last_copy_s: float = 0.0  # as in `Done`
+    admission_s: float = 0.0  # pages verified or loaded → planned in the step that samples the second token
+    first_step_s: float = 0.0  # from then on → second token sampled
 
 
 class StoredPages(msgspec.Struct, frozen=True, kw_only=True):
@@ -417,6 +423,8 @@ class Done(_Message, frozen=True):
     transport: str = ""  # that wrote the pages; empty if there were none
     # Shortened digest of each page, by which decode finds the page that differs; empty for a path in local memory.
     page_digests: bytes = b""
+    grant_wait_s: float = 0.0  # first token sampled → Grant received; 0 if the Grant was there before
+    last_copy_s: float = 0.0  # from then on → every page written
 
 
 class Closed(_Message, frozen=True):

@@ -104,6 +104,25 @@ def test_done_carries_the_first_token_and_the_checksum_once_every_page_is_writte
     assert (done.num_pages, done.checksum, done.first_token, done.finish_reason) == (3, "sum3", FIRST, None)
 
 
+@pytest.mark.parametrize("is_early", [False, True])
+def test_done_carries_the_wait_for_the_grant_and_the_time_of_the_last_copy(is_early: bool) -> None:
+    bench = Bench(Role.PREFILL, chunked_prefill_size=10)
+    bench.step(prefill_arrived(), *([grant()] if is_early else []))
+    bench.now_s = 1.0
+    bench.finish()
+    bench.now_s = 1.5
+    bench.step(*([] if is_early else [grant()]))
+    bench.now_s = 1.75
+    (done,) = messages(bench.step(written(3)))
+    assert isinstance(done, Done)
+    assert (done.grant_wait_s, done.last_copy_s) == ((0.0, 0.75) if is_early else (0.5, 0.25))
+    bench.now_s = 9.0
+    bench.step(Ack(handoff_id=H, target_epoch=D))
+    totals = bench.scheduler.status().totals
+    assert totals["handoff_grant_wait_seconds"] == done.grant_wait_s
+    assert totals["handoff_last_copy_seconds"] == done.last_copy_s
+
+
 def test_done_carries_the_finish_reason_of_a_one_token_answer() -> None:
     bench = Bench(Role.PREFILL, chunked_prefill_size=10)
     request = sim_request("r", PROMPT, max_tokens=1)

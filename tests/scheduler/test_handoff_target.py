@@ -98,8 +98,24 @@ def test_verified_pages_are_acknowledged_cached_and_used() -> None:
     (chunk,) = bench.finish(token_id=6).chunks
     assert (chunk.position, chunk.token_ids, chunk.num_cached_tokens) == (1, (6,), None)
     assert chunk.handoff is not None
-    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5, "sim", "", 0, 0)
+    assert msgspec.structs.astuple(chunk.handoff) == (3, 0, 3 * PAGE_BYTES, 2.5, 0.5, "sim", "", 0, 0, 0, 0, 0, 0)
     assert bench.finish(token_id=6).chunks[0].handoff is None
+
+
+def test_the_report_has_the_parts_of_the_time_to_the_second_token() -> None:
+    bench = granted()
+    bench.now_s = 2.0
+    bench.step(done(grant_wait_s=0.25, last_copy_s=0.125))
+    bench.now_s = 2.5
+    assert bench.step(VERIFIED).batch is not None, "decode starts in the step after the verification"
+    bench.now_s = 3.25
+    (chunk,) = bench.finish(token_id=6).chunks
+    report = chunk.handoff
+    assert report is not None
+    parts = report.grant_wait_s, report.last_copy_s, report.wait_s, report.admission_s, report.first_step_s
+    assert parts == (0.25, 0.125, 0.5, 0.0, 0.75)
+    totals = bench.scheduler.status().totals
+    assert [totals[f"handoff_{part}_seconds"] for part in ("verify", "admission", "first_step")] == [0.5, 0.0, 0.75]
 
 
 def test_a_repeated_done_is_verified_once_and_acknowledged_each_time() -> None:

@@ -180,6 +180,16 @@ async def test_the_report_names_workers_and_handoff(bench: GatewayBench) -> None
             "store_ms": None,
             "transport": "shm",
             "transport_reason": "both are near",
+            "second_token": {
+                "gap_ms": 0.0,
+                "grant_wait_ms": 0.0,
+                "last_copy_ms": 0.0,
+                "store_ms": 0.0,
+                "verify_ms": 1.0,
+                "admission_ms": 0.0,
+                "first_step_ms": 0.0,
+                "other_ms": 0.0,
+            },
         },
     }
     assert (await bench.chat(kvist={"report": True})).json()["kvist"] == expected

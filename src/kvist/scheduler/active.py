@@ -99,6 +99,7 @@ class ActiveRequest:
     loading: bool = False  # the mover may access its pages, even after the request has ended
     ticket: int = 0  # number of its latest push into the queue
     admitted_s: float | None = None  # time of its first admission
+    taken_over_s: float = 0.0  # when `handoff_report` was made
     handoff_report: HandoffReport | None = None  # sent with the next chunk; set when decode has the pages
     token_ids: list[int] = field(init=False)  # prompt and output tokens; without the first token of a PREFILL
     page_ids: Sequence[int] = field(init=False, default=())  # of the lease
@@ -219,6 +220,7 @@ class PrefillRequest(ActiveRequest):
     granted: bool = False  # the Grant has arrived: from then on the request is not preempted
     in_handoff: bool = False  # the transport may read its pages
     first_token: SampledToken | None = None  # sent to the gateway when it is known and the Grant has arrived
+    first_token_s: float = 0.0  # when it was known
     first_token_sent: bool = False
     first_token_finish: FinishReason | None = None
 

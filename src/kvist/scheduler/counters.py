@@ -85,6 +85,31 @@ SCHEDULER_COUNTERS = CounterGroup(
             text="total time of handoffs, from the Grant to the Ack (sent) or to verified pages (received)",
         ),
         Counter(
+            name="handoff_grant_wait_seconds",
+            unit="seconds",
+            text="second tokens: total wait for a Grant after the first token (prefill)",
+        ),
+        Counter(
+            name="handoff_last_copy_seconds",
+            unit="seconds",
+            text="second tokens: total time from the last computed page to the last written page (prefill)",
+        ),
+        Counter(
+            name="handoff_verify_seconds",
+            unit="seconds",
+            text="second tokens: total time from the arrival of Done to verified pages (decode)",
+        ),
+        Counter(
+            name="handoff_admission_seconds",
+            unit="seconds",
+            text="second tokens: total time from verified or loaded pages to the step of the second token (decode)",
+        ),
+        Counter(
+            name="handoff_first_step_seconds",
+            unit="seconds",
+            text="second tokens: total time of the steps that sampled them (decode)",
+        ),
+        Counter(
             name="store_handoffs_sent",
             unit="handoffs",
             text="prompts whose full pages this prefill worker has stored for a decode worker",

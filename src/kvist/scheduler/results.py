@@ -45,6 +45,7 @@ class Results:
         self._pending = pending
         self._endings = endings
         self._handoffs = handoffs
+        self._step_planned_s = 0.0  # of the step whose results are being applied
         self._last_finished_s = 0.0
 
     def on_step_finished(self, event: StepFinished) -> None:
@@ -74,6 +75,7 @@ class Results:
 
     def _apply(self, step: PendingStep, sampled: SampledTokens) -> None:
         """Apply a finished step: its K/V is in the pages."""
+        self._step_planned_s = step.planned_s
         chunks = self._context.out.chunks
         num_chunks_before, num_tokenless_before = len(chunks), self._context.out.num_tokenless_chunks
         if sampled.invalid_rows:
@@ -157,6 +159,8 @@ class Results:
             request.token_ids.append(tokens[num_kept].token_id)
             finish = request.finish_reason(tokens[num_kept].token_id, len(request.token_ids))
             num_kept += 1
+        if request.handoff_report is not None:
+            self._handoffs.on_second_token(request, self._step_planned_s)
         send_tokens(self._context, request, position, tokens[:num_kept], finish)
         if finish is not None:
             self._handoffs.end(request, Outcome.FINISHED)
@@ -172,6 +176,7 @@ class Results:
 
     def _complete_prefill(self, request: PrefillRequest, tokens: Sequence[SampledToken]) -> None:
         if request.first_token is None:  # else its pages were computed again after a preemption
+            request.first_token_s = self._context.now_s
             request.first_token = token = tokens[0]  # decode samples the tokens after the first one
             request.first_token_finish = request.finish_reason(token.token_id, len(request.token_ids) + 1)
         self._requests.move(request, RequestState.AWAITING_TRANSFER)

@@ -57,7 +57,7 @@ def build_scheduler(
     pending = PendingSteps(overlap=config.overlap)
     endings = Endings(context, requests, cache, pending)
     parts = SideParts(context=context, requests=requests, cache=cache, endings=endings, epoch=epoch, own=own)
-    handoffs = Handoffs(SourceSide(parts), TargetSide(parts), StoredHandoffs(parts), endings)
+    handoffs = Handoffs(SourceSide(parts), TargetSide(parts), StoredHandoffs(parts), parts)
     return Steps(
         context=context,
         requests=requests,

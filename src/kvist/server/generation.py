@@ -102,6 +102,7 @@ class ChoiceState:
         self.handoff: HandoffReport | None = None
         self.handoff_way: HandoffWay | None = None
         self.stored: StoredPages | None = None
+        self.second_token_gap_s: float | None = None  # of a request that was handed over
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
 
@@ -259,6 +260,9 @@ async def _run(
             now_s = clock.now_s()
             if choice.last_token_s is not None:
                 metrics.inter_token_latency_s.observe(now_s - choice.last_token_s)
+                if choice.handoff is not None and choice.second_token_gap_s is None:
+                    choice.second_token_gap_s = now_s - choice.last_token_s
+                    metrics.second_token_s.observe(choice.second_token_gap_s)
             else:
                 choice.first_token_s = now_s
                 metrics.time_to_first_token_s.observe(now_s - start_s)

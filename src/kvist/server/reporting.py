@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvist.server.generation import ChoiceState
+from kvist.wire import HandoffReport
 
 
 def usage(choices: Sequence[ChoiceState], *, by_tier: bool = False) -> dict[str, object]:
@@ -64,5 +65,23 @@ def _report_one(choice: ChoiceState) -> dict[str, object]:
             "store_ms": None if stored is None else round(stored.duration_s * 1000, 3),
             "transport": handoff.transport,
             "transport_reason": handoff.transport_reason,
+            "second_token": _second_token(choice, handoff),
         },
     }
+
+
+def _second_token(choice: ChoiceState, handoff: HandoffReport) -> dict[str, float | None]:
+    """Return the parts of the time between the first and the second token, in milliseconds; `other_ms` are messages on
+    their way. Without the gap (both tokens arrived together), only the parts are known."""
+    parts_s = {
+        "grant_wait_ms": handoff.grant_wait_s,
+        "last_copy_ms": handoff.last_copy_s,
+        "store_ms": 0.0 if choice.stored is None else choice.stored.duration_s,
+        "verify_ms": handoff.wait_s,
+        "admission_ms": handoff.admission_s,
+        "first_step_ms": handoff.first_step_s,
+    }
+    gap_s = choice.second_token_gap_s
+    other_s = None if gap_s is None else max(0.0, gap_s - sum(parts_s.values()))
+    in_ms = {"gap_ms": gap_s, **parts_s, "other_ms": other_s}
+    return {name: None if value is None else round(1000 * value, 3) for name, value in in_ms.items()}

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from kvist.plan.events import Event
 from kvist.plan.transfers import PeerDied
 from kvist.request import EpochId, Mode, Outcome
 from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest, StoringRequest
-from kvist.scheduler.endings import Endings
+from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.handoff.source import SourceSide
 from kvist.scheduler.handoff.stored import StoredHandoffs
 from kvist.scheduler.handoff.target import TargetSide
@@ -22,11 +24,12 @@ from kvist.wire import Submit
 
 
 class Handoffs:
-    def __init__(self, source: SourceSide, target: TargetSide, stored: StoredHandoffs, endings: Endings) -> None:
+    def __init__(self, source: SourceSide, target: TargetSide, stored: StoredHandoffs, parts: SideParts) -> None:
         self.source = source
         self.target = target
         self.stored = stored
-        self._endings = endings
+        self._endings = parts.endings
+        self._context = parts.context
 
     def handlers(self) -> Mapping[type[Event], Callable[[Any], None]]:
         """Return the handler of each event of a handoff."""
@@ -69,6 +72,15 @@ class Handoffs:
     def on_computed(self, request: PrefillRequest) -> None:
         """Write the pages that have become full; more K/V of the request, perhaps all, is computed."""
         self.source.on_computed(request)
+
+    def on_second_token(self, request: ActiveRequest, planned_s: float) -> None:
+        """Complete the report with the times since the pages were there. `planned_s`: when the step was planned."""
+        context, report = self._context, request.handoff_report
+        assert report is not None
+        admission_s, first_step_s = max(0.0, planned_s - request.taken_over_s), context.now_s - planned_s
+        request.handoff_report = msgspec.structs.replace(report, admission_s=admission_s, first_step_s=first_step_s)
+        context.count("handoff_admission_seconds", admission_s)
+        context.count("handoff_first_step_seconds", first_step_s)
 
     def end(self, request: ActiveRequest, outcome: Outcome, code: str | None = None, message: str = "") -> None:
         """End the request, and stop its handoff."""

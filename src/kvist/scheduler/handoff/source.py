@@ -44,6 +44,8 @@ class PageWrites:
     checksum: str = ""
     page_digests: bytes = b""
     complete: bool = False  # every page is computed, and all writes were requested
+    complete_s: float = 0.0  # when this became so
+    written_s: float = 0.0  # when the last page was written
     stop_step: int | None = None  # the step whose plan has StopWrites; reports in this step were made before the stop
 
     @property
@@ -278,6 +280,8 @@ class SourceSide:
             context.count("handoff_pages", num_pages)
             context.count("handoff_bytes", num_pages * self._parts.own.page_bytes)
             context.count("handoff_seconds", context.now_s - writes.granted_s)
+            context.count("handoff_grant_wait_seconds", max(0.0, writes.granted_s - request.first_token_s))
+            context.count("handoff_last_copy_seconds", writes.written_s - writes.complete_s)
             return
         context.count("handoffs_cancelled" if handoff.refusal[0] is None else "handoffs_failed")
         if writes is not None and not handoff.peer_dead:
@@ -335,19 +339,20 @@ class SourceSide:
             )
             writes.next_page = ready
         if complete and not writes.complete:
-            writes.complete = True
+            writes.complete, writes.complete_s = True, self._context.now_s
             cache.begin_transfer(request.lease, 0)  # the last page, if partial: full pages are in the tree
             self._parts.set_timer(TimerKind.ACK, handoff.handoff_id, self._context.config.handoff_timeout_s)
             self._finish_if_written(handoff, writes)
 
     def _finish_if_written(self, handoff: SourceHandoff, writes: PageWrites) -> None:
         if writes.complete and writes.all_written:
+            writes.written_s = self._context.now_s
             self._fire(handoff, SourceTrigger.ALL_WRITTEN, (None, ""))
 
     def _send_done(self, handoff: SourceHandoff) -> None:
         """Send Done, and repeat it every `ack_timeout_s` until decode answers: an answer may be lost with its
         connection."""
-        writes, first_token = handoff.writes, handoff.request.first_token
+        request, writes, first_token = handoff.request, handoff.writes, handoff.request.first_token
         assert writes is not None
         assert first_token is not None
         done = Done(
@@ -357,6 +362,8 @@ class SourceSide:
             num_pages=len(writes.grant.page_ids),
             checksum=writes.checksum,
             first_token=first_token,
+            grant_wait_s=max(0.0, writes.granted_s - request.first_token_s),
+            last_copy_s=writes.written_s - writes.complete_s,
             finish_reason=handoff.request.first_token_finish,
             transport=writes.pool.transport if writes.grant.page_ids else "",
             page_digests=writes.page_digests,

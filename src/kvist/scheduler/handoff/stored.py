@@ -92,6 +92,7 @@ class StoredHandoffs:
         num_had = request.num_computed // page_size
         num_fetched = min(lease.num_fetched_tokens // page_size, num_had)
         num_missing = (request.num_tokens_on_arrival - 1) // page_size - num_had
+        request.taken_over_s = context.now_s
         request.handoff_report = HandoffReport(
             num_pages=num_fetched,
             num_pages_reused=num_had - num_fetched,

@@ -258,6 +258,7 @@ class TargetSide:
         self._close(handoff, _Answer(taken_over=True))
         self._send_ack(handoff.endpoint, handoff.handoff_id)
         num_bytes = num_pages * self._parts.own.page_bytes
+        handoff.request.taken_over_s = context.now_s
         handoff.request.handoff_report = HandoffReport(
             num_pages=num_pages,
             num_pages_reused=handoff.grant.first_page,
@@ -267,7 +268,10 @@ class TargetSide:
             transport=handoff.received.transport,
             transport_reason=self._reason_for(handoff),
             num_pages_recomputed=num_pages - handoff.num_intact,
+            grant_wait_s=handoff.received.grant_wait_s,
+            last_copy_s=handoff.received.last_copy_s,
         )
+        context.count("handoff_verify_seconds", context.now_s - handoff.done_s)
         context.count("handoffs_received" if verified else "handoff_checksum_mismatches")
         context.count("handoff_pages", num_pages)
         context.count("handoff_bytes", num_bytes)
