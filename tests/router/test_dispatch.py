@@ -26,8 +26,9 @@ from kvist.options import compose
 from kvist.plan.compat import peer_spec
 from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, SamplingParams, TokenLogprobs, WorkerId
 from kvist.router import prompt_digests
-from kvist.router.config import RouterConfig
+from kvist.router.config import RouterConfig, RoutingOptions
 from kvist.router.dispatch import END_TIMEOUT_S, MAX_WAITING_LOGPROBS
+from kvist.router.policy import Reason
 from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
 from kvist.testing.page_events import joined
@@ -379,10 +380,34 @@ async def test_a_missing_role_is_named_with_the_command_that_starts_it() -> None
     prefill = world.engines.join("p", role=Role.PREFILL)
     with pytest.raises(Unavailable, match=r"no decode worker is ready.*--decode-only"):
         await read_all(world.generate())
+    decode = world.engines.join("d", role=Role.DECODE)
+    world.engines.lose(prefill)
+    task = await world.ask()
+    assert [submit.mode for submit in world.engines.submits(decode)] == [Mode.FULL], "decode serves it alone"
+    assert world.dispatcher.snapshot().num_routes[Reason.NO_PREFILL] == 1
+    task.cancel()
+
+
+async def test_with_routing_aggregate_never_decode_does_not_serve_alone() -> None:
+    world = RouterBench(RouterConfig(routing=RoutingOptions(aggregate="never")))
+    prefill = world.engines.join("p", role=Role.PREFILL)
     world.engines.join("d", role=Role.DECODE)
     world.engines.lose(prefill)
+    assert not world.dispatcher.ready()
     with pytest.raises(Unavailable, match=r"no prefill worker is ready.*p is lost \(it died\)"):
-        await read_all(world.generate())
+        await read_all(world.dispatcher.generate(make_request("r", (1, 2, 3), max_tokens=9)))
+
+
+async def test_requests_with_one_prefix_at_once_go_to_the_worker_that_computes_it() -> None:
+    world = RouterBench(RouterConfig(routing=RoutingOptions(policy="cost")))
+    workers = [world.engines.join(name) for name in ("u1", "u2", "u3")]
+    prefix = tuple(range(3000))
+    tasks = [await world.begin(make_request(f"r{n}", (*prefix, n), max_tokens=20)) for n in range(20)]
+    assert sorted(len(world.engines.submits(worker)) for worker in workers) == [0, 0, 20]
+    (busy,) = (worker for worker in workers if worker.in_flight)
+    assert busy.num_pending_tokens <= len(prefix) + 20 * 16
+    for task in tasks:
+        task.cancel()
 
 
 async def test_the_router_is_ready_with_a_pair_or_a_unified_worker() -> None:

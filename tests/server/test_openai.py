@@ -165,6 +165,7 @@ async def test_the_report_names_workers_and_handoff(bench: GatewayBench) -> None
         "index": 0,
         "prefill_worker": "p:1",
         "decode_worker": "d:1",
+        "route": {"reason": "split", "cost_ms": 1.5},
         "cached_tokens": 4,
         "seed": 1000,
         "handoff": {

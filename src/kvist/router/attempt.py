@@ -13,6 +13,7 @@ from kvist.errors import KvistError
 from kvist.request import EngineRequest, RequestId
 from kvist.router.handoff_ways import HandoffWay, Way
 from kvist.router.merge import ChunkMerger
+from kvist.router.policy import Reason
 from kvist.router.registry import Worker
 from kvist.router.stream import StreamPart
 from kvist.wire import StoredPages, TokenChunk
@@ -29,6 +30,8 @@ class Attempt:
     decode: Worker
     merger: ChunkMerger
     request: EngineRequest  # with the client's id
+    reason: Reason  # of the choice of these workers
+    cost_ms: float | None = None  # of the route, if the policy measures it
     open: set[Worker] = field(default_factory=set)  # engines that have the request and have not sent Ended
     decode_began: bool = False  # decode has the pages: a later failure of prefill has no effect
     handoff: HandoffWay | None = None  # of a pair
@@ -92,6 +95,8 @@ class Attempt:
             decode_worker=self.decode.worker_id,
             handoff=self.handoff,
             stored=self.stored,
+            reason=self.reason,
+            cost_ms=self.cost_ms,
         )
 
     def _wake(self) -> None:

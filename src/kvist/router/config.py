@@ -11,6 +11,7 @@ from kvist.router.policies import POLICIES
 from kvist.router.sources import discovery_of
 
 HANDOFFS = ("auto", "direct", "store")
+AUTO, NEVER = "auto", "never"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,13 @@ class RoutingOptions:
         "(store; directly if there is none), or directly if they have a transport in common, else through the store "
         "(auto)",
         choices=HANDOFFS,
+    )
+    aggregate: str = option(
+        AUTO,
+        "whether a prefill or decode worker may serve a whole request without a handoff: auto when the policy finds it "
+        "cheaper (--policy cost), and while no prefill worker is ready; never",
+        choices=(AUTO, NEVER),
+        flag="routing-aggregate",
     )
     max_known_pages: int = option(
         16_777_216,

@@ -33,6 +33,7 @@ from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
 from kvist.router.handoff_ways import Way, WayCause
 from kvist.router.merge import ChunkMerger
+from kvist.router.policy import Reason
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.route import Route, Router
 from kvist.router.stream import Cancelled, ClusterSnapshot, StreamPart
@@ -94,6 +95,7 @@ class Dispatcher:
         self._sweeper: asyncio.Task[None] | None = None
         self._num_cancelled_held = 0
         self._num_handoffs: Counter[tuple[Way, WayCause]] = Counter()
+        self._num_routes = dict.fromkeys(Reason, 0)
         self._release_s = Histogram()  # from the reader's disconnect to the end at every engine
 
     async def start(self) -> None:
@@ -133,6 +135,7 @@ class Dispatcher:
         return ClusterSnapshot(
             workers=self._registry.snapshot(),
             cancelled=cancelled,
+            num_routes=self._num_routes.copy(),
             num_index_entries=index.num_entries,
             num_index_bytes=index.num_bytes,
             handoffs=dict(self._num_handoffs),
@@ -209,6 +212,8 @@ class Dispatcher:
                     attempt, EngineError(f"worker {worker.worker_id} sent {fault}; this is a bug in the worker"), worker
                 )
                 continue
+            if chunk.handoff is not None and worker is attempt.decode:
+                worker.meter.on_handoff(chunk.handoff)
             if chunk.token_ids:
                 worker.prompt_done(chunk.request_id)
             attempt.push(worker, chunk)
@@ -276,7 +281,10 @@ class Dispatcher:
             merger=merger,
             request=request,
             handoff=route.handoff,
+            reason=route.reason,
+            cost_ms=route.cost_ms,
         )
+        self._num_routes[route.reason] += 1
         self._attempts[request_id] = attempt
         sent = msgspec.structs.replace(request, request_id=request_id)
         if route.mode is Mode.FULL:
@@ -328,6 +336,8 @@ class Dispatcher:
         if self._engines.send(worker, submit):
             attempt.open.add(worker)
             worker.take(attempt.request_id, num_tokens, caller_path(submit.request.client))
+            if submit.mode is not Mode.DECODE:
+                worker.coming.add(attempt.request_id, submit.request.prompt_token_ids, submit.request.cache_salt)
         else:
             self._fail(attempt, WorkerLost(f"worker {worker.worker_id} cannot be reached"), worker)
 

@@ -17,12 +17,14 @@ from kvist.bounded_log import BoundedLog
 from kvist.errors import ConfigError
 from kvist.fairness import CallerCounts, CallerPath
 from kvist.plan.compat import difference_of_pages
-from kvist.request import REQUEST_FIELDS, EngineRequest, RequestId, Role, WorkerId, fields_in_use
+from kvist.request import REQUEST_FIELDS, EngineRequest, Mode, RequestId, Role, WorkerId, fields_in_use
 from kvist.router.checks import fault_of_page_events, fault_of_report, fault_of_spec
+from kvist.router.coming_pages import ComingPages
 from kvist.router.config import RouterConfig
 from kvist.router.page_feed import PageFeed
 from kvist.router.policy import WorkerView
 from kvist.router.prefix_index import HeldPages, PrefixIndex
+from kvist.router.rates import RateMeter
 from kvist.router.stream import KnownPages, WorkerSnapshot
 from kvist.service_time import SHORTEST_WAIT_S, retry_after_s
 from kvist.wire import PROTOCOL_VERSION, EngineSpec, ListPages, LoadReport, PageEvents, Welcome, interworks
@@ -71,6 +73,8 @@ class Worker:
     leave_by_s: float = 0.0  # while LEAVING: when the requests that are still open fail
     in_flight: dict[RequestId, SentRequest] = field(default_factory=dict)
     num_pending_tokens: int = 0  # of all in flight
+    coming: ComingPages = field(default_factory=ComingPages)  # prompts in flight
+    meter: RateMeter = field(default_factory=RateMeter)
     callers: CallerCounts = field(default_factory=CallerCounts)  # of all in flight
 
     @property
@@ -91,6 +95,11 @@ class Worker:
     def holds(self, num_tokens: int) -> bool:
         assert self.spec is not None
         return num_tokens <= self.spec.max_model_len
+
+    def admits_whole(self, max_tokens: int) -> bool:
+        """Return whether the worker's engine serves a whole request with an answer of this length."""
+        assert self.spec is not None
+        return self.spec.role.admits(Mode.FULL, max_tokens=max_tokens)
 
     def has_room_for(self, caller: CallerPath) -> bool:
         """Return whether the worker has a free place, or will displace a request of a caller with more requests there.
@@ -128,11 +137,13 @@ class Worker:
         if found is not None:
             self.num_pending_tokens -= found.num_pending_tokens
             self.callers.remove(found.caller)
+            self.coming.remove(request_id)
 
-    def view(self, held: HeldPages) -> WorkerView:
+    def view(self, held: HeldPages, *, num_coming_tokens: int = 0) -> WorkerView:
         """Return the worker as a policy sees it; `held` are the prompt's pages there."""
         assert self.spec is not None
-        reported = self.load.num_running + self.load.num_waiting if self.load is not None else 0
+        load = self.load
+        reported = load.num_running + load.num_waiting if load is not None else 0
         return WorkerView(
             worker_id=self.spec.worker_id,
             page_size=self.spec.page_size,
@@ -140,6 +151,13 @@ class Worker:
             num_pending_tokens=self.num_pending_tokens,
             num_known_pages=0 if self.pages is None else self.pages.num_pages,
             held=held,
+            num_coming_tokens=num_coming_tokens,
+            role=self.role or Role.UNIFIED,
+            page_bytes=self.spec.page_bytes,
+            num_available_pages=self.spec.num_pages if load is None else load.num_free_pages + load.num_cached_pages,
+            max_running_requests=self.spec.max_running_requests,
+            service_s=(load.service_s or 0.0) if load is not None else 0.0,
+            rates=self.meter.rates,
         )
 
 
@@ -225,6 +243,7 @@ class Registry:
             self._reject(worker, f"the load report has {fault}")
             return
         worker.load = report
+        worker.meter.on_totals(report.totals)
         if report.draining and worker.state is WorkerState.READY:
             logger.info("worker %s is stopping and takes no new requests", worker.worker_id)
             worker.state, worker.problem = WorkerState.DRAINING, "it is stopping"
@@ -284,6 +303,7 @@ class Registry:
     def _reset_reported_state(self, worker: Worker) -> None:
         self._forget_pages(worker)
         worker.load = None
+        worker.meter = RateMeter()
 
     def _forget_pages(self, worker: Worker) -> None:
         if worker.pages is not None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
 from kvist.fairness import CallerPath, caller_path
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.request import EngineRequest, Mode, Role, WorkerId, fields_in_use
-from kvist.router.config import RouterConfig
+from kvist.router.config import NEVER, RouterConfig
 from kvist.router.handoff_ways import HandoffWay
 from kvist.router.pairs import Pairs
 from kvist.router.policies import POLICIES
-from kvist.router.policy import Policy, Prompt
+from kvist.router.policy import FleetView, Prompt, Reason
 from kvist.router.prefix_index import NOTHING_HELD, HeldPages
 from kvist.router.prompt_digests import PromptDigests
 from kvist.router.registry import Registry, Worker, WorkerState
 
-# A cached page saves a decode worker a transfer, which costs far less than computing the page: load weighs more.
-DECODE_HIT_WEIGHT = 0.25
 _AWAY = frozenset({WorkerState.LOST, WorkerState.DRAINING})
 _START = {
     Role.PREFILL: "start one with `kvist serve --role prefill`",
@@ -33,6 +31,8 @@ class Route:
     prefill: Worker
     decode: Worker  # the same worker with FULL
     num_prompt_tokens_left: int  # still to compute at `prefill`, by the cached pages known here
+    reason: Reason
+    cost_ms: float | None = None  # by the policy's own measure, if it has one
     handoff: HandoffWay | None = None  # of a pair
 
 
@@ -43,6 +43,11 @@ class Candidates:
     unified: Sequence[Worker]
     prefill: Sequence[Worker]
     decode: Sequence[Worker]
+    alone: Sequence[Worker] = ()  # of prefill and decode: those that can serve the whole request
+
+    @staticmethod
+    def only(alone: Sequence[Worker]) -> Candidates:
+        return Candidates(unified=(), prefill=(), decode=(), alone=alone)
 
     @staticmethod
     def of(registry: Registry, states: Container[WorkerState], excluded: frozenset[Worker]) -> Candidates:
@@ -54,7 +59,7 @@ class Candidates:
         )
 
     def all(self) -> Sequence[Worker]:
-        return [*self.unified, *self.prefill, *self.decode]
+        return list(dict.fromkeys((*self.unified, *self.prefill, *self.decode, *self.alone)))
 
     def has_route(self, *, single: bool) -> bool:
         return bool(self.unified) or bool(self.prefill and (self.decode or single))
@@ -88,6 +93,9 @@ class Candidates:
         prefill, decode = pairs.with_partner(self.prefill, self.decode)
         return Candidates(unified=self.unified, prefill=prefill, decode=decode)
 
+    def with_alone(self, alone: Sequence[Worker]) -> Candidates:
+        return replace(self, alone=alone)
+
     def joined_by(self, others: Candidates) -> Candidates:
         return Candidates(
             unified=[*self.unified, *others.unified],
@@ -101,14 +109,15 @@ class Router:
         self._config = config
         self._registry = registry
         self._pairs = Pairs(config.routing.handoff)
-        self._prompt_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
-        self._decode_policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
+        self._policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         self._digests = PromptDigests()
 
     def can_serve(self) -> bool:
         """Return whether the ready workers can serve a request with an answer of any length. They may be full."""
         ready = Candidates.of(self._registry, {WorkerState.READY}, frozenset())
-        return ready.paired_by(self._pairs).has_route(single=False)
+        return ready.paired_by(self._pairs).has_route(single=False) or (
+            bool(ready.decode) and not ready.prefill and self._config.routing.aggregate != NEVER
+        )
 
     def choose(self, request: EngineRequest, excluded: frozenset[Worker] = frozenset()) -> Route:
         """Choose the workers for a request.
@@ -119,7 +128,11 @@ class Router:
         ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
         # A request for at most one token needs no handoff: a prefill worker serves it alone.
         single = request.sampling.max_tokens <= 1 and not request.output_token_ids
+        alone = self._alone(request, ready.that_know(request))
         if not ready.has_route(single=single):
+            decode = [worker for worker in alone if worker.role is Role.DECODE]
+            if decode:
+                return self._choose_path(request, Candidates.only(decode), single=False)
             raise self._no_worker_error(ready)
         known = ready.that_know(request)
         if not known.has_route(single=single):
@@ -140,18 +153,7 @@ class Router:
                 "the queues of all workers that could serve the request are full: retry later, or add workers",
                 retry_after_s=retry_after_s,
             )
-        first = [*free.unified, *(free.prefill if free.decode or single else ())]
-        prompt = Prompt(num_tokens=request.num_prompt_tokens)
-        held = self._held_pages(request, [*first, *free.decode])
-        chosen = _pick(self._prompt_policy, prompt, first, held)
-        num_hit_tokens = chosen.view(held.get(chosen.worker_id, NOTHING_HELD)).num_hit_tokens
-        left = max(1, prompt.num_tokens - min(num_hit_tokens, _most_cached(request)))
-        if single or chosen.role is Role.UNIFIED:
-            return Route(mode=Mode.FULL, prefill=chosen, decode=chosen, num_prompt_tokens_left=left)
-        partners = [worker for worker in free.decode if self._pairs.may_pair(chosen, worker)]
-        partner = _pick(self._decode_policy, replace(prompt, hit_weight=DECODE_HIT_WEIGHT), partners, held)
-        way = self._pairs.way(chosen, partner)
-        return Route(mode=Mode.PREFILL, prefill=chosen, decode=partner, num_prompt_tokens_left=left, handoff=way)
+        return self._choose_path(request, free if single else free.with_alone(alone), single=single)
 
     def choose_next(self, request: EngineRequest, excluded: frozenset[Worker]) -> Worker | None:
         """Choose a worker that continues an answer, whose prompt another worker has computed; None if there is none."""
@@ -160,8 +162,55 @@ class Router:
         workers = free.decode or free.unified
         if not workers:
             return None
-        prompt = Prompt(num_tokens=request.num_prompt_tokens, hit_weight=DECODE_HIT_WEIGHT)
-        return _pick(self._decode_policy, prompt, workers, self._held_pages(request, workers))
+        held = self._held_pages(request, workers)
+        views = [worker.view(held.get(worker.worker_id, NOTHING_HELD)) for worker in workers]
+        path = self._policy.choose(Prompt(num_tokens=request.num_prompt_tokens), FleetView.of_workers(views))
+        return next(worker for worker in workers if worker.worker_id == path.decode.worker_id)
+
+    def _choose_path(self, request: EngineRequest, free: Candidates, *, single: bool) -> Route:
+        salt, token_ids = request.cache_salt, request.prompt_token_ids
+        held = self._held_pages(request, free.all())
+        workers = {worker.worker_id: worker for worker in free.all()}
+        views = {
+            worker_id: worker.view(
+                held.get(worker_id, NOTHING_HELD), num_coming_tokens=worker.coming.num_common_tokens(token_ids, salt)
+            )
+            for worker_id, worker in workers.items()
+        }
+        prompt = Prompt(num_tokens=request.num_prompt_tokens, num_cacheable_tokens=_most_cached(request))
+        pairs = free.prefill and free.decode and not single
+        path = self._policy.choose(
+            prompt,
+            FleetView(
+                alone=[views[w.worker_id] for w in (*free.unified, *(free.prefill if single else ()))],
+                prefill=[views[w.worker_id] for w in free.prefill] if pairs else (),
+                decode=[views[w.worker_id] for w in free.decode] if pairs else (),
+                also_alone=[views[w.worker_id] for w in free.alone],
+                may_pair=lambda p, d: self._pairs.may_pair(workers[p], workers[d]),
+            ),
+        )
+        left = max(1, prompt.num_tokens - min(path.prefill.num_hit_tokens, prompt.num_cacheable_tokens))
+        prefill, decode = (workers[worker_id] for worker_id in path.worker_ids)
+        return Route(
+            mode=Mode.FULL if path.is_alone else Mode.PREFILL,
+            prefill=prefill,
+            decode=decode,
+            num_prompt_tokens_left=left,
+            handoff=None if path.is_alone else self._pairs.way(prefill, decode),
+            reason=path.reason,
+            cost_ms=path.cost_ms,
+        )
+
+    def _alone(self, request: EngineRequest, candidates: Candidates) -> list[Worker]:
+        """Return the workers of pairs that can serve the whole request without a handoff."""
+        if self._config.routing.aggregate == NEVER:
+            return []
+        whole, caller = num_tokens_needed(request, Mode.FULL), caller_path(request.client)
+        return [
+            worker
+            for worker in (*candidates.prefill, *candidates.decode)
+            if worker.admits_whole(request.sampling.max_tokens) and worker.holds(whole) and worker.has_room_for(caller)
+        ]
 
     def _held_pages(self, request: EngineRequest, workers: Sequence[Worker]) -> dict[WorkerId, HeldPages]:
         """Return the leading pages of the prompt that each worker holds."""
@@ -233,9 +282,3 @@ def _most_cached(request: EngineRequest) -> int:
     """Return how many prompt tokens need not be computed even if all are cached: scored tokens are computed."""
     sampling = request.sampling
     return request.num_prompt_tokens if sampling.prompt_logprobs is None else max(0, sampling.prompt_logprobs_start - 1)
-
-
-def _pick(policy: Policy, prompt: Prompt, workers: Sequence[Worker], held: Mapping[WorkerId, HeldPages]) -> Worker:
-    views = [worker.view(held.get(worker.worker_id, NOTHING_HELD)) for worker in workers]
-    worker_id = policy.choose(prompt, views)
-    return next(worker for worker in workers if worker.worker_id == worker_id)

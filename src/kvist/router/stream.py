@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from kvist.metrics import Histogram
 from kvist.request import Role, WorkerId
 from kvist.router.handoff_ways import HandoffWay, Way, WayCause
+from kvist.router.policy import Reason
 from kvist.wire import EngineSpec, LoadReport, StoredPages, TokenChunk
 
 
@@ -25,6 +26,8 @@ class StreamPart:
     chunk: TokenChunk
     prefill_worker: WorkerId  # runs prefill; with a unified worker both ids are equal
     decode_worker: WorkerId  # runs decode
+    reason: Reason  # of the choice of one worker or two
+    cost_ms: float | None = None  # of the route, if the policy measures it
     handoff: HandoffWay | None = None  # of a pair
     stored: StoredPages | None = None  # of a handoff through the store, once prefill has ended
 
@@ -73,5 +76,6 @@ class ClusterSnapshot:
     workers: tuple[WorkerSnapshot, ...]
     handoffs: Mapping[tuple[Way, WayCause], int] = field(default_factory=dict)  # number of requests
     cancelled: Cancelled = field(default_factory=Cancelled)
+    num_routes: Mapping[Reason, int] = field(default_factory=dict)  # routes chosen so far, retries included
     num_index_entries: int = 0  # different pages that the index knows
     num_index_bytes: int = 0

@@ -99,6 +99,7 @@ class ChoiceState:
         self.cached_by_tier = {"device": 0, "host": 0, "storage": 0}  # tokens; the sum is `num_cached_tokens`
         self.prefill_worker: str | None = None
         self.decode_worker: str | None = None
+        self.route: dict[str, object] = {}  # why these workers
         self.handoff: HandoffReport | None = None
         self.handoff_way: HandoffWay | None = None
         self.stored: StoredPages | None = None
@@ -196,6 +197,8 @@ class ChoiceState:
     def _remember_route(self, part: StreamPart) -> None:
         self.prefill_worker, self.decode_worker = part.prefill_worker, part.decode_worker
         self.handoff_way, self.stored = part.handoff, part.stored
+        cost_ms = None if part.cost_ms is None else round(part.cost_ms, 3)
+        self.route = {"reason": part.reason.value, "cost_ms": cost_ms}
         if part.chunk.handoff is not None:
             self.handoff = part.chunk.handoff
         if part.chunk.num_cached_tokens is not None:

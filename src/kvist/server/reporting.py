@@ -48,6 +48,7 @@ def _report_one(choice: ChoiceState) -> dict[str, object]:
         "index": choice.index,
         "prefill_worker": choice.prefill_worker,
         "decode_worker": choice.decode_worker,
+        "route": choice.route,
         "cached_tokens": choice.num_cached_tokens,
         "seed": choice.request.sampling.seed,
         "handoff": None

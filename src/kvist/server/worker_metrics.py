@@ -134,6 +134,15 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
                 text = name if declared is None else declared.text
                 totals[name] = CounterMetricFamily(f"kvist:worker_{name}", text, labels=labels)
             totals[name].add_metric(label_values, value)
+    routes = CounterMetricFamily(
+        "kvist:routes",
+        "routes chosen, by reason: unified, split (two workers), held, prefill_queue and no_prefill (decode alone), "
+        "short_answer (prefill alone)",
+        labels=["reason"],
+    )
+    for why, count in snapshot.num_routes.items():
+        routes.add_metric([why.value], count)
+    yield routes
     yield GaugeMetricFamily(
         "kvist:cancelled_requests_held",
         "cancelled requests that at least one worker has not ended yet",

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, field
 
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
+from kvist.router.policy import Reason
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.testing.specs import make_spec
 from kvist.text.tokenizer import Tokenizer
@@ -192,7 +193,7 @@ class ScriptedDispatcher:
             prompt_logprobs=self._prompt_logprobs(request) if first else (),
             prompt_position=max(1, request.sampling.prompt_logprobs_start),
         )
-        return StreamPart(chunk=chunk, prefill_worker=PREFILL, decode_worker=DECODE)
+        return StreamPart(chunk=chunk, prefill_worker=PREFILL, decode_worker=DECODE, reason=Reason.SPLIT, cost_ms=1.5)
 
     def _prompt_logprobs(self, request: EngineRequest) -> tuple[TokenLogprobs, ...]:
         if request.sampling.prompt_logprobs is None:
