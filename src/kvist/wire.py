@@ -391,6 +391,13 @@ class Grant(_Message, frozen=True):
         return self.target.transports
 
 
+class Ping(_Message, frozen=True):
+    """Decode has a handoff with this prefill engine on another host, and asks whether the process lives."""
+
+    target_epoch: EpochId
+    source_epoch: EpochId
+
+
 class Ack(_Message, frozen=True):
     """The pages have arrived and are verified: prefill may release its own."""
 
@@ -427,6 +434,13 @@ class Done(_Message, frozen=True):
     last_copy_s: float = 0.0  # from then on → every page written
 
 
+class Pong(_Message, frozen=True):
+    """The answer to `Ping`."""
+
+    target_epoch: EpochId
+    source_epoch: EpochId
+
+
 class Closed(_Message, frozen=True):
     """Prefill writes no more bytes for this handoff: refused, failed, or in answer to `Revoke`. Also the answer to a
     Grant or Revoke for a closed handoff, and to a Revoke for an unknown one."""
@@ -445,8 +459,8 @@ Answer = Flushed | StorageAnswer
 AnswerT = TypeVar("AnswerT", bound=Answer)
 GatewayToEngine = Hello | ListPages | ToScheduler | Command
 EngineToGateway = Welcome | StepOutputs | LoadReport | PageEvents | Answer
-TargetToSource = Grant | Ack | Revoke
-SourceToTarget = Done | Closed
+TargetToSource = Grant | Ack | Revoke | Ping
+SourceToTarget = Done | Closed | Pong
 PeerMessage = TargetToSource | SourceToTarget
 ToEngine = GatewayToEngine | TargetToSource  # what an engine's ROUTER socket receives
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,10 @@ SLOW = SchedulerOptions(chunked_prefill_size=1)  # one token per step: a long pr
 class Engine:
     """One `python -m kvist.engine` with this process as its parent, and a gateway's socket to the engine."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, within: Sequence[str] = ()) -> None:
+        """`within`: a command that executes another one, such as `ip netns exec`."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvist.engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*within, sys.executable, "-m", "kvist.engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self.process.stdin is not None
         self.process.stdin.write(msgspec.json.encode(config) + b"\n")
@@ -60,7 +61,8 @@ class Engine:
         self.storage: wire.StorageAnswer | None = None
         self._decoder = wire.Decoder(wire.EngineToGateway)
 
-    def wait_ready(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def wait_ready(self, context: zmq.Context[zmq.Socket[bytes]], host: str | None = None) -> None:
+        """Wait for the engine, and connect: to its advertised host, or to another address of it."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if isinstance(announced := decode_line(line), Ready):
@@ -73,7 +75,8 @@ class Engine:
         member = Member(KEY)
         member.secure_client(self.socket)
         self.socket.setsockopt(zmq.IDENTITY, member.new_address())
-        self.socket.connect(self.spec.endpoint)
+        port = self.spec.endpoint.rpartition(":")[2]
+        self.socket.connect(self.spec.endpoint if host is None else f"tcp://{host}:{port}")
         self.send(wire.Hello(gateway_id="test"))
 
     def send(self, message: wire.GatewayToEngine) -> None:

@@ -116,7 +116,7 @@ def closed(handoff_id: str, *, unsettled: bool = True) -> Closed:
 def test_after_an_unsettled_end_no_write_of_the_peer_arrives(source: Engine, target: Engine) -> None:
     pool = target.granted("a")
     assert isinstance(source.write(pool), WritesCompleted)
-    target.transports.settle(closed("a"))
+    target.transports.received(closed("a"))
     target.pool.bytes[:] = 9
     assert isinstance(source.write(pool, "b", (2, 3)), WritesFailed)
     assert (target.pool.bytes == 9).all()
@@ -125,7 +125,7 @@ def test_after_an_unsettled_end_no_write_of_the_peer_arrives(source: Engine, tar
 @needs_mooncake
 def test_an_orderly_end_leaves_the_access_of_other_handoffs(source: Engine, target: Engine) -> None:
     pool = target.granted("a")
-    target.transports.settle(closed("a", unsettled=False))
+    target.transports.received(closed("a", unsettled=False))
     assert isinstance(source.write(pool), WritesCompleted)
     assert target.granted("b") == pool
 
@@ -133,10 +133,10 @@ def test_an_orderly_end_leaves_the_access_of_other_handoffs(source: Engine, targ
 @needs_mooncake
 def test_the_next_grant_after_an_unsettled_end_has_a_new_window(source: Engine, target: Engine) -> None:
     old = target.granted("a")
-    target.transports.settle(closed("a"))
+    target.transports.received(closed("a"))
     new = target.granted("b")
     assert new != old
-    target.transports.settle(closed("a"))  # sent again: must not close the window of `b`
+    target.transports.received(closed("a"))  # sent again: must not close the window of `b`
     assert isinstance(source.write(new, "b"), WritesCompleted)
     assert (target.pool.bytes[:2] == 5).all()
 
@@ -144,7 +144,7 @@ def test_the_next_grant_after_an_unsettled_end_has_a_new_window(source: Engine, 
 @needs_mooncake
 def test_a_grant_that_is_sent_again_has_its_first_window(target: Engine) -> None:
     first = target.granted("a")
-    target.transports.settle(closed("a"))
+    target.transports.received(closed("a"))
     assert target.granted("a") == first
 
 
@@ -153,7 +153,7 @@ def test_peers_have_separate_windows(target: Engine, start: Callable[[], Engine]
     other = start()
     theirs = target.granted("o", to=OTHER)
     assert theirs != target.granted("a")
-    target.transports.settle(closed("a"))
+    target.transports.received(closed("a"))
     assert isinstance(other.write(theirs), WritesCompleted)
 
 
@@ -174,7 +174,7 @@ def test_a_peer_found_dead_has_lost_its_access(source: Engine, target: Engine, t
 def test_a_failed_write_marks_the_end_of_its_handoff_alone(source: Engine, target: Engine) -> None:
     pool = target.granted("a")
     assert isinstance(source.write(pool, "fine"), WritesCompleted)
-    target.transports.settle(closed("a"))
+    target.transports.received(closed("a"))
     assert isinstance(source.write(pool, "torn"), WritesFailed)
     marked = [source.transports.sending(closed(name, unsettled=False)) for name in ("fine", "torn")]
     assert [message.unsettled for message in marked if isinstance(message, Closed)] == [False, True]

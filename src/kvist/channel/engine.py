@@ -188,7 +188,7 @@ class EngineChannel:
             self._drop("the sender is not a member of the cluster", security.address_for_log(address))
             return
         message = self._decode(security.address_for_log(address), frames[1:], self._from_router)
-        if isinstance(message, wire.Grant | wire.Ack | wire.Revoke):
+        if isinstance(message, wire.TargetToSource):
             epoch = security.epoch_of(address)
             if message.target_epoch != epoch:
                 self._drop(f"sender {epoch} used the epoch {message.target_epoch}", security.address_for_log(address))
@@ -201,7 +201,7 @@ class EngineChannel:
 
     def _receive_from_peer(self, endpoint: str, frames: list[zmq.Frame], received: list[tuple[bytes, Inbound]]) -> None:
         message = self._decode(endpoint, frames, self._from_peer)
-        if not isinstance(message, wire.Done | wire.Closed):
+        if not isinstance(message, wire.SourceToTarget):
             return
         if self._sources.get(message.source_epoch.encode(), endpoint) != endpoint:
             self._drop(f"epoch {message.source_epoch} belongs to another endpoint", endpoint)

@@ -90,6 +90,8 @@ class Inbox:
                 return message
             case wire.Done() | wire.Closed():
                 return self._from_prefill(message)
+            case wire.Ping() | wire.Pong():
+                return None  # answered by the loop, if at all
 
     def _from_prefill(self, message: wire.SourceToTarget) -> Event:
         if isinstance(message, wire.Done) and not 0 <= message.first_token.token_id < self._spec.vocab_size:

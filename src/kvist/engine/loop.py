@@ -24,6 +24,7 @@ import dataclasses
 import logging
 import threading
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,10 +69,11 @@ class Channel(Protocol):
 
 
 class WriteAccess(Protocol):
-    """`transfer.Transports`, or a fake: who may write our pages, and whose writes may still be under way."""
+    """`transfer.Transports`, or a fake: who may write our pages, and who can be reached."""
 
-    def sending(self, message: wire.PeerMessage) -> wire.PeerMessage: ...
-    def settle(self, closed: wire.Closed) -> None: ...
+    def sending(self, message: wire.PeerMessage, endpoint: str | None = None) -> wire.PeerMessage: ...
+    def received(self, message: wire.PeerMessage) -> wire.Pong | None: ...
+    def pings(self, own: EpochId, epochs: Iterable[EpochId]) -> list[tuple[str, wire.Ping]]: ...
 
 
 class LaunchedStep(Protocol):
@@ -209,15 +211,11 @@ class EngineLoop:
     def _receive(self, timeout_s: float) -> tuple[float, list[Event]]:
         """Wait for a message or report for `timeout_s` at most. Return the time and all new events."""
         buffered = self._step_abort.take_buffered()
-        received = [*buffered, *self._parts.channel.recv(0.0 if buffered else timeout_s)]
+        received = self._without_pings([*buffered, *self._parts.channel.recv(0.0 if buffered else timeout_s)])
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.translate(received, now_s)
         for reply in replies:
             self._send(reply.identity, reply.message)
-        if self._parts.access is not None:
-            for event in events:
-                if isinstance(event, wire.Closed):
-                    self._parts.access.settle(event)
         # Transfer reports first: a report made before a Revoke arrived must not count as the report of its StopWrites.
         tier_reports = self._tier_reports()
         events = [
@@ -229,6 +227,15 @@ class EngineLoop:
         ]
         self._pending_events = []
         return now_s, events
+
+    def _without_pings(self, received: list[tuple[bytes, Inbound]]) -> list[tuple[bytes, Inbound]]:
+        """Show each message of a peer to the transports, and answer pings."""
+        for _, message in received:
+            if isinstance(message, wire.PeerMessage) and self._parts.access is not None:
+                pong = self._parts.access.received(message)
+                if pong is not None:
+                    self._parts.channel.send(pong.target_epoch.encode(), pong)
+        return [each for each in received if not isinstance(each[1], wire.Ping | wire.Pong)]
 
     def _tier_reports(self) -> list[Event]:
         mover, storage = self._parts.mover, self._parts.storage
@@ -264,6 +271,9 @@ class EngineLoop:
             return []
         self._next_check_s = now_s + LIVENESS_INTERVAL_S
         silent: list[Event] = [wire.Abort(request_id=each) for each in self._gateways.forget_silent(now_s)]
+        if self._parts.access is not None:
+            for endpoint, ping in self._parts.access.pings(self._parts.spec.epoch, self._watched_epochs):
+                self._parts.channel.send_to_peer(endpoint, ping)
         return silent + self._dead_peers(self._watched_epochs)
 
     def _dead_peers(self, epochs: frozenset[EpochId]) -> list[Event]:
@@ -380,7 +390,8 @@ class EngineLoop:
         access = self._parts.access
         if access is None:
             return planned
-        return dataclasses.replace(planned, message=access.sending(planned.message))  # type: ignore[arg-type]  # same type
+        endpoint = planned.endpoint if isinstance(planned, ToSource) else None
+        return dataclasses.replace(planned, message=access.sending(planned.message, endpoint))  # type: ignore[arg-type]  # same type
 
     def _start_transfer(self, job: WritePages | VerifyPages | StopWrites) -> None:
         match job:

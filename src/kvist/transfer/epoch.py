@@ -103,6 +103,11 @@ class EpochWatch:
             self._seen[epoch] = None
         return self._seen[epoch] is None
 
+    def is_here(self, epoch: EpochId) -> bool:
+        """Return whether the epoch is or was one of this runtime folder, so that its end can be proved."""
+        self.is_dead(epoch)
+        return epoch in self._seen
+
     def close(self) -> None:
         for descriptor in self._seen.values():
             if descriptor is not None:

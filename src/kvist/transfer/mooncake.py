@@ -210,11 +210,11 @@ class MooncakeTransport(TransferJobs[RemotePages]):
     def settle(self, closed: Closed) -> None:
         self._windows.close_of(closed)
 
+    def revoke(self, epoch: EpochId) -> None:
+        self._windows.close(epoch)
+
     def peer_is_dead(self, epoch: EpochId) -> bool:
-        dead = self._watch.is_dead(epoch)
-        if dead:
-            self._windows.close(epoch)
-        return dead
+        return self._watch.is_dead(epoch)
 
     def close(self) -> None:
         super().close()

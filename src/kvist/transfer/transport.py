@@ -81,6 +81,9 @@ class Revocable(Protocol):
     def settle(self, closed: Closed) -> None:
         """Revoke the access of an unsettled handoff: when this returns, none of its bytes can arrive."""
 
+    def revoke(self, epoch: EpochId) -> None:
+        """Revoke the access of a peer that is dead or silent: when this returns, none of its bytes can arrive."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportContext:

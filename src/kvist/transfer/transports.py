@@ -7,7 +7,7 @@ verification by its name. A stop goes to the transport that writes the handoff's
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -16,8 +16,9 @@ from kvist.plan.transfers import PagesVerified, TransferReport, VerifyPages, Wri
 from kvist.request import EpochId, HandoffId
 from kvist.transfer.epoch import MAX_WATCHED, EpochWatch
 from kvist.transfer.jobs import MAX_HANDOFFS
+from kvist.transfer.liveness import PeerContact
 from kvist.transfer.transport import OfferedTransport, Revocable
-from kvist.wire import Closed, Grant, PeerMessage, PoolAddress
+from kvist.wire import Closed, Grant, PeerMessage, Ping, Pong, PoolAddress
 
 
 class Transports:
@@ -37,6 +38,7 @@ class Transports:
         self._offered = offered
         self._revocable = [each for each in offered.values() if isinstance(each, Revocable)]
         self._watch = watch
+        self._contact = PeerContact()
         self._wakeup = wakeup
         self._settle_s = settle_s
         self._clock = clock or MonotonicClock()
@@ -55,8 +57,9 @@ class Transports:
             each.address_for(epoch) if isinstance(each, Revocable) else each.address for each in self._offered.values()
         )
 
-    def sending(self, message: PeerMessage) -> PeerMessage:
+    def sending(self, message: PeerMessage, endpoint: str | None = None) -> PeerMessage:
         """Complete a message to a peer: a Grant with our windows for it, a Closed with whether writes are under way."""
+        self._contact.on_sent(message, endpoint, self._clock.now_s())
         for transport in self._revocable:
             if isinstance(message, Grant):
                 message = transport.granted(message)
@@ -64,11 +67,17 @@ class Transports:
                 message = msgspec.structs.replace(message, unsettled=True)
         return message
 
-    def settle(self, closed: Closed) -> None:
-        """Make sure that no byte of a closed handoff can arrive any more. Call before its pages are released."""
-        if closed.unsettled:
+    def received(self, message: PeerMessage) -> Pong | None:
+        """Note a message of a peer, before the scheduler gets it: when this returns, no byte of an unsettled handoff
+        can arrive any more. Return the answer to a ping."""
+        if isinstance(message, Closed) and message.unsettled:
             for transport in self._revocable:
-                transport.settle(closed)
+                transport.settle(message)
+        return self._contact.on_received(message, self._clock.now_s())
+
+    def pings(self, own: EpochId, epochs: Iterable[EpochId]) -> list[tuple[str, Ping]]:
+        """Return the pings to prefill engines of other hosts, each with its endpoint."""
+        return self._contact.pings(own, [epoch for epoch in epochs if not self._watch.is_here(epoch)])
 
     def write(self, job: WritePages) -> None:
         transport = self._offered.get(job.pool.transport)
@@ -102,12 +111,24 @@ class Transports:
 
     def peer_is_dead(self, epoch: EpochId) -> bool:
         dead = [transport.peer_is_dead(epoch) for transport in self._offered.values()]  # each drops what it has mapped
-        return any(dead) and self._has_settled(epoch)
+        if any(dead):
+            self._revoke(epoch)
+            return self._has_settled(epoch)
+        elsewhere = bool(self._revocable) and not self._watch.is_here(epoch)
+        if not elsewhere or not self._contact.is_silent(epoch, self._clock.now_s()):
+            return False
+        self._revoke(epoch)  # from here on its life does not matter: it cannot write any more
+        self._contact.forget(epoch)
+        return True
 
     def close(self) -> None:
         for transport in self._offered.values():
             transport.close()
         self._watch.close()
+
+    def _revoke(self, epoch: EpochId) -> None:
+        for transport in self._revocable:
+            transport.revoke(epoch)
 
     def _has_settled(self, epoch: EpochId) -> bool:
         now_s = self._clock.now_s()
