@@ -64,7 +64,7 @@ class PeerContact:
 
     def is_silent(self, epoch: EpochId, now_s: float) -> bool:
         """Return whether no message has come for too long. Asked every second while there are handoffs with the peer:
-        after a pause, in which nobody pinged it, the time begins anew."""
+        after a pause without pings the time starts again."""
         contact = self._contact(epoch, now_s)
         if now_s - contact.asked_s > _PAUSE_S:
             contact.heard_s = now_s
@@ -72,7 +72,7 @@ class PeerContact:
         return now_s - contact.heard_s >= self._silence_s
 
     def forget(self, epoch: EpochId) -> None:
-        """Begin anew with a peer that was silent: its next handoff finds it alive, or silent again."""
+        """Start again with a peer that was silent: its next handoff finds it alive, or silent once more."""
         self._contacts.pop(epoch, None)
 
     def _contact(self, epoch: EpochId, now_s: float) -> _Contact:
