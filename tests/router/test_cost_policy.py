@@ -107,12 +107,6 @@ def test_prefill_finishes_a_short_answer() -> None:
     assert (path.worker_ids, path.reason) == (("p", "p"), Reason.SHORT_ANSWER)
 
 
-def test_a_session_keeps_its_route_while_that_costs_little_more() -> None:
-    session = Prompt(num_tokens=3200, last_route=(WorkerId("b"), WorkerId("b")))
-    assert choose(view("a"), view("b", num_pending_tokens=100), prompt=session).prefill.worker_id == "b"
-    assert choose(view("a"), view("b", num_pending_tokens=1600), prompt=session).prefill.worker_id == "a"
-
-
 def test_rates_follow_the_counters_within_bounds() -> None:
     meter = RateMeter()
     for step in range(1, 40):

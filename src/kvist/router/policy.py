@@ -34,7 +34,6 @@ class Prompt:
 
     num_tokens: int
     num_cacheable_tokens: int = 1 << 62  # leading tokens that need not be computed where they are cached
-    last_route: tuple[WorkerId, WorkerId] | None = None  # prefill and decode worker of the session's last request
     hit_weight: float = 1.0  # saving of a cached token, in computed tokens
 
 

@@ -15,7 +15,6 @@ from kvist.request import Role
 from kvist.router.policy import FleetView, Path, Prompt, Reason, WorkerView
 
 _MS = 1000.0
-_SESSION_MARGIN = 0.1  # the last route of a session is kept if it costs at most this much more than the best one
 
 
 class Cost:
@@ -26,12 +25,6 @@ class Cost:
         costs = [(alone_ms(prompt, path.prefill), path) for path in paths]
         costs += _pair_costs(prompt, fleet)
         best_ms, best = min(costs, key=_order)
-        if prompt.last_route is not None:
-            kept = [(cost_ms, path) for cost_ms, path in costs if path.worker_ids == prompt.last_route]
-            best_ms, best = next(
-                ((cost_ms, path) for cost_ms, path in kept if cost_ms <= best_ms * (1 + _SESSION_MARGIN)),
-                (best_ms, best),
-            )
         return best.because(_reason(prompt, fleet, best), cost_ms=best_ms)
 
 
