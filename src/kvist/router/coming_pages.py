@@ -1,7 +1,7 @@
 """The prompts that workers are computing now, so that a second request with the same prefix finds the same worker.
 
-Page events report pages after they were computed. Until then a prompt sent to a worker is compared token by token. Of
-the prompts under way at one worker that begin with the same page, only the newest is remembered. PURE.
+Page events report pages after they were computed. Until then a prompt is compared with those under way. Of the prompts
+under way at one worker that begin with the same page, only the newest is remembered. PURE.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvist.request import RequestId
 
 _FIRST_TOKENS = 16  # prompts that differ in these are different prompts
-_TOKENS_PER_COMPARISON = 512
+_BLOCK_TOKENS = 512
 
 _Key = tuple[str, tuple[int, ...]]  # salt, first tokens
 
@@ -50,9 +50,20 @@ class ComingPages:
             return 0
         if coming.token_ids is token_ids:
             return len(token_ids)
-        end = min(len(token_ids), len(coming.token_ids))
-        for start in range(0, end, _TOKENS_PER_COMPARISON):
-            stop = min(start + _TOKENS_PER_COMPARISON, end)
-            if token_ids[start:stop] != coming.token_ids[start:stop]:
-                return next(at for at in range(start, stop) if token_ids[at] != coming.token_ids[at])
-        return end
+        return _num_common(token_ids, coming.token_ids)
+
+
+def _num_common(ours: tuple[int, ...], theirs: tuple[int, ...]) -> int:
+    """Return about how many leading tokens are equal. Most blocks are compared by their first tokens: this is a
+    hint, and prompts of 100,000 tokens are compared with those of many workers."""
+    end = min(len(ours), len(theirs))
+    equal = next(
+        (
+            block
+            for block in range(0, end, _BLOCK_TOKENS)
+            if ours[block : block + _FIRST_TOKENS] != theirs[block : block + _FIRST_TOKENS]
+        ),
+        end,
+    )
+    start = max(0, equal - _BLOCK_TOKENS)
+    return next((at for at in range(start, min(end, equal + _FIRST_TOKENS)) if ours[at] != theirs[at]), end)
