@@ -64,6 +64,7 @@ class SchedulerFields(TypedDict, total=False):
     grant_timeout_s: float
     handoff_timeout_s: float
     ack_timeout_s: float
+    store_handoff_timeout_s: float
     max_remembered_handoffs: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]

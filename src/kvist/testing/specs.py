@@ -130,6 +130,7 @@ class PoolFields(TypedDict, total=False):
     device: str
     from_devices: tuple[str, ...]
     same_host: bool
+    parts: tuple[wire.PoolPart, ...]
 
 
 def make_pool(**changes: Unpack[PoolFields]) -> wire.PoolAddress:
