@@ -299,7 +299,7 @@ class StorageStatus(_Message, frozen=True, tag=False):
 
 PageTier = Literal["device", "host"]  # nearest first
 
-DIGEST_BYTES = 16  # of a page digest in page events: its first half (docs/adr/0019-short-digests-in-page-events.md)
+DIGEST_BYTES = 16  # of a page digest in page events: its first half (docs/adr/0023-short-digests-in-page-events.md)
 MAX_DIGESTS = 4096  # in one field of a message: an engine builds a piece, and a gateway applies it, in about 1 ms
 Digests = Annotated[bytes, msgspec.Meta(max_length=MAX_DIGESTS * DIGEST_BYTES)]  # joined
 
