@@ -23,6 +23,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from kvist.transfer.transport import TransportContext, TransportKind
 from kvist.wire import Closed, Grant, PoolAddress
 
 NAME = "mooncake"
-BATCH_BYTES = 16 << 20  # copied between two checks for a stop
+BATCH_BYTES = 64 << 20  # copied between two checks for a stop
 MAX_WINDOWS = 256  # peers; the one that was granted pages longest ago loses its window
 _PAUSE_S = 1.0  # after a failed write to a peer its other writes fail at once: each would wait for the silent peer
 _CARD_BYTES = 32
@@ -75,16 +76,21 @@ class SentPages:
         self._host_pages = HostPages(pool.bytes)
         self._engine = engine
         self._on_failed = on_failed
+        self._summing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvist-mooncake-sum")
         self._page_bytes = pool.layout.page_bytes
         self._first_page = pool.tensor.data_ptr()
         self.pages_at_once = max(1, BATCH_BYTES // self._page_bytes)
 
     def copy(self, page_ids: Sequence[int], peer: RemotePages, peer_page_ids: Sequence[int]) -> list[bytes]:
+        summed = self._summing.submit(self.digests, page_ids)  # meanwhile, without Python's lock
         start_s = time.monotonic()
         if not self._engine.write(peer.session, *self._pieces(page_ids, peer, peer_page_ids)):
             self._on_failed(peer, time.monotonic() - start_s)
             raise Unavailable(f"the peer has ended, or the network to it at {peer.session} is broken: a write failed")
-        return self.digests(page_ids)
+        return summed.result()
+
+    def close(self) -> None:
+        self._summing.shutdown()
 
     def digests(self, page_ids: Sequence[int]) -> list[bytes]:
         return self._host_pages.digests(page_ids)
@@ -173,8 +179,8 @@ class Windows:
 class MooncakeTransport(TransferJobs[RemotePages]):
     def __init__(self, context: TransportContext, engine: MooncakeEngine) -> None:
         address = msgspec.structs.replace(context.address, location=engine.session)
-        pages = SentPages(context.pool, engine, self._note_failure)
-        super().__init__(address=address, pages=pages, open_peer=self._pages_of, wakeup=context.wakeup)
+        self._sent_pages = SentPages(context.pool, engine, self._note_failure)
+        super().__init__(address=address, pages=self._sent_pages, open_peer=self._pages_of, wakeup=context.wakeup)
         self._engine = engine
         self._watch = context.watch
         self._windows = Windows(context.pool, engine, address)
@@ -219,6 +225,7 @@ class MooncakeTransport(TransferJobs[RemotePages]):
     def close(self) -> None:
         super().close()
         self._thread.join()  # at most one batch, which fails after some seconds of silence
+        self._sent_pages.close()
         self._windows.close_all()
         for address in self._registered:
             self._engine.unregister(address)
