@@ -2,8 +2,8 @@
 
 A source in this process writes pages through the transport `mooncake` into the pool of another process, over loopback
 TCP: from the write job to the report that all pages are written and summed. The baseline is Mooncake's own batch write
-of as many bytes in as many pieces, to the same process. The two take turns, and
- the median of the ratio over all turns is compared with the aim of 0.85; a lower one makes the exit status 1.
+of as many bytes, to the same process. The two take turns, and the median of the ratio over all turns is compared with
+the aim of 0.85; a lower one makes the exit status 1. Run it on an idle machine: on two cores, three threads take part.
 
     python bench/bench_transfer.py [--tokens 4096] [--repetitions 20] [--scattered] [--json FILE]
 """
