@@ -48,6 +48,8 @@ def main(runtime_dir: str, epoch: str, device: str, num_pages: str, layout: str,
         elif command["do"] == "put":
             new = torch.frombuffer(bytearray.fromhex(command["pages"]), dtype=torch.uint8)
             memory.copy_(new.view(memory.shape))
+            if arrivals is not None:
+                np.memmap(arrivals, np.uint8, "r+")[:] = 0  # pages that an earlier test left there
             if memory.is_cuda:
                 torch.cuda.synchronize(memory.device)
             print(flush=True)
