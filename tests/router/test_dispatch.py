@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any, Unpack
 
 import msgspec
@@ -21,7 +21,7 @@ from kvist.errors import (
     Unavailable,
     WorkerLost,
 )
-from kvist.kv.keys import iter_page_digests, page_digests
+from kvist.kv.keys import chained_digests, page_digests
 from kvist.options import compose
 from kvist.plan.compat import peer_spec
 from kvist.request import EpochId, FinishReason, Mode, Outcome, Role, SamplingParams, TokenLogprobs, WorkerId
@@ -561,18 +561,17 @@ async def test_the_page_digests_of_a_prompt_with_many_answers_are_computed_once(
     world = World()
     worker = world.engines.join("w", role=Role.UNIFIED)
     world.engines.registry.index.store(worker.worker_id, "device", joined(b"some page"))
-    digested: list[int] = []
+    num_digested = 0
 
-    def record(
-        digest: bytes, token_ids: Sequence[int], page_size: int, num_pages: int, first_page: int = 0
-    ) -> Iterator[bytes]:
-        digested.append(first_page)
-        return iter_page_digests(digest, token_ids, page_size, num_pages, first_page)
+    def count(digest: bytes, encoded: bytes, page_size: int) -> list[bytes]:
+        nonlocal num_digested
+        num_digested += 1
+        return chained_digests(digest, encoded, page_size)
 
-    monkeypatch.setattr(prompt_digests, "iter_page_digests", record)
+    monkeypatch.setattr(prompt_digests, "chained_digests", count)
     prompt = tuple(range(200))
     for _ in range(3):
         await world.ask(prompt=prompt)
-    assert digested == [0]
+    assert num_digested == 1
     await world.ask(prompt=prompt, cache_salt="s")
-    assert digested == [0, 0]
+    assert num_digested == 2

@@ -28,13 +28,17 @@ def page_keys(token_ids: Sequence[int], page_size: int, first_page: int, last_pa
 
     Raises struct.error for a token id beyond int32.
     """
-    tokens = token_ids[first_page * page_size : last_page * page_size]
-    # struct takes half the time of numpy or array, which use the iterator protocol here.
-    encoded = _int32s((last_page - first_page) * page_size).pack(*tokens)
+    encoded = encode_tokens(token_ids, first_page * page_size, last_page * page_size)
     if last_page - first_page == 1:  # nearly every call: a page became full during decode
         return [encoded]
     key_bytes = page_size * _TOKEN_BYTES
     return [encoded[start : start + key_bytes] for start in range(0, len(encoded), key_bytes)]
+
+
+def encode_tokens(token_ids: Sequence[int], first: int, last: int) -> bytes:
+    """Encode the tokens in [first, last) as int32 little-endian. Raises struct.error for a token id beyond int32."""
+    # struct takes half the time of numpy or array, which use the iterator protocol here.
+    return _int32s(last - first).pack(*token_ids[first:last])
 
 
 @functools.lru_cache(maxsize=256)
@@ -68,6 +72,16 @@ def iter_page_digests(
     for key in iter_page_keys(token_ids, page_size, num_pages, first_page):
         digest = chain_digest(digest, key)
         yield digest
+
+
+def chained_digests(digest: bytes, encoded: bytes, page_size: int) -> list[bytes]:
+    """Return the digests of pages encoded by `encode_tokens`; `digest` is the digest of the page before them."""
+    page_bytes = page_size * _TOKEN_BYTES
+    digests: list[bytes] = []
+    for start in range(0, len(encoded), page_bytes):
+        digest = blake3(encoded[start : start + page_bytes], key=digest).digest()  # `chain_digest`, without its call
+        digests.append(digest)
+    return digests
 
 
 def page_digests(token_ids: Sequence[int], page_size: int, namespace: str, cache_salt: str = "") -> list[bytes]:
