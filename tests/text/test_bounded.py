@@ -9,8 +9,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as Backend
 
 from kvist.checkpoint import find_checkpoint
-from kvist.text import encode_up_to, load_tokenizer, plain_content
-from kvist.text.bounded import PIECE_CHARS
+from kvist.text import load_tokenizer, plain_content
+from kvist.text.bounded import PIECE_CHARS, encode_up_to
 from kvist.text.gguf_pre_tokenizers import RULES, Rules
 from kvist.text.plain_content import PlainContent
 from kvist.text.tokenizer import Alphabet, Tokenizer

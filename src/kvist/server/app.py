@@ -46,7 +46,7 @@ from kvist.server.sampling import MAX_SEED
 from kvist.server.web_pages import OriginGuard, check_host_header
 from kvist.server.worker_metrics import member_families, worker_families
 from kvist.server.workers import Workers, WorkerSet
-from kvist.text import SamplingDefaults, Tokenizer
+from kvist.text import PromptEncoder, SamplingDefaults, Tokenizer
 from kvist.wire import EngineHealth, EngineSpec
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ def build_app(
     gateway = GatewayContext(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
+        encoder=None if tokenizer is None else PromptEncoder(tokenizer),
         config=config,
         model_name=model_name,
         instance_id=instance_id,

@@ -26,7 +26,7 @@ from kvist.server.admission import Admission
 from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import EngineClient
 from kvist.server.lifecycle import Lifecycle
-from kvist.text import SamplingDefaults, Tokenizer, encode_up_to
+from kvist.text import PromptEncoder, SamplingDefaults, Tokenizer
 from kvist.wire import EngineHealth, EngineSpec
 
 T = TypeVar("T")
@@ -42,6 +42,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 class GatewayContext:
     dispatcher: EngineClient
     tokenizer: Tokenizer | None  # set if `generates`
+    encoder: PromptEncoder | None  # of the tokenizer
     own_role: Role | None  # of the engine behind this HTTP port; None on a router, which uses workers of all roles
     config: ServerConfig
     model_name: str
@@ -174,7 +175,9 @@ class GatewayContext:
     def _encode_up_to(self, text: str, max_tokens: int, add_special_tokens: bool) -> list[int] | None:
         if len(text) > max_tokens * _MAX_CHARS_PER_TOKEN:
             return None
-        return encode_up_to(self.require_tokenizer(), text, max_tokens, add_special_tokens=add_special_tokens)
+        self.require_tokenizer()
+        assert self.encoder is not None
+        return self.encoder.encode_up_to(text, max_tokens, add_special_tokens=add_special_tokens)
 
     def check_job_tokens(self, num_tokens: int, param: str) -> None:
         """Raise `RequestError` when the prompts of one request, counted once for each answer, have too many tokens."""

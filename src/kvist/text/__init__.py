@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 from kvist.checkpoint import Checkpoint, CheckpointKind
-from kvist.text.bounded import encode_up_to
 from kvist.text.config import TextConfig
 from kvist.text.detokenizer import IncrementalDetokenizer
+from kvist.text.remembered import PromptEncoder
 from kvist.text.sampling_defaults import SamplingDefaults, load_sampling_defaults
 from kvist.text.stops import StopMatcher, special_token_marks
 from kvist.text.tokenizer import Tokenizer
 
 __all__ = [
     "IncrementalDetokenizer",
+    "PromptEncoder",
     "SamplingDefaults",
     "StopMatcher",
     "TextConfig",
     "Tokenizer",
-    "encode_up_to",
     "load_sampling_defaults",
     "load_tokenizer",
     "special_token_marks",

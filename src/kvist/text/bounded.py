@@ -9,13 +9,13 @@ tokenised as a whole only if it fits by that count.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 
 from kvist.text.tokenizer import Alphabet, Tokenizer
 
 PIECE_CHARS = 32768
 _SEARCHED_CHARS = 1024  # searched backwards for a cut point
-_WINDOW_CHARS = 48  # tokenised on both sides of a candidate, to verify the cut point
+WINDOW_CHARS = 48  # tokenised on both sides of a candidate, to verify the cut point
 _MAX_TRIES = 8
 _CUT_ERROR_TOKENS = 64  # bound of the change of the count by a cut inside a word
 
@@ -26,7 +26,7 @@ def encode_up_to(
     """Return the ids as `Tokenizer.encode` does, or None when a text of more than one piece has over `max_tokens`."""
     if len(text) <= PIECE_CHARS:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    after = _special_end(tokenizer) if add_special_tokens else []
+    after = special_end(tokenizer) if add_special_tokens else []
     ids: list[int] = []
     num_bad_cuts = 0
     for start, piece, is_good in _pieces(tokenizer, text):
@@ -45,15 +45,16 @@ def _pieces(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, str, bool]]:
     """Yield start and text of each piece, and whether the piece ends where the tokenizer cuts too."""
     start = 0
     while len(text) - start > PIECE_CHARS:
-        place = _place_to_cut(tokenizer, text, start + PIECE_CHARS)
+        place = place_to_cut(tokenizer, text, start + PIECE_CHARS)
         end = start + PIECE_CHARS if place is None else place
         yield start, text[start:end], place is not None
         start = end
     yield start, text[start:], True
 
 
-def _place_to_cut(tokenizer: Tokenizer, text: str, end: int) -> int | None:
-    """Return the last index before `end` where a word begins after one space, or None when none is near."""
+def place_to_cut(tokenizer: Tokenizer, text: str, end: int) -> int | None:
+    """Return the last index up to `end` where a word begins after one space, else one where a special token begins, or
+    None when neither is near. Reads the text up to `end + WINDOW_CHARS`."""
     if tokenizer.alphabet is not Alphabet.BYTE_LEVEL:
         return None
     words = (
@@ -61,17 +62,26 @@ def _place_to_cut(tokenizer: Tokenizer, text: str, end: int) -> int | None:
         for place in range(end, end - _SEARCHED_CHARS, -1)
         if text[place] == " " and text[place - 1].isalpha() and text[place + 1 : place + 2].isalpha()
     )
-    return next((place for place in islice(words, _MAX_TRIES) if _cuts_at(tokenizer, text, place)), None)
+    places = chain(islice(words, _MAX_TRIES), islice(_special_starts(tokenizer, text, end), _MAX_TRIES))
+    return next((place for place in places if _cuts_at(tokenizer, text, place)), None)
+
+
+def _special_starts(tokenizer: Tokenizer, text: str, end: int) -> Iterator[int]:
+    """Yield the indices near `end` where special tokens begin, the last one first."""
+    pattern = tokenizer.special_token_pattern
+    if pattern is not None:
+        found = pattern.finditer(text, max(1, end - _SEARCHED_CHARS), end + WINDOW_CHARS)
+        yield from reversed([match.start() for match in found if match.start() <= end])
 
 
 def _cuts_at(tokenizer: Tokenizer, text: str, place: int) -> bool:
     """Return whether the windows on both sides of `place` have the same ids separately and together."""
-    left, right = text[place - _WINDOW_CHARS : place], text[place : place + _WINDOW_CHARS]
+    left, right = text[place - WINDOW_CHARS : place], text[place : place + WINDOW_CHARS]
     both, one, other = (tokenizer.encode(part, add_special_tokens=False) for part in (left + right, left, right))
     return both == one + other
 
 
-def _special_end(tokenizer: Tokenizer) -> list[int]:
+def special_end(tokenizer: Tokenizer) -> list[int]:
     """Return the ids that the tokenizer adds after a text; most tokenizers add none."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     with_special = tokenizer.encode("a", add_special_tokens=True)
