@@ -4,12 +4,13 @@ Keys are 64-bit numbers, and each column has 32 bits for each key. Collisions go
 linear probing). Home slots keep the order of the keys, so that a batch in ascending order touches memory in order.
 
 A table that fills up moves to a larger one in slices (`work`): the new memory is touched, which costs time the first
-time, and then the entries move. On the way, an entry's bits are in exactly one of the two. A key without bits keeps its
-slot, for the same key, until the next move leaves it behind.
+time, then the entries move, and the old memory is given back. On the way, an entry's bits are in exactly one of the
+two. A key without bits keeps its slot, for the same key, until the next move leaves it behind.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,17 +25,43 @@ _LEAST_SLOTS = 1 << 12
 _NEARLY_FULL = 0.5  # part of the slots in use that starts a move
 _FULL = 0.75  # part of the slots in use at which a store waits for the move
 _ROOM = 2.8  # slots for each entry, after a move
+_KEPT_SLOTS = 1 << 14  # far more than from a key's home to its slot
 SLOTS_PER_STORED_KEY = 12  # to be worked on between two stores: a move then ends before any store waits for it
 
 
 class _Slots:
-    """One array of slots. Mutable; owned by its `DigestTable`."""
+    """Slots, in one array for the keys and one for each column. Mutable; owned by its `DigestTable`.
+
+    The arrays are mapped in the system's small pages: numpy asks for large ones, which may take milliseconds each."""
 
     def __init__(self, num_slots: int, num_columns: int) -> None:
-        self.keys: Keys = np.zeros(num_slots, dtype=np.uint64)  # 0: a free slot
-        self.columns: list[Bits] = [np.zeros(num_slots, dtype=np.uint32) for _ in range(num_columns)]
         self.num_slots = num_slots
         self.num_used = 0
+        self._maps: list[tuple[mmap.mmap, int]] = []  # with the bytes of a slot
+        self._num_released = 0
+        self.keys: Keys = np.frombuffer(self._map(8), dtype=np.uint64)  # 0: a free slot
+        self.columns: list[Bits] = []
+        for _ in range(num_columns):
+            self.add_column()
+
+    def add_column(self) -> None:
+        self.columns.append(np.frombuffer(self._map(4), dtype=np.uint32))
+
+    def _map(self, slot_bytes: int) -> mmap.mmap:
+        mapped = mmap.mmap(-1, self.num_slots * slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._maps.append((mapped, slot_bytes))
+        return mapped
+
+    def release(self, num_slots: int) -> None:
+        """Give back the memory of the first `num_slots` slots, which have no bits. Keys that begin there, but were
+        placed behind `num_slots`, stay in reach: some slots before `num_slots` are kept."""
+        last = (num_slots - _KEPT_SLOTS) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > self._num_released:
+            for mapped, slot_bytes in self._maps:
+                mapped.madvise(
+                    mmap.MADV_DONTNEED, self._num_released * slot_bytes, (last - self._num_released) * slot_bytes
+                )
+            self._num_released = last
 
     def touch(self, piece: slice) -> None:
         """Write to fresh memory, so that the system provides it."""
@@ -115,13 +142,13 @@ class DigestTable:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all arrays."""
+        """Size of all arrays, whether touched or not."""
         tables = [*self._arrays(), *filter(None, (self._fresh,))]
         return sum(slots.keys.nbytes + sum(bits.nbytes for bits in slots.columns) for slots in tables)
 
     def add_column(self) -> None:
         for slots in (*self._arrays(), *filter(None, (self._fresh,))):
-            slots.columns.append(np.zeros(slots.num_slots, dtype=np.uint32))
+            slots.add_column()
         self._dropped.append(np.uint32(0))
 
     def bits(self, keys: Keys) -> list[Bits]:
@@ -232,6 +259,7 @@ class DigestTable:
         from_ = self._num_moved + np.flatnonzero(~old.are_empty(piece))
         self._current.take_bits(self._current.place(old.keys[from_]), old, from_)
         self._num_moved += num_slots
+        old.release(min(self._num_moved, old.num_slots))
         if self._num_moved >= old.num_slots:
             self._old = None
 

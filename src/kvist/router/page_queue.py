@@ -10,13 +10,14 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 
+from kvist.router.digest_table import SLOTS_PER_STORED_KEY
 from kvist.router.page_feed import PageFeed
 from kvist.router.prefix_index import PrefixIndex
 from kvist.router.registry import Worker
-from kvist.wire import PageEvents
+from kvist.wire import MAX_DIGESTS, PageEvents
 
 MAX_WAITING = 64  # messages of one worker
-SLOTS_PER_TURN = 12 * 4096  # touched in about a millisecond; the table's pace for a full message (digest_table.py)
+SLOTS_PER_TURN = SLOTS_PER_STORED_KEY * MAX_DIGESTS  # in one or two milliseconds
 
 
 class PageQueue:
