@@ -76,6 +76,8 @@ format: $(DEV_STAMP)
 bench: $(DEV_STAMP)
 	$(BIN)/python bench/bench_radix.py
 	$(BIN)/python bench/bench_scheduler.py
+	$(BIN)/python bench/bench_index.py
+	$(BIN)/python bench/bench_routing.py
 	$(BIN)/python bench/bench_host.py
 	$(BIN)/python bench/bench_gateway.py
 	$(BIN)/python bench/bench_decode.py --repetitions 2 --tokens 24

@@ -3,9 +3,9 @@
     python bench/bench_routing.py [--num-requests 1000000] [--json FILE]
 
 Routes prompts of 1,000 to 100,000 tokens over workers that hold their pages: the next turn of a chat, a prompt that no
-worker holds, and a prompt that is new to this gateway. Prints p50/p95/p99 of the CPU time in microseconds and the limit
-of each, 200 µs and 20 µs for each 1,000 prompt tokens. The baseline, measured in the same run, computes every digest and
-looks each one up in one set for each worker.
+worker holds, and a prompt that is new to this gateway. Prints p50/p95/p99 of the CPU time in microseconds, and the
+limit: 200 µs and 20 µs for each 1,000 prompt tokens. The baseline, measured in the same run, computes every digest and
+looks each one up in one set for each worker, without choosing a worker.
 
 Then routes `--num-requests` requests of many chats while pages come and go, and prints how many objects and entries the
 gateway has after each tenth: they must not grow. `--json` writes one row a measured call. Exits with an error over a
@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from json_report import write_report
@@ -32,7 +33,7 @@ from kvist.router.registry import Registry, Worker
 from kvist.router.route import Router
 from kvist.testing.specs import make_request, make_roomy_spec
 from kvist.text import PromptEncoder, load_tokenizer
-from kvist.wire import DIGEST_BYTES, MAX_DIGESTS, PageEvents, TierChanges, Welcome
+from kvist.wire import DIGEST_BYTES, MAX_DIGESTS, ListedPages, PageEvents, TierChanges, Welcome
 
 PAGE_SIZE, VOCAB = 16, 150_000
 BASE_US, PER_1000_TOKENS_US = 200.0, 20.0
@@ -49,12 +50,16 @@ class World:
         self.router = Router(RouterConfig(), self.registry)
         self.workers = [self._join(number) for number in range(num_workers)]
         self.pages: list[set[bytes]] = [set() for _ in self.workers]  # of the baseline
-        self._sequences = [0] * num_workers
+        self._sequences = [1] * num_workers
 
     def _join(self, number: int) -> Worker:
         worker = self.registry.add(f"http://w{number}", None, 0.0)
         spec = make_roomy_spec(worker_id=WorkerId(f"w{number}"), epoch=EpochId(f"e{number}"), vocab_size=VOCAB)
         self.registry.on_welcome(worker, Welcome(spec=spec), 0.0)
+        assert worker.pages is not None
+        worker.pages.request(0.0)
+        nothing = ListedPages(tier="device", first_piece=0)
+        self.registry.on_page_events(worker, PageEvents(sequence=0, listed=(nothing,)), 0.0)
         return worker
 
     def change(self, number: int, *, stored: list[bytes], removed: list[bytes] | None = None) -> None:
@@ -76,7 +81,9 @@ class World:
 
     def baseline(self, request: EngineRequest) -> int:
         digests = page_digests(request.prompt_token_ids, PAGE_SIZE, "n")
-        return max(next((i for i, digest in enumerate(digests) if digest not in held), len(digests)) for held in self.pages)
+        return max(
+            next((i for i, digest in enumerate(digests) if digest not in held), len(digests)) for held in self.pages
+        )
 
 
 def _short(digests: list[bytes]) -> bytes:
@@ -103,14 +110,13 @@ def routing_cases(args: argparse.Namespace, rng: random.Random) -> Iterator[Row]
             world.change(number, stored=digests)
             world.pages[number] |= set(digests)
             fresh = Router(RouterConfig(), world.registry)  # as after a restart of the gateway
-            yield "new to this gateway", num_tokens, _timed_us(lambda r=_request(prompt): fresh.choose(r))  # type: ignore[misc]
+            turn, other = _request(prompt), _request(world.prompt(num_tokens))
+            yield "new to this gateway", num_tokens, _timed_us(partial(fresh.choose, turn))
             world.router.choose(_request(prompt[: num_tokens - 300]))
-            turn = _request(prompt)
-            yield "next turn", num_tokens, _timed_us(lambda: world.router.choose(turn))
+            yield "next turn", num_tokens, _timed_us(partial(world.router.choose, turn))
             assert world.router.choose(turn).prefill is world.workers[number]
-            yield "baseline", num_tokens, _timed_us(lambda: world.baseline(turn))
-            other = _request(world.prompt(num_tokens))
-            yield "no hit", num_tokens, _timed_us(lambda: world.router.choose(other))
+            yield "baseline", num_tokens, _timed_us(partial(world.baseline, turn))
+            yield "no hit", num_tokens, _timed_us(partial(world.router.choose, other))
 
 
 def tokenising_cases(args: argparse.Namespace, rng: random.Random) -> Iterator[Row]:
@@ -122,12 +128,12 @@ def tokenising_cases(args: argparse.Namespace, rng: random.Random) -> Iterator[R
         if len(text) > 400_000:
             text = text[:20_000]
         num_tokens = len(tokenizer.encode(text))
-        yield "tokenise the next turn", num_tokens, _timed_us(lambda: encoder.encode_up_to(text, 1 << 20))
-        yield "tokenise the whole chat", num_tokens, _timed_us(lambda: tokenizer.encode(text))
+        yield "tokenise the next turn", num_tokens, _timed_us(partial(encoder.encode_up_to, text, 1 << 20))
+        yield "tokenise the whole chat", num_tokens, _timed_us(partial(tokenizer.encode, text))
 
 
 def sizes_over(num_requests: int, args: argparse.Namespace, rng: random.Random) -> Iterator[tuple[int, int, int, int]]:
-    """Route many requests while pages come and go. Yield objects, remembered chunks, entries and bytes at each tenth."""
+    """Route many requests while pages come and go. Yield objects, chunks, entries and bytes after each tenth."""
     world = World(args.num_workers, rng)
     held: list[list[bytes]] = [[] for _ in world.workers]
     base = world.prompt(2_000)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.request import Role, WorkerId
+from kvist.router.page_runs import HeldPages
 from kvist.router.policies import POLICIES
 from kvist.router.policy import FleetView, Prompt, WorkerView
-from kvist.router.prefix_index import HeldPages
 from kvist.router.rates import Rates
 
 views = st.lists(

@@ -8,9 +8,9 @@ import pytest
 
 from kvist.request import Role, WorkerId
 from kvist.router.coming_pages import ComingPages
+from kvist.router.page_runs import HeldPages
 from kvist.router.policies.cost import Cost, alone_ms, decode_ms, handoff_ms, prefill_ms
 from kvist.router.policy import FleetView, Path, Prompt, Reason, WorkerView
-from kvist.router.prefix_index import HeldPages
 from kvist.router.rates import RateMeter, Rates
 from kvist.testing.specs import make_request
 from kvist.wire import HandoffReport

@@ -17,7 +17,8 @@ from kvist.kv.changes import PageChanges
 from kvist.kv.tiers.host import HostTier
 from kvist.request import WorkerId
 from kvist.router.page_feed import MAX_WAIT_S, NUM_PIECES, PageFeed, Reason
-from kvist.router.prefix_index import TIERS, PrefixIndex
+from kvist.router.page_runs import TIERS
+from kvist.router.prefix_index import PrefixIndex
 from kvist.testing.lossy_wire import LossyWires
 from kvist.testing.page_events import joined, short, tier_changes
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.request import WorkerId
+from kvist.router.page_runs import HeldPages
 from kvist.router.policies.by_worker import DECODE_HIT_WEIGHT
 from kvist.router.policies.cache_aware import CacheAware, CacheAwareOptions
 from kvist.router.policies.least_loaded import LeastLoaded
 from kvist.router.policies.round_robin import RoundRobin
 from kvist.router.policy import Prompt, WorkerView
-from kvist.router.prefix_index import HeldPages
 
 PROMPT = Prompt(num_tokens=330)
 CACHE_AWARE = CacheAware(CacheAwareOptions())

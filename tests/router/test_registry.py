@@ -10,7 +10,7 @@ from kvist.errors import ConfigError
 from kvist.request import EpochId, RequestId, Role, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.page_feed import NUM_PIECES
-from kvist.router.prefix_index import NOTHING_HELD
+from kvist.router.page_runs import NOTHING_HELD
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.testing.page_events import joined, tier_changes
 from kvist.testing.specs import make_load, make_roomy_spec

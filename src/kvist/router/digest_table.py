@@ -21,11 +21,11 @@ Bits = npt.NDArray[np.uint32]
 Slots = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-_LEAST_SLOTS = 1 << 12
+_LEAST_SLOTS = 1 << 13
 _NEARLY_FULL = 0.5  # part of the slots in use that starts a move
-_FULL = 0.75  # part of the slots in use at which a store waits for the move
+_FULL = 0.7  # part of the slots in use at which a store waits for the move
 _ROOM = 2.8  # slots for each entry, after a move
-_KEPT_SLOTS = 1 << 14  # far more than from a key's home to its slot
+_TAIL_SLOTS = 1 << 10  # no key's home, at the end: several times the longest way from a home to a slot
 SLOTS_PER_STORED_KEY = 12  # to be worked on between two stores: a move then ends before any store waits for it
 
 
@@ -38,14 +38,19 @@ class _Slots:
         self.num_slots = num_slots
         self.num_used = 0
         self._maps: list[tuple[mmap.mmap, int]] = []  # with the bytes of a slot
+        self._bits_at: list[memoryview] = []  # the columns again, faster for one slot
         self._num_released = 0
-        self.keys: Keys = np.frombuffer(self._map(8), dtype=np.uint64)  # 0: a free slot
+        keys = self._map(8)
+        self.keys: Keys = np.frombuffer(keys, dtype=np.uint64)  # 0: a free slot
+        self._key_at = memoryview(keys).cast("Q")  # the keys again, faster for one slot
         self.columns: list[Bits] = []
         for _ in range(num_columns):
             self.add_column()
 
     def add_column(self) -> None:
-        self.columns.append(np.frombuffer(self._map(4), dtype=np.uint32))
+        column = self._map(4)
+        self.columns.append(np.frombuffer(column, dtype=np.uint32))
+        self._bits_at.append(memoryview(column).cast("I"))
 
     def _map(self, slot_bytes: int) -> mmap.mmap:
         mapped = mmap.mmap(-1, self.num_slots * slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -54,8 +59,8 @@ class _Slots:
 
     def release(self, num_slots: int) -> None:
         """Give back the memory of the first `num_slots` slots, which have no bits. Keys that begin there, but were
-        placed behind `num_slots`, stay in reach: some slots before `num_slots` are kept."""
-        last = (num_slots - _KEPT_SLOTS) // mmap.PAGESIZE * mmap.PAGESIZE
+        placed behind `num_slots`, stay in reach: the last slots before `num_slots` are kept."""
+        last = (num_slots - _TAIL_SLOTS) // mmap.PAGESIZE * mmap.PAGESIZE
         if last > self._num_released:
             for mapped, slot_bytes in self._maps:
                 mapped.madvise(
@@ -76,12 +81,27 @@ class _Slots:
         here = found == keys
         todo = np.flatnonzero(~here & (found != 0))
         while len(todo):
-            found = self.keys[self._advance(slots, todo)]
+            at = slots[todo] = slots[todo] + 1
+            found = self.keys[at]
             is_here = found == keys[todo]
             here[todo[is_here]] = True
             todo = todo[~is_here & (found != 0)]
         places = np.flatnonzero(here)
         return slots[places], places
+
+    def slot_of(self, key: int) -> int | None:
+        """Return the slot of a key, or None if the key is not here."""
+        at = (key >> 32) * (self.num_slots - _TAIL_SLOTS) >> 32
+        while True:
+            found = self._key_at[at]
+            if found == key:
+                return at
+            if not found:
+                return None
+            at += 1
+
+    def bits_at(self, at: int) -> list[int]:
+        return [bits[at] for bits in self._bits_at]
 
     def place(self, keys: Keys) -> Slots:
         """Return the slots of the keys, which are distinct. Enters the keys that are missing."""
@@ -95,7 +115,8 @@ class _Slots:
                 found = self.keys[at]
                 self.num_used += int(np.count_nonzero(is_free & (found == wanted)))
             todo = todo[found != wanted]
-            at, wanted = self._advance(slots, todo), keys[todo]
+            slots[todo] += 1
+            at, wanted = slots[todo], keys[todo]
         return slots
 
     def are_empty(self, at: Slots | slice) -> Flags:
@@ -113,14 +134,7 @@ class _Slots:
             theirs[from_] = 0
 
     def _homes(self, keys: Keys) -> Slots:
-        return (((keys >> np.uint64(32)) * np.uint64(self.num_slots)) >> np.uint64(32)).astype(np.int64)
-
-    def _advance(self, slots: Slots, which: Slots) -> Slots:
-        """Go on to the next slots, at the places `which` of `slots`. Return these."""
-        following = slots[which] + 1
-        following[following == self.num_slots] = 0
-        slots[which] = following
-        return following
+        return (((keys >> np.uint64(32)) * np.uint64(self.num_slots - _TAIL_SLOTS)) >> np.uint64(32)).astype(np.int64)
 
 
 class DigestTable:
@@ -159,6 +173,16 @@ class DigestTable:
             if len(places):
                 for column, bits in zip(found, slots.columns, strict=True):
                     column[places] |= bits[at]
+        return found
+
+    def bits_of(self, key: int) -> list[int]:
+        """Return what `bits` returns, for one key."""
+        found = [0] * self.num_columns
+        for slots in self._arrays():
+            at = slots.slot_of(key)
+            if at is not None:
+                for column, bits in enumerate(slots.bits_at(at)):
+                    found[column] |= bits
         return found
 
     def set(self, keys: Keys, column: int, bit: np.uint32) -> Flags:

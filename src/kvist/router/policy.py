@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kvist.request import Role, WorkerId
-from kvist.router.prefix_index import NOTHING_HELD, HeldPages
+from kvist.router.page_runs import NOTHING_HELD, HeldPages
 from kvist.router.rates import Rates
 
 

@@ -13,37 +13,22 @@ beyond are left out and counted (`num_cut`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from kvist.request import WorkerId
 from kvist.router.digest_table import Bits, DigestTable, Keys
+from kvist.router.page_runs import NUMBERS_PER_COLUMN, TIERS, HeldPages, PageRuns
 from kvist.wire import DIGEST_BYTES, PageTier, TierSum
 
-TIERS: tuple[PageTier, ...] = get_args(PageTier)
 Rows = npt.NDArray[np.uint64]  # [num_pages, 2]: the digests
 
-_NUMBERS_PER_COLUMN = 32
-_ALL = np.uint32(0xFFFFFFFF)
+_FEW = 8  # pages that are looked up faster one by one
 _MASK = (1 << 64) - 1
-
-
-class HeldPages(NamedTuple):
-    """The leading pages of a prompt that one worker holds."""
-
-    num_device: int = 0  # in its device pool
-    num_host: int = 0  # after those: in the host tier, or in both again
-
-    @property
-    def num_pages(self) -> int:
-        return self.num_device + self.num_host
-
-
-NOTHING_HELD = HeldPages()
 
 
 @dataclass(slots=True)
@@ -59,12 +44,18 @@ class _Listing:
     """A number, and the pages stored under it. Mutable; owned by its `_Member`."""
 
     number: int
+    num_pages: int = 0  # in all tiers
     tiers: dict[PageTier, _TierPages] = field(default_factory=lambda: {tier: _TierPages() for tier in TIERS})
     num_cut: int = 0  # pages beyond the bounds, which are not in the index
 
-    @property
-    def num_pages(self) -> int:
-        return sum(pages.num_pages for pages in self.tiers.values())
+    def count(self, tier: PageTier, rows: Rows, changed: npt.NDArray[np.bool_], sign: int) -> None:
+        """Add or remove the `changed` ones of these pages."""
+        num_changed = int(np.count_nonzero(changed))
+        if num_changed:
+            pages = self.tiers[tier]
+            self.num_pages += sign * num_changed
+            pages.num_pages += sign * num_changed
+            pages.xor ^= np.bitwise_xor.reduce(rows if num_changed == len(rows) else rows[changed])
 
 
 @dataclass(slots=True)
@@ -88,8 +79,9 @@ class PrefixIndex:
         self._table = DigestTable(len(TIERS))
         self._factors = [np.uint64(seed >> shift & _MASK | 1) for shift in (0, 64)]
         self._members: dict[WorkerId, _Member] = {}
-        self._free_numbers = list(range(_NUMBERS_PER_COLUMN - 1, -1, -1))
-        self._num_numbers = _NUMBERS_PER_COLUMN
+        self._num_listing = 0  # members with a second number
+        self._free_numbers = list(range(NUMBERS_PER_COLUMN - 1, -1, -1))
+        self._num_numbers = NUMBERS_PER_COLUMN
         self._dropped_numbers: list[int] = []  # free when the table has dropped their bits
 
     # ---------------------------------------------------------------- members
@@ -103,6 +95,7 @@ class PrefixIndex:
         """Forget a worker and its pages. An unknown id is ignored."""
         member = self._members.pop(worker_id, None)
         if member is not None:
+            self._num_listing -= member.next is not None
             for listing in member.listings():
                 self._drop(listing)
 
@@ -111,6 +104,8 @@ class PrefixIndex:
         member = self._members[worker_id]
         if member.next is not None:
             self._drop(member.next)
+        else:
+            self._num_listing += 1
         member.next = _Listing(self._take_number())
 
     def end_listing(self, worker_id: WorkerId) -> None:
@@ -119,6 +114,7 @@ class PrefixIndex:
         assert member.next is not None
         self._drop(member.shown)
         member.shown, member.next = member.next, None
+        self._num_listing -= 1
 
     # ---------------------------------------------------------------- pages
 
@@ -127,7 +123,6 @@ class PrefixIndex:
         member = self._members[worker_id]
         listing = member.next or member.shown
         keys, rows = self._distinct(digests)
-        pages = listing.tiers[tier]
         column, bit = self._place_of(listing.number, tier)
         room = self._room(member, listing, tier)
         num_cut = 0
@@ -136,7 +131,7 @@ class PrefixIndex:
             cut = is_new[room:]
             num_cut = len(cut)
             keys, rows = np.delete(keys, cut), np.delete(rows, cut, axis=0)
-        _count(pages, rows, self._table.set(keys, column, bit), 1)
+        listing.count(tier, rows, self._table.set(keys, column, bit), 1)
         listing.num_cut += num_cut
         return num_cut
 
@@ -145,18 +140,23 @@ class PrefixIndex:
         keys, rows = self._distinct(digests)
         for listing in self._members[worker_id].listings():
             was_set = self._table.clear(keys, *self._place_of(listing.number, tier))
-            _count(listing.tiers[tier], rows, was_set, -1)
+            listing.count(tier, rows, was_set, -1)
 
     def match(self, pieces: Iterable[bytes]) -> dict[WorkerId, HeldPages]:
         """Return the leading pages that each worker holds, of the workers that hold the first one.
 
         `pieces` are the digests of a prompt's pages, in order, in pieces of any size; they are drawn only as long as
         some worker holds every page."""
-        runs = _Runs(self._num_numbers // _NUMBERS_PER_COLUMN)
+        runs = PageRuns(self._num_numbers // NUMBERS_PER_COLUMN)
         for piece in pieces:
-            columns = self._table.bits(self._keys_of(_rows(piece)))
-            self._show_both(columns)
-            if not runs.extend(columns):
+            if len(piece) <= _FEW * DIGEST_BYTES and not self._num_listing:
+                goes_on = all(runs.add(self._table.bits_of(key)) for key in self._few_keys(piece))
+            else:
+                columns = self._table.bits(self._keys_of(_rows(piece)))
+                if self._num_listing:
+                    self._show_both(columns)
+                goes_on = runs.extend(columns)
+            if not goes_on:
                 break
         lengths = runs.lengths()
         found = {}
@@ -219,7 +219,7 @@ class PrefixIndex:
     def _take_number(self) -> int:
         if not self._free_numbers:
             first = self._num_numbers
-            self._num_numbers += _NUMBERS_PER_COLUMN
+            self._num_numbers += NUMBERS_PER_COLUMN
             self._free_numbers = list(range(self._num_numbers - 1, first - 1, -1))
             for _ in TIERS:
                 self._table.add_column()
@@ -231,7 +231,7 @@ class PrefixIndex:
         self._dropped_numbers.append(listing.number)
 
     def _place_of(self, number: int, tier: PageTier) -> tuple[int, np.uint32]:
-        group, place = divmod(number, _NUMBERS_PER_COLUMN)
+        group, place = divmod(number, NUMBERS_PER_COLUMN)
         return group * len(TIERS) + TIERS.index(tier), np.uint32(1 << place)
 
     def _room(self, member: _Member, listing: _Listing, tier: PageTier) -> int:
@@ -261,6 +261,13 @@ class PrefixIndex:
         keys[keys == 0] = 1  # the table's mark of a free slot
         return keys
 
+    def _few_keys(self, digests: bytes) -> Iterator[int]:
+        """Yield what `_keys_of` returns."""
+        numbers = struct.unpack(f"<{len(digests) // 8}Q", digests)
+        first, second = map(int, self._factors)
+        for low, high in zip(numbers[::2], numbers[1::2], strict=True):
+            yield (low * first + high * second) & _MASK or 1
+
     def _show_both(self, columns: list[Bits]) -> None:
         """Let the pages of a worker's second number count for the first one too."""
         for member in self._members.values():
@@ -272,72 +279,5 @@ class PrefixIndex:
                 columns[column][(columns[next_column] & next_bit) != 0] |= bit
 
 
-class _Runs:
-    """The workers that hold every page of a prompt so far. Mutable; owned by one `match`."""
-
-    def __init__(self, num_groups: int) -> None:
-        self._num_pages = 0
-        self._any = [_Run() for _ in range(num_groups)]
-        self._device = [_Run() for _ in range(num_groups)]
-
-    def extend(self, columns: list[Bits]) -> bool:
-        """Take the bits of the next pages. Return whether a worker holds all of them."""
-        more = False
-        for group, (any_tier, device) in enumerate(zip(self._any, self._device, strict=True)):
-            of_tier = columns[group * len(TIERS) : (group + 1) * len(TIERS)]
-            more |= any_tier.extend(np.bitwise_or.reduce(of_tier), self._num_pages)
-            device.extend(of_tier[0], self._num_pages)
-        self._num_pages += len(columns[0])
-        return more
-
-    def lengths(self) -> dict[int, HeldPages]:
-        """Return the pages held, by number, of the numbers that hold any."""
-        found: dict[int, HeldPages] = {}
-        for group, (any_tier, device) in enumerate(zip(self._any, self._device, strict=True)):
-            num_device = device.lengths(self._num_pages)
-            for place, num_pages in any_tier.lengths(self._num_pages).items():
-                in_device = num_device.get(place, 0)
-                found[group * _NUMBERS_PER_COLUMN + place] = HeldPages(in_device, num_pages - in_device)
-        return found
-
-
-class _Run:
-    """The numbers of one column that hold every page so far, and how far the others came. Mutable."""
-
-    def __init__(self) -> None:
-        self._holders = _ALL
-        self._ended: dict[int, int] = {}  # number of leading pages, above 0
-
-    def extend(self, bits: Bits, num_before: int) -> bool:
-        if not self._holders or not len(bits):
-            return bool(self._holders)
-        holders = np.bitwise_and.accumulate(bits)
-        holders &= self._holders
-        before = np.concatenate(([self._holders], holders[:-1]))
-        lost = before & ~holders
-        for index in np.flatnonzero(lost).tolist():
-            if num_before + index:
-                for place in _places(int(lost[index])):
-                    self._ended[place] = num_before + index
-        self._holders = holders[-1]
-        return bool(self._holders)
-
-    def lengths(self, num_pages: int) -> dict[int, int]:
-        if not num_pages:
-            return {}
-        return {**self._ended, **dict.fromkeys(_places(int(self._holders)), num_pages)}
-
-
-def _places(bits: int) -> list[int]:
-    return [place for place in range(_NUMBERS_PER_COLUMN) if bits >> place & 1]
-
-
 def _rows(digests: bytes) -> Rows:
     return np.frombuffer(digests, dtype="<u8").reshape(-1, DIGEST_BYTES // 8)
-
-
-def _count(pages: _TierPages, rows: Rows, changed: npt.NDArray[np.bool_], sign: int) -> None:
-    num_changed = int(np.count_nonzero(changed))
-    if num_changed:
-        pages.num_pages += sign * num_changed
-        pages.xor ^= np.bitwise_xor.reduce(rows if num_changed == len(rows) else rows[changed])

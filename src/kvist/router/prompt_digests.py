@@ -19,7 +19,7 @@ from kvist.wire import DIGEST_BYTES
 CHUNK_TOKENS = 1024
 MAX_CHUNKS = 16_384  # 1.3 kB each: 17 million tokens in 22 MB
 _FIRST_PAGES = 8
-_GROWTH = 4  # a piece ends when the prompt's pages so far are this many times those before the piece
+_GROWTH = 8  # a piece ends when the pages so far are this many times those before the piece, unless few are left
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class PromptDigests:
             self._remember(chunk_id, digests, digest)
             ready.append(digests)
             first = last
-            if first >= _GROWTH * num_sent:
+            if first >= _GROWTH * num_sent and num_pages - first > first // 4:
                 yield b"".join(ready)
                 ready, num_sent = [], first
         if ready:

@@ -22,8 +22,9 @@ from kvist.router.checks import fault_of_page_events, fault_of_report, fault_of_
 from kvist.router.coming_pages import ComingPages
 from kvist.router.config import RouterConfig
 from kvist.router.page_feed import PageFeed
+from kvist.router.page_runs import HeldPages
 from kvist.router.policy import WorkerView
-from kvist.router.prefix_index import HeldPages, PrefixIndex
+from kvist.router.prefix_index import PrefixIndex
 from kvist.router.rates import RateMeter
 from kvist.router.stream import KnownPages, WorkerSnapshot
 from kvist.service_time import SHORTEST_WAIT_S, retry_after_s

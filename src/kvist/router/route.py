@@ -11,10 +11,10 @@ from kvist.fit import limit_text, num_tokens_needed
 from kvist.request import EngineRequest, Mode, Role, WorkerId, fields_in_use
 from kvist.router.config import NEVER, RouterConfig
 from kvist.router.handoff_ways import HandoffWay
+from kvist.router.page_runs import NOTHING_HELD, HeldPages
 from kvist.router.pairs import Pairs
 from kvist.router.policies import POLICIES
 from kvist.router.policy import FleetView, Prompt, Reason
-from kvist.router.prefix_index import NOTHING_HELD, HeldPages
 from kvist.router.prompt_digests import PromptDigests
 from kvist.router.registry import Registry, Worker, WorkerState
 
@@ -111,6 +111,11 @@ class Router:
         self._pairs = Pairs(config.routing.handoff)
         self._policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         self._digests = PromptDigests()
+
+    @property
+    def num_remembered_chunks(self) -> int:
+        """Number of prompt chunks whose digests are remembered."""
+        return self._digests.num_chunks
 
     def can_serve(self) -> bool:
         """Return whether the ready workers can serve a request with an answer of any length. They may be full."""
