@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvist.request import WorkerId
+from kvist.router.page_runs import HeldPages
 from kvist.router.policies import POLICIES
 from kvist.router.policy import FleetView, Prompt, WorkerView
-from kvist.router.prefix_index import HeldPages
 from kvist.router.rates import Rates
 
 PAGE_TOKENS = 512
