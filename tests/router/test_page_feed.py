@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from kvist import wire
 from kvist.engine.gateways import Gateways, PageReader
@@ -16,7 +16,7 @@ from kvist.engine.page_events import SUMS_INTERVAL_S, PageEventLog
 from kvist.kv.changes import PageChanges
 from kvist.kv.tiers.host import HostTier
 from kvist.request import WorkerId
-from kvist.router.page_feed import MAX_WAIT_S, NUM_PIECES, PageFeed, Reason
+from kvist.router.page_feed import MAX_WAIT_S, PageFeed, Reason
 from kvist.router.page_runs import TIERS
 from kvist.router.prefix_index import PrefixIndex
 from kvist.testing.lossy_wire import LossyWires
@@ -106,7 +106,12 @@ class Pair:
 
 @pytest.fixture(autouse=True)
 def small_pieces() -> Iterator[None]:
-    with mock.patch("kvist.kv.changes.MAX_DIGESTS", 4), mock.patch("kvist.engine.page_events.MAX_DIGESTS", 4):
+    """Let a list of a few pages have several pieces, and take several requests."""
+    with (
+        mock.patch("kvist.kv.changes.MAX_DIGESTS", 4),
+        mock.patch("kvist.engine.page_events.MAX_DIGESTS", 4),
+        mock.patch("kvist.router.page_feed.NUM_PIECES", 2),
+    ):
         yield
 
 
@@ -144,6 +149,10 @@ class FeedMachine(RuleBasedStateMachine):
                 self.pair.wires.repeat(chosen, message, at_once=data.draw(st.booleans()))
             self.pair.deliver(message)
 
+    @rule(duration_s=st.sampled_from([0.05, 0.15, 0.5, 1.5]))
+    def run_without_losses(self, duration_s: float) -> None:
+        self.pair.run(duration_s)
+
     @rule()
     def tick(self) -> None:
         self.pair.send(self.pair.feed.request(self.pair.now_s))
@@ -162,10 +171,7 @@ class FeedMachine(RuleBasedStateMachine):
 
 
 def test_the_gateway_knows_the_engines_pages_within_5_s_after_any_loss() -> None:
-    with mock.patch("kvist.kv.changes.MAX_DIGESTS", 4), mock.patch("kvist.engine.page_events.MAX_DIGESTS", 4):
-        FeedMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-        case = FeedMachine.TestCase()
-        case.runTest()
+    run_state_machine_as_test(FeedMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))
 
 
 def test_a_new_feed_lists_all_pages_a_few_pieces_at_a_time() -> None:
@@ -213,21 +219,33 @@ def test_a_worker_over_its_share_is_listed_again() -> None:
     index = PrefixIndex(16, seed=3)
     index.add(WORKER, {"device": 100})
     feed = PageFeed(index, WORKER)
-    assert feed.request(0.0) == wire.ListPages(num_pieces=NUM_PIECES)
+    assert feed.request(0.0) == wire.ListPages(num_pieces=2)
     nothing = wire.ListedPages(tier="device", first_piece=0)
     feed.on_events(wire.PageEvents(sequence=0, changes=(tier_changes(*NAMES[:10]),), listed=(nothing,)), 0.0)
     assert feed.request(100.0) is None
     index.add(WorkerId("other"), {})
     assert feed.request(200.0) is None, "the sums have not been right since the last listing"
-    assert feed.request(202.0) == wire.ListPages(num_pieces=NUM_PIECES)
+    assert feed.request(202.0) == wire.ListPages(num_pieces=2)
     assert feed.num_listings[Reason.SHARE] == 1
+
+
+def test_a_gap_in_a_list_ends_the_list_and_the_next_one_begins_later() -> None:
+    index = PrefixIndex(16, seed=3)
+    index.add(WORKER, {"device": 100})
+    feed = PageFeed(index, WORKER)
+    assert feed.request(0.0) == wire.ListPages(num_pieces=2)
+    pieces = [wire.ListedPages(tier="device", first_piece=number, next_piece=number + 1) for number in range(3)]
+    assert feed.on_events(wire.PageEvents(sequence=0, listed=(pieces[0],)), 0.0) is None
+    assert feed.on_events(wire.PageEvents(sequence=2, listed=(pieces[1],)), 0.0) is None
+    assert feed.request(0.9) is None
+    assert feed.request(1.0) == wire.ListPages(num_pieces=2)
 
 
 def test_a_request_that_is_not_answered_is_repeated() -> None:
     index = PrefixIndex(16, seed=3)
     index.add(WORKER, {"device": 100})
     feed = PageFeed(index, WORKER)
-    asked = wire.ListPages(num_pieces=NUM_PIECES)
+    asked = wire.ListPages(num_pieces=2)
     assert feed.request(0.0) == asked
     assert feed.request(0.9) is None
     assert feed.request(1.0) == asked

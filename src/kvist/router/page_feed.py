@@ -19,7 +19,7 @@ from kvist.router.prefix_index import PrefixIndex
 from kvist.router.stream import KnownPages
 from kvist.wire import ListPages, PageEvents
 
-NUM_PIECES = 4  # asked for at once
+NUM_PIECES = 8  # asked for at once: what an engine sends in one iteration
 SILENT_S = 1.0  # then the same pieces are asked for again
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 64.0
 
