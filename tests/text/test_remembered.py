@@ -100,3 +100,13 @@ def test_the_memory_is_bounded_by_tokens() -> None:
             assert 0 < encoder.num_remembered_tokens <= 20_000
     held = sum(len(piece.ids) for piece in encoder._pieces.values())
     assert held == encoder.num_remembered_tokens
+
+
+def test_another_salt_saves_no_time() -> None:
+    tokenizer = counting()
+    encoder, text = PromptEncoder(tokenizer), "word " * 10_000
+    tokenizer.num_chars = 0
+    ids = encoder.encode_up_to(text, PLENTY, salt="a")
+    num_chars, tokenizer.num_chars = tokenizer.num_chars, 0
+    assert encoder.encode_up_to(text, PLENTY, salt="b") == ids
+    assert tokenizer.num_chars == num_chars

@@ -26,7 +26,7 @@ from kvist.server.admission import Admission
 from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import EngineClient
 from kvist.server.lifecycle import Lifecycle
-from kvist.text import PromptEncoder, SamplingDefaults, Tokenizer
+from kvist.text import PromptEncoder, SamplingDefaults, Tokenizer, encode_up_to
 from kvist.wire import EngineHealth, EngineSpec
 
 T = TypeVar("T")
@@ -135,13 +135,13 @@ class GatewayContext:
         if name is not None and name != self.model_name:
             raise UnknownModel(f"the model `{name}` is not served here; `{self.model_name}` is", param="model")
 
-    def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Return the token ids of a prompt. Tokenising stops once the text is known to be too long. Raises
-        `PromptTooLong`."""
-        return self._encode_within(self.limit(), text, add_special_tokens=add_special_tokens, param=param)
+    def encode(self, text: str, *, add_special_tokens: bool, param: str, salt: str) -> list[int]:
+        """Return the token ids of a prompt. Only prompts with an equal `salt` save each other time. Tokenising stops
+        once the text is known to be too long. Raises `PromptTooLong`."""
+        return self._encode_within(self.limit(), text, add_special_tokens=add_special_tokens, param=param, salt=salt)
 
-    def _encode_within(self, limit: Limit, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        ids = self._encode_up_to(text, limit.most, add_special_tokens)
+    def _encode_within(self, limit: Limit, text: str, *, add_special_tokens: bool, param: str, salt: str) -> list[int]:
+        ids = self._encode_up_to(text, limit.most, add_special_tokens, salt)
         if ids is None:
             raise PromptTooLong(
                 f"the prompt of {len(text)} characters has over {limit.most} tokens; this server holds {limit.text}",
@@ -149,12 +149,13 @@ class GatewayContext:
             )
         return ids
 
-    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool, param: str) -> list[list[int]]:
+    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool, param: str, salt: str) -> list[list[int]]:
         """Return the token ids of several prompts of one request. Raises `PromptTooLong` and `RequestError`."""
         found: list[list[int]] = []
         limit, num_tokens = self.limit(), 0
         for text in texts:
-            found.append(self._encode_within(limit, text, add_special_tokens=add_special_tokens, param=param))
+            ids = self._encode_within(limit, text, add_special_tokens=add_special_tokens, param=param, salt=salt)
+            found.append(ids)
             num_tokens += len(found[-1])
             _check_job_tokens(num_tokens, limit, param)
         return found
@@ -165,19 +166,21 @@ class GatewayContext:
         found: list[list[int]] = []
         limit = room = self.max_tokens_shown()
         for text in texts:
-            ids = self._encode_up_to(text, room, add_special_tokens)
+            ids = self._encode_up_to(text, room, add_special_tokens, None)
             room -= 0 if ids is None else len(ids)
             if ids is None or room < 0:
                 raise RequestError(f"`{param}` has over {limit} tokens, which is the limit", param=param)
             found.append(ids)
         return found
 
-    def _encode_up_to(self, text: str, max_tokens: int, add_special_tokens: bool) -> list[int] | None:
+    def _encode_up_to(self, text: str, max_tokens: int, add_special_tokens: bool, salt: str | None) -> list[int] | None:
+        """Tokenise a text; with None as `salt`, nothing of it is looked up or remembered."""
         if len(text) > max_tokens * _MAX_CHARS_PER_TOKEN:
             return None
-        self.require_tokenizer()
-        assert self.encoder is not None
-        return self.encoder.encode_up_to(text, max_tokens, add_special_tokens=add_special_tokens)
+        tokenizer = self.require_tokenizer()
+        if salt is None or self.encoder is None:
+            return encode_up_to(tokenizer, text, max_tokens, add_special_tokens=add_special_tokens)
+        return self.encoder.encode_up_to(text, max_tokens, add_special_tokens=add_special_tokens, salt=salt)
 
     def check_job_tokens(self, num_tokens: int, param: str) -> None:
         """Raise `RequestError` when the prompts of one request, counted once for each answer, have too many tokens."""

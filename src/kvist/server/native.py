@@ -27,6 +27,7 @@ from kvist.server.sampling import (
     check_token_ids,
     num_choices,
     output_limit,
+    salt_digest,
     shows_stop,
     token_lists,
 )
@@ -44,7 +45,8 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     request, headers = _NATIVE.decode(body)
     gateway.check_model(request.model)
     fields = request.sampling_params or NativeSampling()
-    token_lists, batched, param = _prompts(gateway, request, fields)
+    salt = salt_digest(request.cache_salt, gateway.tenant(caller))
+    token_lists, batched, param = _prompts(gateway, request, fields, salt)
     limit = gateway.limit()
     prompts = [_limited(limit, fields, token_ids, param) for token_ids in token_lists]
     spec = JobSpec(
@@ -80,7 +82,7 @@ def _logprob_entries(request: NativeRequest, tokenizer: Tokenizer) -> LogprobEnt
 
 
 def _prompts(
-    gateway: GatewayContext, request: NativeRequest, fields: NativeSampling
+    gateway: GatewayContext, request: NativeRequest, fields: NativeSampling, salt: str
 ) -> tuple[list[list[int]], bool, str]:
     """Return the token ids of every prompt, whether the prompts came as a batch, and the name of their field."""
     if (request.text is None) == (request.input_ids is None):
@@ -90,7 +92,7 @@ def _prompts(
         _require_some(texts, "text")
         num_choices(fields.n, len(texts), gateway.config.max_choices, _names("text"))
         return (
-            gateway.encode_all(texts, add_special_tokens=True, param="text"),
+            gateway.encode_all(texts, add_special_tokens=True, param="text", salt=salt),
             not isinstance(request.text, str),
             "text",
         )

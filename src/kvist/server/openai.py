@@ -21,6 +21,7 @@ from kvist.server.sampling import (
     check_token_ids,
     num_choices,
     output_limit,
+    salt_digest,
     shows_stop,
     token_lists,
 )
@@ -38,7 +39,8 @@ def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     gateway.check_model(request.model)
     logprobs = of_chat(request, gateway.vocab_size())
     text = gateway.chat_prompt(request.messages, request)
-    prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages")
+    salt = salt_digest(request.cache_salt, gateway.tenant(caller))
+    prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages", salt=salt)
     default = gateway.sampling_defaults.max_new_tokens
     prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default)]
     job_id = new_job_id("chatcmpl")
@@ -60,7 +62,8 @@ def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     request, headers = _COMPLETION.decode(body)
     gateway.check_model(request.model)
     logprobs = of_completion(request, gateway.vocab_size())
-    prompt_ids, limit = _prompt_token_ids(gateway, request), gateway.limit()
+    salt = salt_digest(request.cache_salt, gateway.tenant(caller))
+    prompt_ids, limit = _prompt_token_ids(gateway, request, salt), gateway.limit()
     prompts = [_prompt(limit, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS) for token_ids in prompt_ids]
     job_id = new_job_id("cmpl")
     choices = _choices(gateway, request, caller, prompts, job_id, logprobs)
@@ -89,12 +92,12 @@ def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[
     return [texts[choice.index * len(texts) // len(choices)] for choice in choices]
 
 
-def _prompt_token_ids(gateway: GatewayContext, request: CompletionRequest) -> list[list[int]]:
+def _prompt_token_ids(gateway: GatewayContext, request: CompletionRequest, salt: str) -> list[list[int]]:
     """Return the token ids of every prompt. `prompt` is a text, a list of texts, token ids, or a list of lists of
     token ids; a mixture raises `RequestError`."""
     prompt, add_special_tokens = request.prompt, request.add_special_tokens is not False
     if isinstance(prompt, str):
-        return [gateway.encode(prompt, add_special_tokens=add_special_tokens, param="prompt")]
+        return [gateway.encode(prompt, add_special_tokens=add_special_tokens, param="prompt", salt=salt)]
     if not prompt:
         raise RequestError("`prompt` is an empty list", param="prompt")
     num_prompts = 1 if isinstance(prompt[0], int) else len(prompt)
@@ -104,7 +107,7 @@ def _prompt_token_ids(gateway: GatewayContext, request: CompletionRequest) -> li
         texts = [item for item in prompt if isinstance(item, str)]
         if len(texts) < len(prompt):
             raise RequestError("`prompt` mixes texts, token ids and lists of token ids; use one kind", param="prompt")
-        return gateway.encode_all(texts, add_special_tokens=add_special_tokens, param="prompt")
+        return gateway.encode_all(texts, add_special_tokens=add_special_tokens, param="prompt", salt=salt)
     vocab_size = gateway.vocab_size()
     for one in found:
         check_token_ids(one, vocab_size, "prompt")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from kvist.checkpoint import Checkpoint, CheckpointKind
+from kvist.text.bounded import encode_up_to
 from kvist.text.config import TextConfig
 from kvist.text.detokenizer import IncrementalDetokenizer
 from kvist.text.remembered import PromptEncoder
@@ -20,6 +21,7 @@ __all__ = [
     "StopMatcher",
     "TextConfig",
     "Tokenizer",
+    "encode_up_to",
     "load_sampling_defaults",
     "load_tokenizer",
     "special_token_marks",

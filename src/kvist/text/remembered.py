@@ -22,6 +22,8 @@ MAX_TOKENS = 1 << 20  # remembered, with their text: about 16 MB
 _MOST_PIECES = 8  # the length of a piece without earlier places to cut; then the rest of the text is not remembered
 _HEAD_CHARS = PIECE_CHARS + WINDOW_CHARS
 
+_Head = tuple[str, bool, str]  # text from the start of a piece; whether special tokens are added before it; salt
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
@@ -35,7 +37,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._pieces: OrderedDict[tuple[str, bool], _Piece] = OrderedDict()  # least recently used first
+        self._pieces: OrderedDict[_Head, _Piece] = OrderedDict()  # least recently used first
         self._num_tokens = 0
         self._lock = threading.Lock()
         self._special_end = special_end(tokenizer)
@@ -45,13 +47,16 @@ class PromptEncoder:
     def num_remembered_tokens(self) -> int:
         return self._num_tokens
 
-    def encode_up_to(self, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> list[int] | None:
-        """Return what `bounded.encode_up_to` returns."""
+    def encode_up_to(
+        self, text: str, max_tokens: int, *, add_special_tokens: bool = True, salt: str = ""
+    ) -> list[int] | None:
+        """Return what `bounded.encode_up_to` returns. Pieces are found again with an equal `salt` only: the time that
+        they save would show one caller what another has sent."""
         start, ids = 0, list[int]()
         if len(text) <= WHOLE_CHARS:
             max_tokens = sys.maxsize  # short enough to be tokenised in any case
         while len(text) - start > _HEAD_CHARS and len(ids) <= max_tokens:
-            piece = self._piece_at(text, start, with_special=add_special_tokens and start == 0)
+            piece = self._piece_at(text, start, salt, with_special=add_special_tokens and start == 0)
             if piece is None:
                 break
             ids += piece.ids
@@ -65,9 +70,9 @@ class PromptEncoder:
             return None
         return ids + rest + after
 
-    def _piece_at(self, text: str, start: int, *, with_special: bool) -> _Piece | None:
+    def _piece_at(self, text: str, start: int, salt: str, *, with_special: bool) -> _Piece | None:
         """Return the piece that begins at `start`, or None if no place to cut is near."""
-        head = text[start : start + _HEAD_CHARS], with_special
+        head = text[start : start + _HEAD_CHARS], with_special, salt
         with self._lock:
             piece = self._pieces.get(head)
             if piece is not None and text.startswith(piece.examined, start):
@@ -91,7 +96,7 @@ class PromptEncoder:
         self._remember(head, piece)
         return piece
 
-    def _remember(self, head: tuple[str, bool], piece: _Piece) -> None:
+    def _remember(self, head: _Head, piece: _Piece) -> None:
         with self._lock:
             replaced = self._pieces.pop(head, None)
             self._num_tokens += len(piece.ids) - (0 if replaced is None else len(replaced.ids))
