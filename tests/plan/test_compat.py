@@ -49,7 +49,7 @@ def test_a_difference_names_both_workers_and_both_values(change: dict[str, Any],
     assert found is not None
     name, theirs, ours = named
     assert found.startswith(f"worker d1 has another {name} than worker p1 ({theirs}, not {ours}): ")
-    assert meet(one, other) == TransportChoice(name=None, reason=found)
+    assert meet(one, other) == TransportChoice(name=None, reason=found, compatible=False)
 
 
 def test_engines_of_different_tp_sizes_are_compatible() -> None:
