@@ -52,7 +52,7 @@ demo: $(RUN_STAMP)
 	@$(BIN)/python -m kvist demo
 
 test: $(DEV_STAMP)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not model and not e2e and not gpu' $(PYTEST_ARGS)

@@ -50,9 +50,7 @@ class Allocator:
         self._cache = cache
         self._pending = pending
         self._loads: dict[int, ActiveRequest] = {}  # by job id; some requests have ended
-        self._followers: dict[int, list[ActiveRequest]] = defaultdict(
-            list
-        )  # job id → the requests that wait for the job
+        self._followers: dict[int, list[ActiveRequest]] = defaultdict(list)  # by job id: requests that wait for the job
         self._shared = SharedPrefixes(page_size=cache.page_size, usual_step_tokens=context.config.chunked_prefill_size)
         self._last_failed_allocation: tuple[int, int] | None = None  # ticket; reclaimable pages beyond the reserve
         self.deferred_victims: set[ActiveRequest] = set()  # victims whose pages the pending step still writes
@@ -61,12 +59,15 @@ class Allocator:
     def begin_step(self) -> None:
         self.out_of_pages = False
         self.deferred_victims.clear()
-        for request in self._shared.released():
-            self._requests.move(request, RequestState.WAITING)
+        self._queue_released()
 
     def begin_computing(self, request: ActiveRequest) -> None:
         """Let other requests wait for the pages that this running request is about to compute."""
         self._shared.lead(request)
+
+    def _queue_released(self) -> None:
+        for request in self._shared.released():
+            self._requests.move(request, RequestState.WAITING)
 
     # ---------------------------------------------------------------- running requests
 
@@ -161,6 +162,7 @@ class Allocator:
         self._cache.close(victim.take_lease())  # its full pages stay cached in the tree until they are evicted
         victim.num_computed = victim.num_planned = 0
         self._requests.move(victim, RequestState.SUSPENDED if victim.ungranted else RequestState.WAITING)
+        self._queue_released()  # nothing may run after this step, and then no step would release its followers
         return True
 
     def _youngest_ungranted(self) -> ActiveRequest | None:
