@@ -39,7 +39,10 @@ class Pairs:
         return choose_way(self._wanted, prefill, decode, self.choice(prefill.spec, decode.spec))
 
     def may_pair(self, prefill: Worker, decode: Worker) -> bool:
-        return self.way(prefill, decode).way is not None
+        assert prefill.spec is not None
+        assert decode.spec is not None
+        # with a common transport there is always a way; every pair is looked at for every request
+        return self.choice(prefill.spec, decode.spec).name is not None or self.way(prefill, decode).way is not None
 
     def with_partner(
         self, prefill: Sequence[Worker], decode: Sequence[Worker]

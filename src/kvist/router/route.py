@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
@@ -64,29 +64,24 @@ class Candidates:
     def has_route(self, *, single: bool) -> bool:
         return bool(self.unified) or bool(self.prefill and (self.decode or single))
 
+    def _keep(self, keeps: Callable[[Worker], bool]) -> Candidates:
+        return Candidates(
+            unified=[w for w in self.unified if keeps(w)],
+            prefill=[w for w in self.prefill if keeps(w)],
+            decode=[w for w in self.decode if keeps(w)],
+        )
+
     def that_know(self, request: EngineRequest) -> Candidates:
         """Keep the workers that know every field of the request. An older worker would ignore a newer field."""
-        return Candidates(
-            unified=[w for w in self.unified if w.knows(request)],
-            prefill=[w for w in self.prefill if w.knows(request)],
-            decode=[w for w in self.decode if w.knows(request)],
-        )
+        return self._keep(lambda worker: worker.knows(request))
 
     def that_fit(self, request: EngineRequest) -> Candidates:
         """Keep the workers that can hold the request; for prefill workers, the prompt and one token."""
         whole, prompt = num_tokens_needed(request, Mode.FULL), num_tokens_needed(request, Mode.PREFILL)
-        return Candidates(
-            unified=[w for w in self.unified if w.holds(whole)],
-            prefill=[w for w in self.prefill if w.holds(prompt)],
-            decode=[w for w in self.decode if w.holds(whole)],
-        )
+        return self._keep(lambda worker: worker.holds(prompt if worker.role is Role.PREFILL else whole))
 
     def with_room_for(self, caller: CallerPath) -> Candidates:
-        return Candidates(
-            unified=[w for w in self.unified if w.has_room_for(caller)],
-            prefill=[w for w in self.prefill if w.has_room_for(caller)],
-            decode=[w for w in self.decode if w.has_room_for(caller)],
-        )
+        return self._keep(lambda worker: worker.has_room_for(caller))
 
     def paired_by(self, pairs: Pairs) -> Candidates:
         """Keep the unified workers, and those that can hand a request over to another candidate or take one over."""
@@ -133,32 +128,34 @@ class Router:
         ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
         # A request for at most one token needs no handoff: a prefill worker serves it alone.
         single = request.sampling.max_tokens <= 1 and not request.output_token_ids
-        alone = self._alone(request, ready.that_know(request))
+        known = ready.that_know(request)
+        alone = self._alone(request, known)
         if not ready.has_route(single=single):
             decode = [worker for worker in alone if worker.role is Role.DECODE]
             if decode:
                 return self._choose_path(request, Candidates.only(decode), single=False)
             raise self._no_worker_error(ready)
-        known = ready.that_know(request)
         if not known.has_route(single=single):
             raise self._no_field_error(request, ready)
-        ready = known
-        able = ready if single else ready.paired_by(self._pairs)
+        able = self._able(known, single=single)
         if not able.has_route(single=single):
-            raise self._no_pair_error(ready)
-        ready, fit = able, able.that_fit(request)
-        fit = fit if single else fit.paired_by(self._pairs)
+            raise self._no_pair_error(known)
+        fit = self._able(able.that_fit(request), single=single)
         if not fit.has_route(single=single):
-            raise self._too_long_error(request, ready)
-        free = fit.with_room_for(caller_path(request.client))
-        free = free if single else free.paired_by(self._pairs)
+            raise self._too_long_error(request, able)
+        caller = caller_path(request.client)
+        free = self._able(fit.with_room_for(caller), single=single)
         if not free.has_route(single=single):
-            retry_after_s = min(w.retry_after_s() for w in fit.all() if not w.has_room_for(caller_path(request.client)))
+            retry_after_s = min(w.retry_after_s() for w in fit.all() if not w.has_room_for(caller))
             raise Overloaded(
                 "the queues of all workers that could serve the request are full: retry later, or add workers",
                 retry_after_s=retry_after_s,
             )
         return self._choose_path(request, free if single else free.with_alone(alone), single=single)
+
+    def _able(self, candidates: Candidates, *, single: bool) -> Candidates:
+        """Keep the workers that can take part in a route. `single`: the request needs no handoff, so no partner."""
+        return candidates if single else candidates.paired_by(self._pairs)
 
     def choose_next(self, request: EngineRequest, excluded: frozenset[Worker]) -> Worker | None:
         """Choose a worker that continues an answer, whose prompt another worker has computed; None if there is none."""
@@ -174,8 +171,8 @@ class Router:
 
     def _choose_path(self, request: EngineRequest, free: Candidates, *, single: bool) -> Route:
         salt, token_ids = request.cache_salt, request.prompt_token_ids
-        held = self._held_pages(request, free.all())
         workers = {worker.worker_id: worker for worker in free.all()}
+        held = self._held_pages(request, list(workers.values()))
         views = {
             worker_id: worker.view(
                 held.get(worker_id, NOTHING_HELD), num_coming_tokens=worker.coming.num_common_tokens(token_ids, salt)
