@@ -86,8 +86,12 @@ class Cluster:
         return time.monotonic() - start_s
 
     def wait_ready(self) -> None:
-        """Wait until the router can serve. Unlike `Processes.wait_ready`, notices that the router lost a worker."""
-        self.wait_until(lambda: _is_ready(self.router), within_s=START_TIMEOUT_S)
+        """Wait until the router can serve with both of its workers: with decode alone it is ready, too. Unlike
+        `Processes.wait_ready`, notices that the router lost a worker."""
+        self.wait_until(
+            lambda: _is_ready(self.router) and self.metric("kvist:workers", state="ready") == 2,
+            within_s=START_TIMEOUT_S,
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -113,7 +117,9 @@ def cluster() -> Iterator[Cluster]:
         plans, probe=probe_child, sink=lambda name, line: lines.append(f"[{name}] {line}"), timeouts=timeouts
     ) as processes:
         processes.wait_ready(START_TIMEOUT_S)
-        yield Cluster(processes=processes, lines=lines, **urls)
+        running = Cluster(processes=processes, lines=lines, **urls)
+        running.wait_ready()
+        yield running
 
 
 @pytest.fixture
