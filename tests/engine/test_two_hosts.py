@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,19 @@ def run(command: str) -> None:
     subprocess.run(command.split(), check=True, capture_output=True)
 
 
+def delete_network(name: str) -> None:
+    subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+    subprocess.run(["ip", "link", "del", f"{name}t"], check=False, capture_output=True)
+
+
+def delete_networks_of_killed_runs() -> None:
+    """A run that was killed leaves its addresses behind, and this one would send to the wrong network."""
+    listed = subprocess.run(["ip", "netns", "list"], check=False, capture_output=True, text=True).stdout
+    for name, pid in re.findall(r"^(kv(\d+)[pd])\b", listed, re.MULTILINE):
+        if not Path(f"/proc/{pid}").exists():
+            delete_network(name)
+
+
 def holds_nothing(engine: Engine) -> bool:
     load = engine.load
     return load is not None and load.num_free_pages + load.num_cached_pages == engine.spec.num_pages
@@ -64,6 +78,7 @@ class TwoHosts:
         self.unified = self._start("unified", self._folder / "one")
 
     def _make_networks(self) -> None:
+        delete_networks_of_killed_runs()
         for number, (role, name) in enumerate(self._names.items(), start=1):
             run(f"ip netns add {name}")
             run(f"ip -n {name} link set lo up")
@@ -156,8 +171,7 @@ class TwoHosts:
             self._relay.kill()
             self._relay.communicate()
         for name in self._names.values():
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-            subprocess.run(["ip", "link", "del", f"{name}t"], check=False, capture_output=True)
+            delete_network(name)
 
 
 def why_not() -> str:
