@@ -10,18 +10,21 @@ PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 pyth
 
 RUN_STAMP := $(VENV)/.kvist-run
 DEV_STAMP := $(VENV)/.kvist-dev
+MOONCAKE_STAMP := $(VENV)/.kvist-mooncake
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help setup demo test test-fast test-gpu check format bench clean
+.PHONY: help setup demo demo-mooncake test test-fast test-gpu check format bench chaos clean
 
 help:
 	@echo 'make demo       set up, start a small cluster, show its answers, stop the cluster'
+	@echo 'make demo-mooncake  the same, with a page pool of Mooncake: a master and three stores'
 	@echo 'make setup      install everything that development needs into $(VENV)'
 	@echo 'make test       all tests; make test-fast: only those without a model or processes'
 	@echo 'make test-gpu   the tests that need a CUDA device; fails without one'
 	@echo 'make check      check format, lint, types, import layers, sizes, pins, licences and plain English; make format reformats'
 	@echo 'make bench      the benchmarks, with quick settings'
+	@echo 'make chaos      ten minutes of streams while every process dies, hangs and is restarted; SEED=1 SECONDS=600'
 	@echo 'make clean      remove caches and $(VENV)'
 
 $(BIN)/python:
@@ -44,12 +47,22 @@ $(DEV_STAMP): $(RUN_STAMP)
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@$(PIP) install --quiet --constraint constraints.txt --no-deps mooncake-transfer-engine-non-cuda \
 		|| echo 'Mooncake has no build for this platform: its tests are skipped.'
+	@$(PIP) install --quiet --constraint constraints.txt --no-deps xgrammar apache-tvm-ffi \
+		|| echo 'xgrammar has no build for this platform: its tests are skipped.'
 	@touch $@
 
 setup: $(DEV_STAMP)
 
 demo: $(RUN_STAMP)
 	@$(BIN)/python -m kvist demo
+
+$(MOONCAKE_STAMP): $(RUN_STAMP)
+	$(PIP) install --constraint constraints.txt --no-deps mooncake-transfer-engine-non-cuda
+	@touch $@
+
+demo-mooncake: $(MOONCAKE_STAMP)
+	@$(BIN)/python -c 'import sys; from kvist.mooncake.requirements import library_obstacle as lacks; sys.exit(lacks() or 0)'
+	@$(BIN)/python -m kvist demo --storage mooncake --stores 3
 
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
@@ -81,6 +94,13 @@ bench: $(DEV_STAMP)
 	$(BIN)/python bench/bench_host.py
 	$(BIN)/python bench/bench_gateway.py
 	$(BIN)/python bench/bench_decode.py --repetitions 2 --tokens 24
+
+SEED ?= 1
+SECONDS ?= 600
+CHAOS_ARGS ?= --blackouts --tiers
+
+chaos: $(DEV_STAMP)
+	@$(BIN)/python bench/chaos.py --seed $(SEED) --seconds $(SECONDS) $(CHAOS_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist out src/*.egg-info

@@ -1,12 +1,12 @@
 """How many tokens a second does the gateway alone stream on one core?
 
-    python bench/bench_gateway.py [--streams 32] [--tokens 500] [--rounds 3] [--offered 0] [--json FILE]
+    python bench/bench_gateway.py [--streams 32] [--tokens 500] [--rounds 3] [--offered 0] [--engines 1] [--json FILE]
 
-Three processes: a fake engine with the real wire protocol that answers at once, one token a stream a step; the gateway
+Processes: fake engines with the real wire protocol that answer at once, one token a stream a step; the gateway
 (real dispatcher, tokenizer, HTTP server); clients that read server-sent events over real sockets. Reported per round:
 tokens a second of wall time, and of the gateway's own CPU time, which is the throughput of one free core.
 
-`--offered N` limits the engine to N tokens a second in all. With 0 there is no limit, and tokens that wait
+`--offered N` limits the engines to N tokens a second in all. With 0 there is no limit, and tokens that wait
 together leave in one event. The baseline, measured in the same run, is the same number of chunks written by
 a bare ASGI application on the same server: the cost of HTTP alone. `--json` writes {commit, hardware, settings, rows}.
 """
@@ -22,11 +22,17 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
+import msgspec
+
 from json_report import write_report
+from kvist.request import EpochId, WorkerId
 from kvist.testing.specs import make_roomy_spec
+from kvist.wire import EngineHealth
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -42,14 +48,14 @@ WORDS = "The capital of France is Paris, and it has been so since 987. "
 # ---------------------------------------------------------------- the engine's process
 
 
-def run_engine(offered_tokens_per_s: float) -> None:
+def run_engine(offered_tokens_per_s: float, number: int) -> None:
     from kvist.checkpoint import find_checkpoint
     from kvist.testing.fake_engine import FakeEngine
     from kvist.text import load_tokenizer
 
     tokens = load_tokenizer(find_checkpoint(None)).encode(WORDS)
     engine = FakeEngine(
-        spec=make_roomy_spec(vocab_size=VOCAB_SIZE),
+        spec=make_roomy_spec(vocab_size=VOCAB_SIZE, worker_id=WorkerId(f"w{number}"), epoch=EpochId(f"e{number}")),
         cluster_key=CLUSTER_KEY,
         token_at=lambda _request, position: tokens[position % len(tokens)],
         max_tokens_per_s=offered_tokens_per_s or None,
@@ -61,24 +67,42 @@ def run_engine(offered_tokens_per_s: float) -> None:
 # ---------------------------------------------------------------- the gateway's process
 
 
-def run_gateway(endpoint: str, port: int) -> None:
+class _Hosts(httpx.AsyncBaseTransport):
+    """Answers the discovery of engine N, at http://wN:1."""
+
+    def __init__(self, endpoints: Sequence[str]) -> None:
+        self._endpoints = endpoints
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        number = int(request.url.host.removeprefix("w"))
+        spec = make_roomy_spec(
+            vocab_size=VOCAB_SIZE,
+            endpoint=self._endpoints[number],
+            worker_id=WorkerId(f"w{number}"),
+            epoch=EpochId(f"e{number}"),
+        )
+        body = {"engine": spec, "engine_health": EngineHealth()}
+        return httpx.Response(200, content=msgspec.json.encode(body), request=request)
+
+
+def run_gateway(endpoints: Sequence[str], port: int) -> None:
     from kvist.event_loop import run_in_loop
     from kvist.server.serve import http_server
 
     async def main() -> None:
         from kvist.channel import ChannelConfig
         from kvist.checkpoint import find_checkpoint
-        from kvist.cluster.serving import LocalEngineTransport
         from kvist.router import RouterConfig, WorkerUrls, build_router
         from kvist.server.app import build_app
         from kvist.server.config import ServerConfig
         from kvist.text import load_tokenizer
 
         config = ServerConfig(host=HOST, port=port)
-        spec = make_roomy_spec(vocab_size=VOCAB_SIZE, endpoint=endpoint)
-        own = LocalEngineTransport(lambda: spec)
+        own = _Hosts(endpoints)
         channel = ChannelConfig(cluster_key=CLUSTER_KEY)
-        router = RouterConfig(urls=WorkerUrls(worker_urls=("http://own:1",)))
+        router = RouterConfig(
+            urls=WorkerUrls(worker_urls=tuple(f"http://w{number}:1" for number in range(len(endpoints))))
+        )
         dispatcher = build_router(router, channel, transport=own).dispatcher
         await dispatcher.start()
         tokenizer = load_tokenizer(find_checkpoint(None))
@@ -229,24 +253,25 @@ def report(rows: list[dict[str, object]]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["engine"]:
-        return run_engine(float(sys.argv[2]))
+        return run_engine(float(sys.argv[2]), int(sys.argv[3]))
     if sys.argv[1:2] == ["gateway"]:
-        return run_gateway(sys.argv[2], int(sys.argv[3]))
+        return run_gateway(sys.argv[3:], int(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=500, help="tokens a stream")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--offered", type=float, default=0.0, help="tokens a second the engine offers; 0: no limit")
+    parser.add_argument("--offered", type=float, default=0.0, help="tokens a second of all engines; 0: no limit")
+    parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    engine = start("engine", str(args.offered))
-    assert engine.stdout is not None
+    engines = [start("engine", str(args.offered / args.engines), str(number)) for number in range(args.engines)]
+    endpoints = [engine.stdout.readline().strip() for engine in engines if engine.stdout is not None]
     port = free_port()
-    gateway = start("gateway", engine.stdout.readline().strip(), str(port))
+    gateway = start("gateway", str(port), *endpoints)
     try:
         rows = asyncio.run(measure(args, gateway.pid, port))
     finally:
-        for process in (gateway, engine):
+        for process in (gateway, *engines):
             process.terminate()
             process.wait(timeout=20)
     report(rows)

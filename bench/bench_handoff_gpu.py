@@ -47,12 +47,16 @@ class Side:
         self.address = self.transport.addresses[0]
 
     def wait(self) -> TransferReport:
+        return self.wait_for_reports()[-1]
+
+    def wait_for_reports(self) -> list[TransferReport]:
+        """Return the reports since the last call, at least one."""
         while True:
             if not self._woken.wait(TIMEOUT_S):
                 raise SystemExit(f"no report within {TIMEOUT_S:g} s")
             self._woken.clear()
             if reports := self.transport.poll():
-                return reports[-1]
+                return reports
 
     def verify(self, page_ids: tuple[int, ...]) -> tuple[str, float]:
         """Return the checksum, and the milliseconds it took."""

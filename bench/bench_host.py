@@ -39,6 +39,7 @@ from kvist.engine.assembly import freeze_gc
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
+from kvist.engine.roles import RoleSwitch
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import SampledTokens
@@ -111,6 +112,11 @@ class FakeStep:
         self._watch = watch
         self._tokens = tokens
 
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None: ...
+
     def result(self) -> SampledTokens:
         with self._watch("result"):
             return sampled_tokens(self._tokens, None)
@@ -178,10 +184,12 @@ def make_loop(watch: Stopwatch, args: argparse.Namespace, sockets: FakeSockets) 
         runner=FakeGpu(watch, args.running, args.context),
         channel=sockets,
         transport=FakeTransport(),
+        roles=RoleSwitch(spec.role),
         reports=LoadReports(),
         page_events=PageEventLog(list_pages=cache.list_pages),
         clock=FakeClock(1.0),
         gateway_timeout_s=1e9,
+        watch_step=lambda _step: None,
         overlap=True,
     )
     return EngineLoop(parts)

@@ -26,7 +26,7 @@ from kvist import wire
 from kvist.engine.gateways import Gateways, PageReader
 from kvist.engine.page_events import PageEventLog
 from kvist.kv.changes import PageChanges
-from kvist.request import EpochId, WorkerId
+from kvist.request import EpochId, Role, WorkerId
 from kvist.router.config import RouterConfig
 from kvist.router.page_queue import PageQueue
 from kvist.router.registry import Registry, Worker
@@ -54,7 +54,7 @@ class Engine:
             self._changes.on_stored(digest)
         self._log = PageEventLog(list_pages=self._list_pages)
         self._log.record(self._changes.take())
-        self._gateways = Gateways(timeout_s=1e9)
+        self._gateways = Gateways(timeout_s=1e9, role=Role.UNIFIED)
         gateway = self._gateways.note_contact(b"g", 0.0)
         assert gateway is not None
         self._now_s = 0.0

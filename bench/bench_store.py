@@ -1,11 +1,15 @@
-"""How fast does the file store write and read pages, compared with plain files of the same size in the same folder?
+"""How fast does a store write and read pages, compared with plain files of the same size in the same folder, or with
+Mooncake's own client on the same pool?
 
     python bench/bench_store.py [FOLDER ...] [--json FILE]
+    python bench/bench_store.py --mooncake [--json FILE]
 
 Without folders: shared memory and the temporary folder. Store and plain files take turns, so that a noisy machine slows
 both. Prints the median of the rounds in GB/s, and the ratio of the two. The first round is not counted: it creates the
 folders, which is slow on ext4 and happens once in a store's life. Files are read back while they are in the kernel's
-page cache. `--json` writes {commit, hardware, settings, rows}, one row a round.
+page cache. With `--mooncake` a pool of three stores on loopback takes the place of the folders; Mooncake's client puts
+and gets objects of one piece without a header, in batches as large as the store's. A look-up finds none of its pages: a
+request waits that long when the pool is empty. `--json` writes {commit, hardware, settings, rows}, one row a round.
 """
 
 from __future__ import annotations
@@ -25,11 +29,17 @@ import numpy as np
 
 from json_report import write_report
 from kvist.kv.keys import page_digests
-from kvist.store.backend import PageStore, StoreContext
+from kvist.mooncake.client import PoolClient, PoolSettings
+from kvist.mooncake.engine import open_engine
+from kvist.store.backend import HostMemory, PageStore, StoreContext
 from kvist.store.file import FileStore
+from kvist.store.mooncake import MooncakeStore
+from kvist.store.mooncake_options import STORES_USER, MooncakeStoreOptions
+from kvist.testing.mooncake_pool import MooncakePool
 
 Row = tuple[str, str, float]  # folder, case, GB/s
 PAIRS = {"put": "plain write", "put, evicting": "plain write", "get": "plain read"}
+POOL_BATCH = 16  # pages in one call: a fetch of the engine (kv/tiers/storage.py); it stores up to 128 in one
 
 
 def aligned_pages(num_pages: int, page_bytes: int) -> list[memoryview]:
@@ -104,6 +114,69 @@ def rounds_in(folder: Path, settings: argparse.Namespace) -> Iterator[Row]:
     shutil.rmtree(folder)
 
 
+def rounds_in_pool(settings: argparse.Namespace) -> Iterator[Row]:
+    num_pages, page_bytes = settings.num_pages, settings.page_bytes
+    pool = np.frombuffer(mmap.mmap(-1, 2 * num_pages * page_bytes), np.uint8).reshape(-1, page_bytes)
+    pool[:] = np.random.default_rng(0).integers(0, 256, page_bytes, np.uint8)
+    pages = [row.data for row in pool]
+    addresses = [row.ctypes.data for row in pool]
+    into, addresses_into = pages[num_pages:], addresses[num_pages:]
+    memory = HostMemory(address=addresses[0], num_bytes=pool.nbytes)
+    segment_bytes = (2 * num_pages * page_bytes * 2 // 3 >> 24 << 24) + (64 << 20)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        MooncakePool(Path(folder), num_stores=3, segment_bytes=segment_bytes) as processes,
+    ):
+        options = MooncakeStoreOptions(mooncake_master_addr=processes.master)
+        store = MooncakeStore(options, StoreContext(namespace="b", page_bytes=page_bytes, host_memory=memory))
+        engine = open_engine(options.resolved().network("127.0.0.1"), STORES_USER)
+        client = PoolClient(engine, PoolSettings(master=processes.master))
+
+        def timed(case: str, work: Callable[[slice], bool]) -> Row:
+            start_s = time.perf_counter()
+            for first in range(0, num_pages, settings.batch_pages):
+                assert work(slice(first, min(first + settings.batch_pages, num_pages))), case
+            return "mooncake", case, num_pages * page_bytes / 1e9 / (time.perf_counter() - start_s)
+
+        for round_index in range(settings.num_rounds + 1):
+            keys = page_digests(range(round_index, round_index + num_pages), 1, "bench")
+            names = [f"plain-{key.hex()}" for key in keys]
+
+            def put_plain(part: slice, names: list[str] = names) -> bool:
+                pieces = [(address,) for address in addresses[part]]
+                codes = client.put(names[part], pieces, [(page_bytes,)] * len(pieces), num_replicas=1)
+                return not any(codes)
+
+            def get_plain(part: slice, names: list[str] = names) -> bool:
+                return all(size == page_bytes for size in client.get(names[part], addresses_into[part], page_bytes))
+
+            def put(part: slice, keys: list[bytes] = keys) -> bool:
+                return store.put(keys[part], pages[part]) == len(keys[part])
+
+            def get(part: slice, keys: list[bytes] = keys) -> bool:
+                return store.get(keys[part], into[part]) == len(keys[part])
+
+            start_s = time.perf_counter()
+            assert store.exists(page_digests(range(10**6, 10**6 + 128), 1, "missing")) == 0
+            lookup_ms = 1e3 * (time.perf_counter() - start_s)
+            cases: list[tuple[str, Callable[[slice], bool]]] = [
+                ("plain write", put_plain),
+                ("put", put),
+                ("plain read", get_plain),
+                ("get", get),
+            ]
+            if round_index % 2:  # each of a pair goes first in every other round
+                cases = [cases[index] for index in (1, 0, 3, 2)]
+            rows = [timed(case, work) for case, work in cases]
+            if round_index > 0:
+                yield from rows
+                yield "mooncake", "look-up of 128 missing pages, ms", lookup_ms
+            client.remove([*names, *store.names(keys)])
+        client.close()
+        store.close()
+
+
 def report(rows: list[Row]) -> None:
     medians: dict[tuple[str, str], float] = {}
     for folder, case in dict.fromkeys((folder, case) for folder, case, _ in rows):
@@ -122,12 +195,17 @@ def main() -> None:
     parser.add_argument("--num-pages", type=int, default=256)
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--num-rounds", type=int, default=5)
+    parser.add_argument("--batch-pages", type=int, default=POOL_BATCH, help="with --mooncake: pages in one call")
+    parser.add_argument("--mooncake", action="store_true", help="measure a Mooncake pool instead of folders")
     settings = parser.parse_args()
-    rows = [
-        row
-        for folder in settings.folders
-        for row in rounds_in(Path(tempfile.mkdtemp(prefix="kvist-bench-", dir=folder)), settings)
-    ]
+    if settings.mooncake:
+        rows = list(rounds_in_pool(settings))
+    else:
+        rows = [
+            row
+            for folder in settings.folders
+            for row in rounds_in(Path(tempfile.mkdtemp(prefix="kvist-bench-", dir=folder)), settings)
+        ]
     report(rows)
     if settings.json:
         each = [{"folder": folder, "case": case, "gb_per_s": speed} for folder, case, speed in rows]

@@ -5,6 +5,7 @@
     python bench/bench_tiers.py article     --model-path M --load-format dummy
     python bench/bench_tiers.py no-hits     ...           # what tiers cost when nothing comes back
     python bench/bench_tiers.py restart     ...           # what --hicache-persist brings after SIGKILL
+    python bench/bench_tiers.py article     ... --storage mooncake --pair     # stores on loopback; prefill and decode
 
 For each row it starts `kvist serve`, runs `kvist bench multiturn` against it, reads the worker's counters before and
 after, and stops it. Rows are compared within one run; the first is the baseline. `no-hits` keeps all its servers up and
@@ -28,31 +29,25 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from json_report import write_report
-from kvist.checkpoint import find_checkpoint
 from kvist.cluster.plan import visible_gpus
 from kvist.cores import num_usable_cores
-from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import available_host_bytes
-from kvist.models import load_model_config
+from scaling_fleet import BenchCluster
 from served import BenchFailure, BenchServer, Report
+from tiers_store import PAGE_SIZE, STORAGES, StorePlan, kv_token_bytes, opened_store
+from tiers_table import Row, moves_lines, no_hits_table, restarts_table, strategies_table
 
 L1, L2, L3 = "L1", "L1+L2", "L1+L2+L3"
 STRATEGIES = (L1, L2, L3)
-PAGE_SIZE = 16
 SPARE_BYTES = 8 * 10**9  # for the processes themselves
 STORE_SHARE = 1.2  # of all conversations: files have headers, and eviction must not be what is measured
-FIRST_MINUTE_S, FIRST_SECONDS_S = 60.0, 10.0
-NO_HITS_BAR = 0.98
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,15 +116,7 @@ class Machine:
             self.device = "cuda" if args.preset != "cpu" and visible_gpus(os.environ) else "cpu"
         presets = PRESETS if self.device == "cuda" else {**PRESETS, **CPU_PRESETS}
         self.dtype = "bfloat16" if self.device == "cuda" else "float32"
-        config = load_model_config(find_checkpoint(args.model_path))
-        layout = PageLayout(
-            num_kv_heads=config.num_kv_heads,
-            num_layers=config.num_layers,
-            page_size=PAGE_SIZE,
-            head_dim=config.head_dim,
-            dtype=self.dtype,
-        )
-        self.token_bytes = layout.page_bytes // PAGE_SIZE
+        self.token_bytes = kv_token_bytes(args.model_path, self.dtype)
         self.strategies = [name for name in STRATEGIES if name in args.rows]
         self.store_parent = Path(args.store_dir) if args.store_dir else _in_memory() or folder
         self.setup = self._fitting(presets[args.preset].scaled(args.scale))
@@ -146,20 +133,23 @@ class Machine:
         """Return what this machine has too little of, in words; "" if everything fits."""
         tiers = [name for name in self.strategies if name != L1] or (self.args.preset == "restart" and [L2])
         in_memory = SPARE_BYTES if self.device == "cuda" else setup.device_tokens * self.token_bytes
-        in_memory += self.host_bytes(setup) if tiers else 0
+        in_memory += self.host_bytes(setup) * (1 + self.args.pair) if tiers else 0
         in_store = self.store_bytes(setup) if L3 in self.strategies and self.args.preset != "restart" else 0
         if self.args.preset == "restart":
             in_store, in_memory = self.host_bytes(setup), in_memory - self.host_bytes(setup)  # the pool is that file
         free_store = shutil.disk_usage(self.store_parent).free
-        if in_store > free_store:
+        if in_store > free_store and self.args.storage == "file":
             return f"{self.store_parent} has {free_store / 1e9:.1f} GB free of {in_store / 1e9:.1f}"
-        if _is_memory(self.store_parent):
+        if _is_memory(self.store_parent) or self.args.storage == "mooncake":
             in_memory += in_store
         free = available_host_bytes()
         return f"{free / 1e9:.1f} GB of memory are free of {in_memory / 1e9:.1f}" if in_memory > free else ""
 
     def host_bytes(self, setup: Setup) -> int:
         return int(setup.host_share * setup.working_set_tokens) * self.token_bytes
+
+    def store_place(self) -> str:
+        return str(self.store_parent) if self.args.storage == "file" else f"{self.args.stores} Mooncake stores"
 
     def store_bytes(self, setup: Setup) -> int:
         return int(STORE_SHARE * setup.working_set_tokens) * self.token_bytes
@@ -177,22 +167,39 @@ class Machine:
         if strategy != L1:
             flags += ["--enable-hierarchical-cache", f"--hicache-size={self.host_bytes(setup) / 1e9:.6f}"]
         if strategy == L3:
-            store = tempfile.mkdtemp(prefix="store-", dir=self.folder_for_store())
-            flags += ["--hicache-storage-backend=file", f"--hicache-storage-path={store}"]
-            flags += [f"--hicache-storage-size={self.store_bytes(setup) / 1e9:.6f}"]
             threshold = max(PAGE_SIZE, setup.num_input // 8)  # the default, 256, where a round appends 2048
             flags += [f"--hicache-storage-prefetch-threshold={threshold}", *shlex.split(args.l3_flags)]
         return [*flags, *extra, *shlex.split(args.serve_flags)]
+
+    @contextlib.contextmanager
+    def store_flags(self, strategy: str) -> Iterator[list[str]]:
+        """Open the store of a strategy that has one; yield the flags for it."""
+        if strategy != L3:
+            yield []
+            return
+        plan = StorePlan(
+            storage=self.args.storage,
+            num_bytes=self.store_bytes(self.setup),
+            parent=self.folder_for_store(),
+            logs=self.logs(),
+            num_stores=self.args.stores,
+            start_timeout_s=self.args.start_timeout,
+        )
+        with opened_store(plan) as flags:
+            yield flags
 
     def folder_for_store(self) -> Path:
         path = self.store_parent / f"kvist-bench-{os.getpid()}"
         path.mkdir(exist_ok=True, mode=0o700)
         return path
 
-    def serve(self, name: str, flags: Sequence[str]) -> BenchServer:
+    def logs(self) -> Path:
         logs = Path(self.args.logs) if self.args.logs else self.folder
         logs.mkdir(exist_ok=True, parents=True)
-        return BenchServer(name, flags, logs)
+        return logs
+
+    def serve(self, name: str, flags: Sequence[str]) -> BenchServer:
+        return (BenchCluster if self.args.pair else BenchServer)(name, flags, self.logs())
 
     def bench(self, server: BenchServer, argv: Sequence[str]) -> Report:
         return server.bench(argv, self.folder / "bench.json", self.args.row_timeout)
@@ -244,7 +251,11 @@ def measured(machine: Machine, server: BenchServer, argv: Sequence[str]) -> Row:
 
 def compare_strategies(machine: Machine) -> Iterator[Row]:
     for strategy in machine.strategies:
-        with _failures_printed(), machine.serve(strategy, machine.flags(strategy)) as server:
+        with (
+            _failures_printed(),
+            machine.store_flags(strategy) as store,
+            machine.serve(strategy, machine.flags(strategy, *store)) as server,
+        ):
             server.start(machine.args.start_timeout)
             yield measured(machine, server, machine.setup.bench_argv(machine.args.seed))
 
@@ -254,7 +265,8 @@ def compare_without_hits(machine: Machine) -> Iterator[Row]:
     with _failures_printed(), contextlib.ExitStack() as stack:
         servers: list[BenchServer] = []
         for strategy in machine.strategies:
-            flags = machine.flags(strategy, num_servers=len(machine.strategies))
+            store = stack.enter_context(machine.store_flags(strategy))
+            flags = machine.flags(strategy, *store, num_servers=len(machine.strategies))
             servers.append(stack.enter_context(machine.serve(strategy, flags)))
             servers[-1].start(machine.args.start_timeout)
         for repetition in range(machine.args.repetitions + 1):
@@ -297,125 +309,6 @@ def _failures_printed() -> Iterator[None]:
         print(f"FAILED {failure}", flush=True)
 
 
-# ---------------------------------------------------------------- tables
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in (header, rule, *lines)
-    )
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def against(value: float, base: float | None, form: str) -> str:
-    return format(value, form) + (f" (x{value / base:.2f})" if base else "")
-
-
-def strategies_table(rows: Sequence[Row]) -> str:
-    first = rows[0]["summary"]
-    lines = []
-    for row in rows:
-        summary, tiers = row["summary"], row["by_tier"]
-        base = None if row is rows[0] else first
-        split = " / ".join(percent(tiers.get(tier)) for tier in ("L1", "L2", "L3"))
-        ttft, old = summary["ttft_s"], base and base["ttft_s"]
-        lines.append(
-            (
-                row["name"],
-                percent(summary["hit_rate"]),
-                percent(summary["hit_rate_ceiling"]),
-                split,
-                against(1e3 * ttft["mean"], old and 1e3 * old["mean"], ",.0f"),
-                against(1e3 * ttft["p90"], old and 1e3 * old["p90"], ",.0f"),
-                against(summary["input_tokens_per_s"], base and base["input_tokens_per_s"], ",.0f"),
-                f"{summary['computed_tokens_per_s'] or 0:,.0f}",
-                f"{row['counted'].get('process_cpu_seconds', 0.0):.1f}",
-                f"{summary['wall_s']:.1f}",
-                f"{row['ready_s']:.1f}",
-            )
-        )
-    return table(
-        (
-            *("tiers", "hit rate", "at most", "from L1 / L2 / L3", "TTFT mean ms", "TTFT p90 ms"),
-            *("input tok/s", "computed tok/s", "engine CPU s", "wall s", "ready s"),
-        ),
-        lines,
-    )
-
-
-def moves_lines(rows: Sequence[Row]) -> str:
-    """Return GB and GB/s of the copies between tiers, one line for each row that has any."""
-    found = []
-    for row in rows:
-        counted, parts = row["counted"], []
-        for kind in sorted(name.removesuffix("_bytes") for name in counted if name.endswith("_bytes")):
-            num_bytes, seconds = counted[f"{kind}_bytes"], counted.get(f"{kind}_seconds", 0.0)
-            if num_bytes and not kind.startswith("handoff"):
-                rate = f" at {num_bytes / seconds / 1e9:.1f} GB/s" if seconds else ""
-                parts.append(f"{kind.replace('_', ' ')} {num_bytes / 1e9:.2f} GB{rate}")
-        for name in ("host_skipped_pages", "host_failed_pages", "storage_failed_pages", "prefetch_timeouts"):
-            if counted.get(name):
-                parts.append(f"{name.replace('_', ' ')} {counted[name]:,.0f}")
-        found += [f"{row['name']}: {', '.join(parts)}"] if parts else []
-    return "\n".join(found)
-
-
-def no_hits_table(rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    speeds = {name: [row["summary"]["input_tokens_per_s"] for row in rows if row["name"] == name] for name in names}
-    base, lines = speeds[names[0]], []
-    compared = [name for name in names if len(speeds[name]) == len(base)]
-    for name in compared:
-        ratios = [speed / old for speed, old in zip(speeds[name], base, strict=True)]
-        ratio = statistics.median(ratios)
-        verdict = "" if name == names[0] else f"bar {NO_HITS_BAR}: {'met' if ratio >= NO_HITS_BAR else 'MISSED'}"
-        backed_up = sum(row["counted"].get("host_backup_bytes", 0.0) for row in rows if row["name"] == name)
-        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        median = f"{statistics.median(speeds[name]):,.0f}"
-        lines.append((name, median, f"{ratio:.3f}", spread, f"{backed_up / 1e9:.2f}", verdict))
-    parts = [table(("tiers", "input tok/s, median", "ratio, median", "ratios", "GB backed up", "verdict"), lines)]
-    for name in names:
-        if name not in compared:
-            counts = f"{len(speeds[name])} of {name}, {len(base)} of {names[0]}"
-            median = f"{statistics.median(speeds[name]):,.0f}"
-            parts.append(f"{name}: {median} input tok/s, not compared: a run failed, rows measured are {counts}")
-    return "\n".join(parts)
-
-
-def hit_rate_within(row: Row, seconds: float) -> float | None:
-    """Return the hit rate of the requests that were sent in the first `seconds`."""
-    early = [one for one in row["requests"] if one["sent_s"] is not None and one["sent_s"] <= seconds]
-    num_prompt = sum(one["num_prompt_tokens"] or 0 for one in early)
-    return sum(one["num_cached_tokens"] or 0 for one in early) / num_prompt if num_prompt else None
-
-
-def restarts_table(rows: Sequence[Row]) -> str:
-    compared = [row for row in rows if row["name"] != "before the kill"]
-    window_s = min([FIRST_MINUTE_S, *(row["summary"]["wall_s"] for row in compared)])
-    short_s = min(FIRST_SECONDS_S, window_s / 4)
-    lines = [
-        (
-            row["name"],
-            f"{row['ready_s']:.1f}",
-            percent(hit_rate_within(row, short_s)),
-            percent(hit_rate_within(row, window_s)),
-            percent(row["summary"]["hit_rate"]),
-            f"{1e3 * row['summary']['ttft_s']['mean']:,.0f}",
-            f"{row['summary']['input_tokens_per_s']:,.0f}",
-            f"{row['summary']['wall_s']:.1f}",
-        )
-        for row in rows
-    ]
-    hits = (f"hits, first {short_s:.0f} s", f"hits, first {window_s:.0f} s", "hits, all")
-    return table(("start", "ready s", *hits, "TTFT mean ms", "input tok/s", "wall s"), lines)
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -436,6 +329,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--start-timeout", type=float, default=120.0, help="seconds from start to ready")
     parser.add_argument("--row-timeout", type=float, default=240.0, help="seconds that one kvist bench may take")
     parser.add_argument("--store-dir", help="where the store and persisted pages lie for the run (default: /dev/shm)")
+    parser.add_argument("--storage", default="file", choices=STORAGES, help="the store of L3; mooncake: on loopback")
+    parser.add_argument("--stores", type=int, default=3, help="number of Mooncake stores")
+    parser.add_argument("--pair", action="store_true", help="a prefill and a decode worker, each with these tiers")
     parser.add_argument("--l3-flags", default="", help="more flags for servers with a store, as one string")
     parser.add_argument("--serve-flags", default="", help="more flags for every server, as one string")
     parser.add_argument("--seed", type=int, default=3)
@@ -457,7 +353,8 @@ def described(machine: Machine) -> str:
         f"{setup.num_output} tokens{scaled}, {setup.parallel} in flight; in the end {setup.working_set_tokens:,} "
         f"tokens, {setup.working_set_tokens * machine.token_bytes / 1e9:.1f} GB. L1 {setup.device_tokens:,} tokens "
         f"({setup.device_tokens / setup.working_set_tokens:.1%}), L2 {host:.1f} GB ({setup.host_share:.0%}), "
-        f"L3 up to {store:.1f} GB in {machine.store_parent}"
+        f"L3 up to {store:.1f} GB in {machine.store_place()}"
+        + (", prefill and decode apart" if machine.args.pair else "")
     )
 
 

@@ -32,6 +32,10 @@ INSIDE: dict[str, type[msgspec.Struct]] = {
     "kvist.": schemas.KvistOptions,
     "messages[].": schemas.ChatMessage,
     "messages[].content[].": schemas.ContentPart,
+    "messages[].tool_calls[].": schemas.ToolCall,
+    "messages[].tool_calls[].function.": schemas.CalledFunction,
+    "tools[].": schemas.Tool,
+    "tools[].function.": schemas.ToolFunction,
 }
 
 

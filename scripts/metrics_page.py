@@ -15,15 +15,19 @@ from prometheus_client.core import Metric
 
 from kvist.engine.counters import COUNTER_BY_NAME, ENGINE_COUNTERS
 from kvist.metrics import GatewayMetrics
+from kvist.nodes.node_metrics import StoreFigures, master_families, store_families
+from kvist.page_index.page_feed import KnownPages
 from kvist.request import Role, WorkerId
 from kvist.router.members import MemberCounts
-from kvist.router.stream import ClusterSnapshot, KnownPages, WorkerSnapshot
+from kvist.router.stream import ClusterSnapshot, WorkerSnapshot
+from kvist.server.constraints import grammar_families
 from kvist.server.worker_metrics import member_families, worker_families
 from kvist.wire import LoadReport
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 GATEWAY, WORKERS, TIERS, CPU = "Requests at this gateway", "Workers, by their own reports", "Cache tiers", "CPU time"
-SECTIONS = (GATEWAY, WORKERS, TIERS, CPU)
+NODES = "Nodes of a page pool"
+SECTIONS = (GATEWAY, WORKERS, TIERS, CPU, NODES)
 _TABLE = "<!-- {}: made by scripts/metrics_page.py -->\n(.*?)<!-- end -->\n"
 
 
@@ -48,8 +52,12 @@ def families() -> Iterator[tuple[str, Metric]]:
     )
     for family in GatewayMetrics().collect():
         yield GATEWAY, family
+    for family in grammar_families(None):
+        yield GATEWAY, family
     for family in worker_families(ClusterSnapshot(workers=(worker,))):
-        if "worker" not in labels_of(family):
+        if family.name.startswith("kvist:storage_pool_"):
+            yield TIERS, family
+        elif "worker" not in labels_of(family):
             yield GATEWAY, family
         elif re.match("kvist:(worker_)?(host|storage)_", family.name):
             yield TIERS, family
@@ -57,6 +65,8 @@ def families() -> Iterator[tuple[str, Metric]]:
             yield WORKERS, family
     for family in member_families(MemberCounts()):
         yield GATEWAY, family
+    for family in (*master_families(), *store_families(StoreFigures(state="serving", ssd_limit_bytes=1))):
+        yield NODES, family
 
 
 def labels_of(family: Metric) -> tuple[str, ...]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,10 +15,28 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from kvist.checkpoint import find_checkpoint
+from kvist.mooncake.requirements import library_obstacle
+from kvist.testing.mooncake_pool import MooncakePool
 
 # No deadline: the time of one example depends on the machine and on its load.
 settings.register_profile("kvist", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvist")
+
+
+SHARED_CLUSTER = "tests/e2e/"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole files to pytest-xdist's workers, and all end-to-end tests to one: several clusters of real engines at
+    once need more memory than a small machine has."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # has no types
+        def _split_scope(self, nodeid: str) -> str:
+            return SHARED_CLUSTER if nodeid.startswith(SHARED_CLUSTER) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,12 +51,60 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo `setup_logging` after a test that calls it: pytest keeps every record of a level that is on, and the handler
+    writes to a stream that is closed."""
+    root, kvist = logging.getLogger(), logging.getLogger("kvist")
+    handlers, levels = root.handlers[:], (root.level, kvist.level)
+    yield
+    added = [each for each in root.handlers if each not in handlers and not type(each).__module__.startswith("_pytest")]
+    for handler in added:
+        root.removeHandler(handler)
+    root.setLevel(levels[0])
+    kvist.setLevel(levels[1])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def configuration_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Set a temporary configuration folder: processes of tests must not use the developer's cluster key."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         yield
+
+
+@pytest.fixture
+def memory_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, for the pages of engines: on a disk, a process that writes to them may wait for seconds."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def mooncake_library() -> None:
+    """Skip where Mooncake cannot run, with its reason."""
+    if reason := library_obstacle():
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def mooncake_pool(mooncake_library: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MooncakePool]:  # noqa: ARG001
+    """A pool with one store that all tests share: each has names of its own, and lets the processes run."""
+    with MooncakePool(tmp_path_factory.mktemp("mooncake")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def started_stores(mooncake_library: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MooncakePool]:  # noqa: ARG001
+    with MooncakePool(tmp_path_factory.mktemp("stores"), num_stores=3) as pool:
+        yield pool
+
+
+@pytest.fixture
+def breakable_pool(started_stores: MooncakePool) -> MooncakePool:
+    """A master and three stores that run, which the test may kill and stop, and no dead store that the master knows."""
+    started_stores.restore()
+    return started_stores
 
 
 @pytest.fixture(scope="session")

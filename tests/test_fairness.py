@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.fairness import CallerCounts, CallerPath, FairQueue, caller_path
-from kvist.service_time import ServiceTime, retry_after_s
+from kvist.fairness import CallerCounts, CallerPath, FairQueue, caller_path, weight_of, weighted_name
+from kvist.service_time import DrainRate, ServiceTime, retry_after_s
 
 CALLERS = st.tuples(st.sampled_from("kl"), st.sampled_from("hi"), st.sampled_from("123"))
 
@@ -105,3 +105,75 @@ def test_retry_after_is_the_queue_length_times_the_recent_service_time(num_ahead
     for _ in range(200):
         service.add(10.0)
     assert retry_after_s(service.mean_s, num_ahead=num_ahead, num_served=20) == pytest.approx(wait_s, rel=0.01)
+
+
+WEIGHTED = st.tuples(st.sampled_from(["k", "l:2", "m:5"]), st.sampled_from("hi"), st.sampled_from("12"))
+
+
+def test_the_weight_of_a_key_is_read_from_its_name() -> None:
+    names = ["", "k", weighted_name("k", 1), weighted_name("k", 7), "k:", "k:x", "k:0", "k:99999", "k:1001", "k:²"]
+    assert [weight_of(name) for name in names] == [1, 1, 1, 7, 1, 1, 1, 1, 1000, 1]
+
+
+@given(st.lists(st.sampled_from(["k", "l:2", "m:5"]), min_size=30, max_size=200))
+def test_waiting_keys_get_turns_by_their_weights(arrivals: list[str]) -> None:
+    """While all three keys wait, no key is more than one turn of its own away from its share."""
+    turns: FairQueue[tuple[str, int]] = FairQueue(lambda item: item[1])
+    for number, key in enumerate(arrivals):
+        turns.add((key, "h", "1"), (key, number))
+    left, taken = Counter(arrivals), Counter[str]()
+    while min(left[key] for key in ("k", "l:2", "m:5")) > 0:
+        item = turns.head()
+        assert item is not None
+        turns.take((item[0], "h", "1"), item)
+        left[item[0]] -= 1
+        taken[item[0]] += 1
+        rounds = [taken[key] / weight_of(key) for key in ("k", "l:2", "m:5")]
+        assert max(rounds) - min(rounds) <= 1.0 + 1e-9
+
+
+@given(st.lists(WEIGHTED, min_size=1, max_size=14), WEIGHTED)
+def test_two_weighted_callers_never_displace_each_other_in_turn(places: list[CallerPath], newcomer: CallerPath) -> None:
+    counts = _counts(places)
+    loser = counts.displaced_by(newcomer)
+    if loser is not None:
+        counts.remove(loser)
+        counts.add(newcomer)
+        assert counts.displaced_by(loser) != newcomer
+
+
+@given(st.lists(CALLERS, max_size=14), CALLERS)
+def test_the_number_ahead_is_the_number_of_turns_before_a_newcomer(
+    places: list[CallerPath], newcomer: CallerPath
+) -> None:
+    """In a queue that has taken no turn, and whose newcomer comes last in each round."""
+    turns: FairQueue[tuple[CallerPath, int]] = FairQueue(lambda item: item[1])
+    for number, caller in enumerate(
+        sorted(places, key=lambda each: [a == b for a, b in zip(each, newcomer, strict=True)])
+    ):
+        turns.add(caller, (caller, number))
+    last = (newcomer, len(places))
+    turns.add(newcomer, last)
+    num_before = 0
+    while (item := turns.head()) != last:
+        assert item is not None
+        turns.take(item[0], item)
+        num_before += 1
+    assert _counts(places).num_ahead(newcomer) == pytest.approx(num_before, abs=1)
+
+
+def test_the_drain_rate_counts_only_requests_that_waited_and_only_time_with_a_queue() -> None:
+    rate, now_s = DrainRate(), 0.0
+    rate.begin(now_s)
+    rate.left(1000)  # admitted at once
+    rate.end(has_queue=True)
+    assert rate.tokens_per_s is None
+    for _ in range(100):
+        now_s += 0.5
+        rate.begin(now_s)
+        rate.left(40)
+        rate.end(has_queue=True)
+    assert rate.tokens_per_s == pytest.approx(80.0, rel=0.05)
+    rate.end(has_queue=False)
+    rate.begin(now_s + 1000.0)  # idle
+    assert rate.tokens_per_s == pytest.approx(80.0, rel=0.05)

@@ -1,4 +1,5 @@
-"""The `kvist` command. Its verbs start a worker, the router, a local cluster, the chat, the demo and the benchmarks.
+"""The `kvist` command. Its verbs start a worker, the router, the nodes of a page pool, a local cluster, the chat,
+the demo and the benchmarks.
 
 No heavy module is imported before a verb runs: `--help`, `--version` and errors in flags appear at once.
 """
@@ -15,12 +16,17 @@ from kvist.errors import ConfigError, KvistError
 VERBS = {
     "serve": "start one worker: an engine and its HTTP server",
     "router": "start a gateway that routes requests to workers",
+    "master": "start the master of a Mooncake pool, which knows where the pages of the storage tier are",
+    "store": "start a store of a Mooncake pool, which keeps pages in memory and on an SSD",
+    "store drain": "move the pages of a store to the other stores, so that it can be stopped",
+    "role": "switch a running worker to another role",
     "up": "start a router, prefill workers and decode workers on this machine",
     "chat": "chat at the terminal with a running server, or with one that is started for the chat",
     "demo": "start a small cluster, run a short chat, show its handoffs and cache hits, and stop the cluster",
     "bench single": "measure a server: one stream at a time",
     "bench offline": "measure a server: all requests at once",
     "bench rate": "measure a server: requests that arrive at random times",
+    "bench mixed": "measure a server: chats with long prompts among them",
     "bench multiturn": "measure a server: conversations of several turns",
     "bench custom": "measure a server: the scenarios of a JSON file",
     "bench engine": "time the steps of an engine in this process, without HTTP",
@@ -62,9 +68,9 @@ def _show(text: str) -> None:
 def _split(words: list[str]) -> tuple[str, list[str]]:
     """Return the verb and its arguments."""
     verb, *rest = words
-    if verb != BENCH or not rest or rest[0].startswith("-"):
-        return verb, rest
-    return f"{BENCH} {rest[0]}", rest[1:]
+    if f"{verb} {' '.join(rest[:1])}" in VERBS or (verb == BENCH and rest and not rest[0].startswith("-")):
+        return f"{verb} {rest[0]}", rest[1:]
+    return verb, rest
 
 
 def _overview() -> str:
@@ -90,7 +96,7 @@ def _run(verb: str, argv: list[str]) -> int:
         from kvist.flags import nearest
 
         raise ConfigError(f"unknown command{nearest(verb, list(VERBS)) or '.'} Known: {', '.join(VERBS)}")
-    from kvist import settings
+    from kvist import settings, verbs
 
     if asked := {"-h", "--help", "--help-all"}.intersection(argv):
         bold = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -100,4 +106,4 @@ def _run(verb: str, argv: list[str]) -> int:
     from kvist.log import setup_logging
 
     setup_logging(read.log)
-    return settings.run(read)
+    return verbs.run(read)

@@ -3,6 +3,7 @@
     KvistError                      .code .retryable .http_status .message .param .retry_after_s
     ├── RequestError                the caller can correct it (400)
     │   ├── UnsupportedField        a known field that is not supported
+    │   ├── InvalidConstraint       a schema, pattern or grammar that cannot be compiled or enforced
     │   ├── PromptTooLong           the request has more tokens than the model or the page pool can hold
     │   ├── UnknownModel            a model name that is not served (404)
     │   ├── UnknownWorker           no worker has this URL or name (404)
@@ -19,8 +20,11 @@
     │   ├── WorkerLost              the worker died or became silent while it had the request
     │   ├── HandoffFailed           the pages did not reach the decode worker
     │   └── StoreError              a store cannot be opened, or broke its interface
+    │       └── StoreUnreachable    an opened store, or its master, does not answer
     ├── Timeout                     a time limit expired (504)
     ├── EngineError                 a bug in Kvist or a broken device (500)
+    │   ├── StepFailed              a step failed on the device, perhaps because of another request in it (retryable)
+    │   └── PoisonousRequest        every worker that computed the request died
     └── ConfigError                 a wrong flag, setting, address or model folder
         ├── ModelLoadError          the checkpoint is missing, broken or of an unknown model family
         └── WireError               the peer has another protocol version or sent undecodable bytes
@@ -58,6 +62,16 @@ class RequestError(KvistError):
 
 class UnsupportedField(RequestError):
     code = "unsupported_field"
+
+
+class InvalidConstraint(RequestError):
+    code = "invalid_constraint"
+
+    @classmethod
+    def too_slow(cls, timeout_s: float) -> InvalidConstraint:
+        return cls(
+            f"compiling the constraint takes more than {timeout_s:g} s (--grammar-compile-timeout-s): simplify it"
+        )
 
 
 class PromptTooLong(RequestError):
@@ -138,6 +152,10 @@ class StoreError(Unavailable):
     code = "store_unavailable"
 
 
+class StoreUnreachable(StoreError):
+    code = "store_unreachable"
+
+
 class Timeout(KvistError):
     code = "timeout"
     http_status = 504
@@ -146,6 +164,15 @@ class Timeout(KvistError):
 
 class EngineError(KvistError):
     code = "engine_error"
+
+
+class StepFailed(EngineError):
+    code = "step_failed"
+    retryable = True
+
+
+class PoisonousRequest(EngineError):
+    code = "poisonous_request"
 
 
 class ConfigError(KvistError):

@@ -17,6 +17,8 @@ _TITLES = {  # of groups by field; groups with one title are shown together
     "alone": "Workers to start",
     "channel": "Messages between processes",
     "endpoint": "Role and socket of the engine",
+    "operated": "Running server",
+    "switch": "New role",
     "file": "Process",
     "host_tier": "Host tier of the cache",
     "instance": "HTTP server",

@@ -150,7 +150,7 @@ class _Flags:
     def __init__(self, options: Sequence[Option], sources: Sources) -> None:
         shorthands = sources.shorthands
         self._positional, self._remedies = sources.positional, sources.remedies
-        self._had_word = False
+        self._num_words = 0
         self._by_flag = {flag: option for option in options for flag in option.flags}
         self._by_key = {option.key: option for option in options}
         self._short = {item.flag: item for item in shorthands if item.key in self._by_key}
@@ -174,10 +174,10 @@ class _Flags:
 
     def _word(self, word: str) -> None:
         """Read a value without a flag."""
-        option = self._by_key.get(self._positional or "")
-        if option is None or self._had_word:
+        if self._num_words == len(self._positional):
             raise ConfigError(f"unexpected argument {word!r}: options start with --")
-        self._had_word = True
+        option = self._by_key[self._positional[self._num_words]]
+        self._num_words += 1
         self._set(option, f"the argument {word!r}", _read(option, option.flags[0], word))
 
     def _one(self, flag: str, inline: str | None, left: list[str]) -> None:
@@ -270,7 +270,7 @@ class Sources:
     environ: Mapping[str, str]
     shorthands: Sequence[Shorthand] = ()
     other_keys: Sequence[str] = ()  # options of other verbs: one TOML file may serve all verbs
-    positional: str | None = None  # option set by a word without a flag
+    positional: Sequence[str] = ()  # options set by words without a flag, in this order
     remedies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # flag of another server → what to do instead
 
 

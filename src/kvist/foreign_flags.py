@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 _ALWAYS_ON = "leave it out: Kvist always does this"
 _NO_WEIGHTS = "Kvist serves float32 and bfloat16; use an unquantized checkpoint or a GGUF file"
-_NO_TOOLS = "tool calls and reasoning are not parsed yet; the answer contains them as plain text"
 _NO_LORA = "adapters are not supported yet: merge the adapter into the model and serve the merged model"
 _NO_SPECULATION = "speculative decoding is not supported yet; leave it out"
 _NO_IMAGES = "only text models are supported; leave it out"
 _ONE_WORKER = "a worker has one engine: start several workers behind a router with `kvist up --unified N`"
+_PRIORITIES = "use --scheduling-policy priority: a lower `priority` is then served first"
 _ROLES = "set the role of this worker with --role prefill or --role decode (docs/handoff.md)"
 
 REMEDIES: Mapping[str, str] = {
@@ -31,7 +31,6 @@ REMEDIES: Mapping[str, str] = {
     "--download-dir": "Kvist downloads nothing: give a model folder or a GGUF file with --model-path",
     "--dp": _ONE_WORKER,
     "--dp-size": _ONE_WORKER,
-    "--enable-auto-tool-choice": _NO_TOOLS,
     "--enable-chunked-prefill": _ALWAYS_ON,
     "--enable-lora": _NO_LORA,
     "--enable-metrics": "leave it out: /metrics is always served",
@@ -51,9 +50,12 @@ REMEDIES: Mapping[str, str] = {
     "--generation-config",
     "--pipeline-parallel-size": "layers are not split into stages; split them over GPUs with --tp N",
     "--quantization": _NO_WEIGHTS,
-    "--reasoning-parser": _NO_TOOLS,
     "--revision": "Kvist downloads nothing: give the folder of that revision with --model-path",
-    "--schedule-policy": "callers are served in turn, and requests of one caller in order of arrival; leave it out",
+    "--enable-priority-scheduling": _PRIORITIES,
+    "--priority-scheduling-preemption-threshold": "a waiting request preempts no running one; leave it out",
+    "--schedule-low-priority-values-first": _PRIORITIES,
+    "--schedule-policy": "callers are served in turn, and requests of one caller in order of arrival, or by "
+    "`priority` with --scheduling-policy priority",
     "--skip-tokenizer-init": "send token ids instead of text: every endpoint accepts them",
     "--speculative-algorithm": _NO_SPECULATION,
     "--speculative-config": _NO_SPECULATION,
@@ -62,7 +64,6 @@ REMEDIES: Mapping[str, str] = {
     "--tokenizer": "the tokenizer belongs to the model: put its files into the model folder",
     "--tokenizer-mode": "leave it out: there is one tokenizer implementation",
     "--tokenizer-path": "the tokenizer belongs to the model: put its files into the model folder",
-    "--tool-call-parser": _NO_TOOLS,
     "--trust-remote-code": "leave it out: Kvist never runs code from a model folder",
     "--uvicorn-log-level": "use --log-level",
     "--worker-use-ray": "leave it out: tensor-parallel ranks are processes of this host",

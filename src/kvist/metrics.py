@@ -67,6 +67,7 @@ class GatewayMetrics(Collector):
     second_token_s: Histogram = field(default_factory=Histogram)
     time_per_output_token_s: Histogram = field(default_factory=Histogram)
     e2e_latency_s: Histogram = field(default_factory=Histogram)
+    grammar_compile_s: Histogram = field(default_factory=Histogram)
 
     def exposition(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
@@ -126,6 +127,10 @@ class GatewayMetrics(Collector):
         )
         yield self.e2e_latency_s.family(
             "e2e_request_latency_seconds", "time from reading the request to its last token"
+        )
+        yield self.grammar_compile_s.family(
+            "grammar_compilation_time_seconds",
+            "time that a request waited at this gateway for its schema or grammar to be compiled",
         )
         yield from self.of_workers()
 

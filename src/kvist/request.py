@@ -21,11 +21,16 @@ WorkerId = NewType("WorkerId", str)  # "127.0.0.1:30001": the worker's public na
 # Limits of one request; the gateway refuses more.
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_BAD_WORDS = 1024
-MAX_SHORT_ANSWER = 16  # output tokens that a prefill engine may generate without a decode engine
+MAX_PRIORITY = (1 << 31) - 1
+MAX_SHORT_ANSWER = 16  # output tokens that a prefill engine may generate while there is a decode engine
 MAX_BAD_WORD_TOKENS = 4096  # of all bad words of a request together
 # Limits of the runner's tables. Of a request with more or longer bad words, the host checks them (`needs_known_token`).
 TABLE_BAD_WORDS = 256  # of two tokens or more
 TABLE_BAD_WORD_TOKENS = 8  # of one bad word
+
+
+# Scheduling policies of engines: without and with the priorities of requests.
+FCFS, PRIORITY = "fcfs", "priority"
 
 
 class FinishReason(enum.Enum):
@@ -53,7 +58,8 @@ class Role(enum.Enum):
     """The set of modes that an engine admits. An engine of any role holds both sides of a handoff."""
 
     UNIFIED = "unified"  # computes whole requests, and prompts for decode engines
-    PREFILL = "prefill"  # computes prompts for decode engines, and whole requests with a short answer
+    # computes prompts for decode engines; and whole requests with a short answer, or without a decode engine
+    PREFILL = "prefill"
     DECODE = "decode"  # generates answers: to prompts that another engine has computed, and to whole requests
 
     def __str__(self) -> str:
@@ -61,13 +67,8 @@ class Role(enum.Enum):
 
     @property
     def modes(self) -> frozenset[Mode]:
-        """The admitted modes; `admits` adds the limits on their answers."""
-        return frozenset(_ADMITTED_MODES[self])
-
-    def admits(self, mode: Mode, *, max_tokens: int) -> bool:
-        """Return whether an engine of this role accepts a request of `max_tokens` output tokens in this mode."""
-        most_tokens = _ADMITTED_MODES[self].get(mode, -1)
-        return most_tokens is None or max_tokens <= most_tokens
+        """The modes in which an engine of this role accepts requests."""
+        return _ADMITTED_MODES[self]
 
     @property
     def serves_alone(self) -> bool:
@@ -75,12 +76,23 @@ class Role(enum.Enum):
         return self is Role.UNIFIED
 
 
-# The modes of each role, with the most output tokens of a request in that mode; None: no limit.
-_ADMITTED_MODES: dict[Role, dict[Mode, int | None]] = {
-    Role.UNIFIED: {Mode.FULL: None, Mode.PREFILL: None},
-    Role.PREFILL: {Mode.PREFILL: None, Mode.FULL: MAX_SHORT_ANSWER},
-    Role.DECODE: {Mode.DECODE: None, Mode.FULL: None},
+_ADMITTED_MODES: dict[Role, frozenset[Mode]] = {
+    Role.UNIFIED: frozenset({Mode.FULL, Mode.PREFILL}),
+    Role.PREFILL: frozenset({Mode.PREFILL, Mode.FULL}),
+    Role.DECODE: frozenset({Mode.DECODE, Mode.FULL}),
 }
+
+
+class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The form that an answer must have. Every process that needs it compiles it into a grammar."""
+
+    kind: str  # of CONSTRAINT_KINDS
+    text: str = ""  # JSON of a schema, of a list of choices or of a structural tag; a regular expression; a grammar
+    strict: bool = True  # False: parts of a schema that the backend does not know are ignored
+    whitespace: str | None = None  # regular expression between the tokens of JSON; None: up to 40 blanks; "": none
+
+
+CONSTRAINT_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -109,6 +121,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None  # None: off; k >= 0: of each prompt token and the k most likely ones
     prompt_logprobs_start: int = 0  # first prompt position that is scored; position 0 has no logprob
     logprob_token_ids: tuple[int, ...] = ()  # tokens whose logprobs are reported at every scored or sampled position
+    constraint: Constraint | None = None  # None: the answer may have any form
 
     @property
     def greedy(self) -> bool:
@@ -117,7 +130,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def needs_history(self) -> bool:
         """Whether the earlier tokens affect the choice of a token other than through the model's logits."""
-        return self.has_penalties or any(len(word) > 1 for word in self.bad_words)
+        has_words = any(len(word) > 1 for word in self.bad_words)
+        return self.has_penalties or has_words or self.constraint is not None
 
     @property
     def has_penalties(self) -> bool:
@@ -126,6 +140,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 def needs_known_token(sampling: SamplingParams) -> bool:
     """Return whether the host must know all tokens so far before the next one can be sampled."""
+    if sampling.constraint is not None:
+        return True
     lengths = [len(word) for word in sampling.bad_words if len(word) > 1]
     return len(lengths) > TABLE_BAD_WORDS or max(lengths, default=0) > TABLE_BAD_WORD_TOKENS
 
@@ -138,6 +154,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     sampling: SamplingParams
     output_token_ids: tuple[int, ...] = ()  # produced earlier by another engine; generation continues after them
     cache_salt: str = ""  # prompts with different salts share no pages
+    priority: int = 0  # a lower value is served earlier, by engines with the scheduling policy "priority"
     client: str = ""  # caller path for fair queueing (fairness.py): "KEY/HOST/CONNECTION", all opaque
 
     @property

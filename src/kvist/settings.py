@@ -8,28 +8,26 @@ overrides the defaults. Settings are read in no other place.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
-from kvist.channel import ChannelConfig, with_private_key
+from kvist.channel import ChannelConfig
 from kvist.cluster.config import (
     ChatConfig,
     ClusterConfig,
     GatewayOptions,
     JoinOptions,
+    OperatedServer,
     PairOptions,
+    PoolNodesOptions,
+    RoleOptions,
     StartOptions,
     UnifiedOptions,
 )
-from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.config import option
-from kvist.cores import num_usable_cores
 from kvist.engine.bench_shapes import StepsConfig
 from kvist.engine.config import EndpointOptions, EngineConfig, EngineOptions, ModelOptions, NameOptions, RuntimeOptions
 from kvist.errors import ConfigError
@@ -37,10 +35,20 @@ from kvist.flag_help import HelpPage, help_text
 from kvist.flags import Shorthand, Sources, nearest, read_settings
 from kvist.foreign_flags import REMEDIES
 from kvist.log import LogConfig
+from kvist.nodes.config import (
+    DrainOptions,
+    JoinPoolOptions,
+    MasterAddress,
+    NodeKeyOptions,
+    PoolOptions,
+    SegmentOptions,
+    StoreAddress,
+)
 from kvist.options import ENV_PREFIX, group, options_of, to_argv
 from kvist.router.config import LinkOptions, RouterConfig, RoutingOptions
 from kvist.runner.config import RunnerOptions
-from kvist.server.config import ServerConfig
+from kvist.server.config import InstanceOptions, ServerConfig
+from kvist.store.config import StorageConfig
 from kvist.text.config import TextConfig
 
 SHORTHANDS = (
@@ -110,9 +118,6 @@ class RouterSettings:
     parent: ParentConfig = group(ParentConfig)
 
 
-DEMO_HOST_TIER_GB = 0.25
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpSettings:
     pair: PairOptions = group(PairOptions)
@@ -124,12 +129,18 @@ class UpSettings:
     routing: RoutingOptions = group(RoutingOptions)
     links: LinkOptions = group(LinkOptions)
     engine: EngineOptions = group(EngineOptions)
+    nodes: PoolNodesOptions = group(PoolNodesOptions)
+    pool: PoolOptions = group(PoolOptions)
+    segment: SegmentOptions = group(SegmentOptions)
     log: LogConfig = group(LogConfig)
     file: FileConfig = group(FileConfig)
     parent: ParentConfig = group(ParentConfig)
 
     def __post_init__(self) -> None:
         self.cluster_config()
+        check_one_tier(self.nodes, self.engine.storage)
+        if self.nodes.storage is None and (self.pool, self.segment) != (PoolOptions(), SegmentOptions()):
+            raise ConfigError("the options of a page pool need one: add --storage mooncake", param="storage")
 
     def cluster_config(self) -> ClusterConfig:
         pair = self.pair
@@ -143,7 +154,7 @@ class UpSettings:
     def passed_on(self) -> tuple[object, ...]:
         """Return the groups of options that are passed to the workers and the router; each takes the options it has."""
         server = replace(self.server, host=ServerConfig().host, port=ServerConfig().port)
-        return self.name, server, self.text, self.routing, self.links, self.log
+        return self.name, server, self.text, self.engine.grammar, self.routing, self.links, self.log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +170,14 @@ class DemoSettings:
     start: StartOptions = group(StartOptions)
     name: NameOptions = group(NameOptions)
     engine: EngineOptions = group(EngineOptions)
+    nodes: PoolNodesOptions = group(PoolNodesOptions)
     log: LogConfig = group(LogConfig)
     file: FileConfig = group(FileConfig)
     parent: ParentConfig = group(ParentConfig)
 
     def __post_init__(self) -> None:
         self.cluster_config()
+        check_one_tier(self.nodes, self.engine.storage)
 
     def cluster_config(self) -> ClusterConfig:
         return ClusterConfig(
@@ -173,6 +186,23 @@ class DemoSettings:
 
     def passed_on(self) -> tuple[object, ...]:
         return self.name, self.log
+
+
+def check_one_tier(nodes: PoolNodesOptions, storage: StorageConfig) -> None:
+    """Raise `ConfigError` for a second storage tier beside a page pool."""
+    if nodes.storage is None:
+        return
+    if storage.hicache_storage_backend not in (None, nodes.storage):
+        raise ConfigError(
+            f"--storage {nodes.storage} and --hicache-storage-backend {storage.hicache_storage_backend} are two "
+            "storage tiers: give one of them",
+            param="storage",
+        )
+    if "mooncake_master_addr" in storage.hicache_storage_options:
+        raise ConfigError(
+            "--storage mooncake starts a master, and --hicache-mooncake-master-addr names another: give one of them",
+            param="storage",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,9 +260,55 @@ class BenchEngineSettings:
     file: FileConfig = group(FileConfig)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MasterSettings:
+    address: MasterAddress = group(MasterAddress)
+    keys: NodeKeyOptions = group(NodeKeyOptions)
+    pool: PoolOptions = group(PoolOptions)
+    instance: InstanceOptions = group(InstanceOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+    parent: ParentConfig = group(ParentConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    address: StoreAddress = group(StoreAddress)
+    keys: NodeKeyOptions = group(NodeKeyOptions)
+    segment: SegmentOptions = group(SegmentOptions)
+    join: JoinPoolOptions = group(JoinPoolOptions)
+    instance: InstanceOptions = group(InstanceOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+    parent: ParentConfig = group(ParentConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainSettings:
+    drain: DrainOptions = group(DrainOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+
+    def __post_init__(self) -> None:
+        if self.drain.store is not None:
+            _ = self.drain.url
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleSettings:
+    operated: OperatedServer = group(OperatedServer)
+    switch: RoleOptions = group(RoleOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+
+
 Settings = (
     ServeSettings
     | RouterSettings
+    | MasterSettings
+    | StoreSettings
+    | DrainSettings
+    | RoleSettings
     | UpSettings
     | DemoSettings
     | ChatSettings
@@ -243,6 +319,10 @@ Settings = (
 _SETTINGS: dict[str, type[Settings]] = {
     "serve": ServeSettings,
     "router": RouterSettings,
+    "master": MasterSettings,
+    "store": StoreSettings,
+    "store drain": DrainSettings,
+    "role": RoleSettings,
     "up": UpSettings,
     "demo": DemoSettings,
     "chat": ChatSettings,
@@ -252,12 +332,22 @@ _SETTINGS: dict[str, type[Settings]] = {
 }
 
 
-_POSITIONAL = {
-    "serve": "model_path",
-    "router": "model_path",
-    "up": "model_path",
-    "chat": "target",
-    "bench custom": "file",
+_POSITIONAL: dict[str, tuple[str, ...]] = {
+    "serve": ("model_path",),
+    "router": ("model_path",),
+    "up": ("model_path",),
+    "store drain": ("store",),
+    "role": ("worker", "role"),
+    "chat": ("target",),
+    "bench custom": ("file",),
+}
+_ARGUMENTS = {
+    "model_path": "[MODEL]",
+    "file": "[FILE]",
+    "target": "[URL or MODEL]",
+    "store": "URL",
+    "worker": "WORKER",
+    "role": "ROLE",
 }
 _COMMON = {  # shown by `--help`; `--help-all` shows all
     *("model_path", "served_model_name", "host", "port", "api_key", "role", "tp", "mem_fraction_static", "dtype"),
@@ -266,6 +356,8 @@ _COMMON = {  # shown by `--help`; `--help-all` shows all
         "prefill",
         "decode",
         "unified",
+        "storage",
+        "stores",
         "worker_urls",
         "router",
         "policy",
@@ -275,15 +367,15 @@ _COMMON = {  # shown by `--help`; `--help-all` shows all
         "seed",
         "config",
     ),
-    *("target", "system", "max_tokens", "temperature", "stats"),
+    *("url", "worker", "target", "system", "max_tokens", "temperature", "stats"),
+    *("rpc_port", "hot_page_replication", "hot_page_replicas", "hicache_mooncake_master_addr", "segment_size"),
+    *("ssd_path", "ssd_size", "hicache_mooncake_protocol", "store", "timeout_s"),
 }
 
 
 def help_for(verb: str, summary: str, *, everything: bool = True, bold: bool = False) -> str:
     """Return the verb's `--help-all`, or, without `everything`, its `--help`: the options that most users need."""
-    argument = {"model_path": " [MODEL]", "file": " [FILE]", "target": " [URL or MODEL]", None: ""}[
-        _POSITIONAL.get(verb)
-    ]
+    argument = "".join(f" {_ARGUMENTS[key]}" for key in _POSITIONAL.get(verb, ()))
     shown = None if everything or verb.startswith("bench") else _COMMON
     return help_text(
         _SETTINGS[verb],
@@ -311,119 +403,7 @@ def read(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings
         environ=environ,
         shorthands=SHORTHANDS,
         other_keys=sorted(known),
-        positional=_POSITIONAL.get(verb),
+        positional=_POSITIONAL.get(verb, ()),
         remedies=REMEDIES,
     )
     return read_settings(_SETTINGS[verb], sources)
-
-
-def run(settings: Settings) -> int:
-    """Run the verb. The modules of a verb are imported here, so that a worker does not import the demo."""
-    if isinstance(settings, ServeSettings):
-        from kvist.cluster.serving import serve_worker
-
-        return serve_worker(
-            engine=settings.engine_config(),
-            gateway=settings.gateway,
-            links=settings.links,
-            join=settings.join,
-            stop_with_stdin=settings.parent.stop_with_stdin,
-        )
-    if isinstance(settings, RouterSettings):
-        from kvist.cluster.serving import serve_router
-
-        return serve_router(
-            router=settings.router,
-            model_path=settings.tokenizer.model_path,
-            gateway=settings.gateway,
-            channel=settings.channel,
-            stop_with_stdin=settings.parent.stop_with_stdin,
-        )
-    if isinstance(settings, UpSettings):
-        from kvist.checkpoint import find_checkpoint
-        from kvist.cluster.up import run_up
-
-        find_checkpoint(settings.engine.model.model_path)  # a wrong path is one error, before any process starts
-        return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.parent.stop_with_stdin)
-    if isinstance(settings, ChatSettings):
-        from kvist.cluster.chat import run_chat
-
-        return run_chat(settings.chat, settings.serve_argv())
-    if isinstance(settings, BenchServerSettings):
-        return _run_bench(settings)
-    if isinstance(settings, BenchEngineSettings):
-        from kvist.engine.bench_engine import run_bench_engine
-
-        return run_bench_engine(settings.steps, settings.model, settings.runner, settings.runtime)
-    from kvist.cluster.demo import run_demo
-
-    with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
-        shape = cluster_shape(with_own_key(with_tiers(settings, folder)))
-        return run_demo(shape, question=settings.demo.question, expect=settings.demo.expect)
-
-
-ClusterSettings = TypeVar("ClusterSettings", UpSettings, DemoSettings)
-
-
-def with_own_key(settings: ClusterSettings) -> ClusterSettings:
-    """Give the cluster its own key, unless the user set one; children get the key through their environment."""
-    engine = replace(settings.engine, channel=with_private_key(settings.engine.channel))
-    return replace(settings, engine=engine)
-
-
-def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:
-    """Add a host tier and a store, small ones unless the user set them. The demo's short prompts are fetched, too."""
-    host, store, page_size = settings.engine.host_tier, settings.engine.storage, settings.engine.runner.page_size
-    if not host.enable_hierarchical_cache:
-        host = replace(host, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB)
-    if store.hicache_storage_backend is None:
-        store = replace(store, hicache_storage_backend="file", hicache_storage_options={"path": folder})
-    store = replace(store, hicache_storage_prefetch_threshold=page_size)
-    return replace(settings, engine=replace(settings.engine, host_tier=host, storage=store))
-
-
-def _run_bench(settings: BenchServerSettings) -> int:
-    from kvist.bench.verbs import run_custom, run_scenario
-
-    load = settings.load
-    if isinstance(load, CustomConfig):
-        return run_custom(load, settings.target)
-    kind = next(kind for kind, config in LOADS.items() if isinstance(load, config))
-    return run_scenario(kind, load, settings.target)
-
-
-def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str] = os.environ) -> ClusterShape:
-    """Return the input of the plan: for each child its options, except those set by the plan."""
-    engine, config = settings.engine, settings.cluster_config()
-    runner, persist_folder = engine.runner, engine.host_tier.hicache_persist
-    num_gpus = 0 if runner.device == "cpu" else visible_gpus(environ)
-    planned = replace(
-        engine,
-        runner=replace(runner, num_threads=0, base_gpu_id=0 if num_gpus else runner.base_gpu_id),
-        host_tier=replace(engine.host_tier, hicache_persist=None),
-    )
-    groups = (planned, *settings.passed_on())
-    worker_argv, worker_environ = to_argv(groups, ServeSettings)
-    router_argv, router_environ = to_argv(groups, RouterSettings)
-    server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
-    is_default = runner.mem_fraction_static == RunnerOptions().mem_fraction_static
-    return ClusterShape(
-        config=config,
-        worker_argv=tuple(worker_argv),
-        worker_environ=worker_environ,
-        router_argv=tuple(router_argv),
-        router_environ=router_environ,
-        router_host=server.host,
-        router_port=server.port,
-        api_keys=server.api_key,
-        shows_all_lines=settings.log.log_level == "debug",
-        threads_per_worker=runner.num_threads or threads_for_each(config.num_workers, num_usable_cores()),
-        num_gpus=num_gpus,
-        base_gpu_id=runner.base_gpu_id,
-        gpus_per_worker=runner.tp,
-        persist_folder=persist_folder,
-        runtime_dir=engine.runtime.runtime_dir,
-        memory_share=runner.mem_fraction_static if is_default else None,
-        drain_s=max(server.shutdown_timeout_s, server.drain_grace_s),
-        stall_restart_s=engine.watch.stall_restart_s,
-    )

@@ -1,17 +1,12 @@
 """The typed messages between processes: msgspec MessagePack, one union per direction, strict decode, never pickle.
 
-    gateway → engine   Hello ListPages Submit Abort FlushCache StorageCommand
-    engine → gateway   Welcome StepOutputs LoadReport PageEvents Flushed StorageAnswer
+    gateway → engine   Hello ListPages Submit Abort FlushCache StorageCommand SetRole
+    engine → gateway   Welcome StepOutputs LoadReport PageEvents Flushed StorageAnswer RoleAnswer
     decode → prefill   Grant Ack Revoke            (protocol: docs/handoff.md)
     prefill → decode   Done Closed
 
 Every engine binds one ROUTER socket; gateways and decode engines connect DEALER sockets to it. A receiver logs and
-drops a message that it cannot decode; the sender's own bounded wait then reports the failure.
-
-Processes of neighbouring protocol versions work together (`interworks`): a cluster is upgraded one process at a time. A
-receiver ignores fields that it does not know, and a field that is added to a message has a default; a new message is
-sent only to a peer whose version has it. A change that an older peer must not ignore needs two versions: the first one
-reads the new form, the second one sends it.
+drops a message that it cannot decode; the sender's own bounded wait then reports the failure. Versions: protocol.py.
 """
 
 from __future__ import annotations
@@ -21,7 +16,10 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from kvist.errors import WireError
+from kvist.pool_status import WatchedPool
+from kvist.protocol import PROTOCOL_VERSION
 from kvist.request import (
+    FCFS,
     REQUEST_FIELDS,
     EngineRequest,
     EpochId,
@@ -35,14 +33,6 @@ from kvist.request import (
     TokenLogprobs,
     WorkerId,
 )
-
-PROTOCOL_VERSION = 4
-OLDEST_PROTOCOL_VERSION = 4  # earlier versions work with no other version
-
-
-def interworks(version: int, other: int) -> bool:
-    """Return whether processes of these two protocol versions work together."""
-    return abs(version - other) <= 1 and min(version, other) >= OLDEST_PROTOCOL_VERSION
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
@@ -101,6 +91,7 @@ class Hello(_Message, frozen=True):
 
     gateway_id: str
     protocol_version: int = PROTOCOL_VERSION
+    known_role: Role | None = None  # that later Submits follow; None: the one of `EngineSpec`
 
 
 class ListPages(_Message, frozen=True):
@@ -170,6 +161,11 @@ class StorageCommand(_Message, frozen=True):
     store: AttachStore = AttachStore()  # with "attach"
 
 
+class SetRole(_Message, frozen=True):  # every gateway learns the role from the next `LoadReport`
+    call_id: str
+    role: Role
+
+
 # ---------------------------------------------------------------- engine → gateway
 
 
@@ -178,7 +174,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     worker_id: WorkerId
     epoch: EpochId
-    role: Role
+    role: Role  # that the worker was started with; `LoadReport` has the present one
     endpoint: str
     model_fingerprint: str
     tokenizer_fingerprint: str = ""  # of the model's own vocabulary; "" if unknown
@@ -193,6 +189,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int
     max_running_requests: int
     max_queued_requests: int
+    writes_alone: bool = False  # generates answers of any length without another engine, in any role
+    scheduling_policy: str = FCFS  # "priority": the engine serves requests with a lower `priority` first
     protocol_version: int = PROTOCOL_VERSION
     request_fields: tuple[str, ...] = REQUEST_FIELDS  # that the engine knows; another one would be ignored
     layout: str  # `PageLayout.describe` of whole pages, with the heads of all ranks
@@ -207,6 +205,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     turn_s: float = 0.0  # duration of the loop's current iteration; seconds for a step of a large model on a CPU
     stalled_s: float = 0.0  # time without progress: the process is stopped, or its loop hangs
     silent_s: float = 0.0  # time without a heartbeat of the process, which a long step does not stop: it is suspended
+    place: str = ""  # where the loop hangs, while it makes no progress: "FUNCTION (FILE:LINE)"
     problem: str = ""  # why the engine is down; a text to be read
     doing: str = ""  # while the engine starts: "loading weights 40%"
 
@@ -295,6 +294,7 @@ class StorageStatus(_Message, frozen=True, tag=False):
     errors: dict[str, int]  # count by short name; of system calls, the errno
     note: str = ""  # a text to be read
     location: str = ""  # where the pages are: equal for workers that share them; empty without a store
+    pool: WatchedPool | None = None  # of several hosts, behind the store; None for other stores
 
 
 PageTier = Literal["device", "host"]  # nearest first
@@ -329,6 +329,14 @@ class TierSum(msgspec.Struct, frozen=True, kw_only=True):
     xor: Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
 
+class StoreHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Pages that the engine stored in its store or found there, and pages that it did not find there. Only hints: a
+    store that engines share evicts pages without a report."""
+
+    found: Digests = b""
+    missing: Digests = b""
+
+
 class PageEvents(_Message, frozen=True):
     """The changes of the cached pages since the previous message, sent to gateways that have sent `ListPages`.
 
@@ -339,6 +347,7 @@ class PageEvents(_Message, frozen=True):
     changes: tuple[TierChanges, ...] = ()
     listed: tuple[ListedPages, ...] = ()
     sums: tuple[TierSum, ...] = ()
+    store: StoreHints | None = None
 
 
 class LoadReport(_Message, frozen=True):
@@ -351,9 +360,12 @@ class LoadReport(_Message, frozen=True):
     num_owned_pages: int
     num_in_flight_pages: int
     service_s: float | None = None  # recent mean time of a request from its first admission to its end
+    queue_wait_s: float | None = None  # how long the queue lasts, by the measured rate; None: not measured yet
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
     storage: StorageStatus | None = None  # None without a host tier
     draining: bool = False  # the engine takes no new request, and exits after its last one
+    role: Role | None = None  # the present one; None: as in `EngineSpec`
+    earlier_roles: tuple[Role, ...] = ()  # that gateways still follow: their requests are admitted, too
     totals: dict[str, float] = {}
 
 
@@ -368,6 +380,12 @@ class StorageAnswer(_Message, frozen=True):
     error_code: str | None = None  # of errors.py
     message: str = ""
     param: str | None = None
+
+
+class RoleAnswer(_Message, frozen=True):
+    call_id: str
+    error_code: str | None = None  # of errors.py: the switch was refused
+    message: str = ""
 
 
 # ---------------------------------------------------------------- decode → prefill
@@ -428,8 +446,7 @@ class Done(_Message, frozen=True):
     first_token: SampledToken
     finish_reason: FinishReason | None = None  # set: the first token is the last one
     transport: str = ""  # that wrote the pages; empty if there were none
-    # Shortened digest of each page, by which decode finds the page that differs; empty for a path in local memory.
-    page_digests: bytes = b""
+    page_digests: bytes = b""  # short ones, by which decode finds a page that differs; empty in local memory
     grant_wait_s: float = 0.0  # first token sampled → Grant received; 0 if the Grant was there before
     last_copy_s: float = 0.0  # from then on → every page written
 
@@ -454,8 +471,8 @@ class Closed(_Message, frozen=True):
 
 
 ToScheduler = Submit | Abort | FlushCache  # events of the engine's scheduler; the engine handles all others itself
-Command = FlushCache | StorageCommand  # sent to every worker; each answers with the same `call_id`
-Answer = Flushed | StorageAnswer
+Command = FlushCache | StorageCommand | SetRole  # each worker answers with the same `call_id`
+Answer = Flushed | StorageAnswer | RoleAnswer
 AnswerT = TypeVar("AnswerT", bound=Answer)
 GatewayToEngine = Hello | ListPages | ToScheduler | Command
 EngineToGateway = Welcome | StepOutputs | LoadReport | PageEvents | Answer

@@ -35,6 +35,7 @@ TINY_MODEL = {
     "eos_token_id": 0,
 }
 CLUSTER_FLAGS = (
+    "--routing-aggregate=never",
     "--policy=power_of_d",
     "--compared-workers=2",
     "--completion-tokens=5",

@@ -19,6 +19,8 @@ class Behaviour:
     num_extra_prompt_tokens: int = 0
     cached_tokens: int | None = 0
     cached_by_tier: dict[str, int] | None = None  # reported on request
+    report: dict[str, object] | None = None  # the field `kvist` of the last event, on request
+    pause_s: float = 0.0  # before the last token
     die_before_byte: bool = False
     cut_after_events: int | None = None
     never_answer: bool = False
@@ -123,6 +125,9 @@ class FakeServer:
                 writer.write(piece if behaviour.until_eof else b"%x\r\n%s\r\n" % (len(piece), piece))
                 if behaviour.split_bytes:
                     await writer.drain()
+            if behaviour.pause_s and number == int(str(request.body["max_tokens"])) - 2:
+                await writer.drain()
+                await asyncio.sleep(behaviour.pause_s)
             if behaviour.pace_s:
                 await asyncio.sleep(behaviour.pace_s)
         if not behaviour.until_eof:
@@ -160,9 +165,14 @@ def events(request: ReceivedRequest) -> list[bytes]:
             if behaviour.cached_tokens is None
             else {"cached_tokens": behaviour.cached_tokens},
         }
-        if body.get("kvist") == {"usage": True}:
+        ours = body.get("kvist", {})
+        assert isinstance(ours, dict)
+        if ours.get("usage"):
             usage["kvist"] = {"cached_tokens": behaviour.cached_by_tier}
-        found.append(b"data: " + json.dumps({"id": "c", "choices": [], "usage": usage}).encode() + b"\n\n")
+        last: dict[str, object] = {"id": "c", "choices": [], "usage": usage}
+        if ours.get("report"):
+            last["kvist"] = behaviour.report
+        found.append(b"data: " + json.dumps(last).encode() + b"\n\n")
     if behaviour.done:
         found.append(b"data: [DONE]\n\n")
     return found

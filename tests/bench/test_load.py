@@ -52,6 +52,14 @@ def test_arrivals_are_a_poisson_process_that_begins_at_once() -> None:
     assert np.std(gaps) == pytest.approx(1 / 8, rel=0.06)  # exponential gaps: as wide as their mean
 
 
+@given(rate=st.floats(0.5, 300), end_s=st.floats(0.01, 3))
+def test_arrivals_before_a_time_are_the_beginning_of_the_same_process(rate: float, end_s: float) -> None:
+    times = SOURCE.arrivals_before_s(rate, end_s)
+    longer = SOURCE.arrivals_s(rate, len(times) + 1)
+    assert longer[:-1] == times
+    assert times[-1] < end_s <= longer[-1]
+
+
 @pytest.mark.parametrize(("text", "span"), [("128", (128, 128)), ("100-1024", (100, 1024))])
 def test_lengths_are_one_number_or_two(text: str, span: tuple[int, int]) -> None:
     assert parse_length_range(text, "input_tokens") == LengthRange(low=span[0], high=span[1])

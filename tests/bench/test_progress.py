@@ -52,7 +52,13 @@ def test_an_interrupted_benchmark_shows_and_writes_its_finished_requests(server:
     file = tmp_path / "out.json"
     command = [sys.executable, "-m", "kvist", "bench", "single", "--base-url", server.url, "--warmup=0"]
     command += ["--requests=100000", "--input-tokens=8", "--output-tokens=4", f"--json={file}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_sigint() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background of a shell inherits that it is ignored
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sigint
+    ) as process:
         deadline_s = time.monotonic() + 60
         while len(server.received) < 10 and time.monotonic() < deadline_s:
             time.sleep(0.01)

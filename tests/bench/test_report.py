@@ -38,9 +38,8 @@ def bad(index: int, kind: str = "timeout") -> Row:
 
 def measured(*rows: Row, client: ClientLoad = IDLE) -> Measured:
     scenario = Scenario(name="offline", kind="offline", load=OfflineConfig())
-    return Measured(
-        scenario=scenario, answer_source=None, rows=list(rows), gaps_s=[0.01] * 10, wall_s=2.0, client=client
-    )
+    gaps_s = [[0.01] * 10 if row.failure is None else [] for row in rows]
+    return Measured(scenario=scenario, answer_source=None, rows=list(rows), gaps_s=gaps_s, wall_s=2.0, client=client)
 
 
 def run_of(*rows: Row, kind: str = "offline", client: ClientLoad = IDLE) -> Run:

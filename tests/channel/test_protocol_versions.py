@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvist import wire
+from kvist import protocol, wire
 from kvist.request import EpochId, HandoffId, RequestId, SampledToken
 from kvist.testing.specs import make_load, make_peer, make_peer_spec, make_request, make_spec, submit_decode
 
@@ -93,9 +93,9 @@ def test_a_field_that_an_older_version_does_not_send_has_its_default(
 
 
 def test_only_neighbouring_versions_work_together() -> None:
-    first = wire.OLDEST_PROTOCOL_VERSION
-    assert wire.interworks(first, first)
-    assert wire.interworks(first, first + 1)
-    assert wire.interworks(first + 2, first + 1)
-    assert not wire.interworks(first, first + 2)
-    assert not wire.interworks(first - 1, first)
+    first = protocol.OLDEST_PROTOCOL_VERSION
+    assert protocol.interworks(first, first)
+    assert protocol.interworks(first, first + 1)
+    assert protocol.interworks(first + 2, first + 1)
+    assert not protocol.interworks(first, first + 2)
+    assert not protocol.interworks(first - 1, first)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import kvist
-from kvist import cli, settings
+from kvist import cli, settings, verbs
 from kvist.cluster.plan import plan_cluster
 from kvist.errors import ConfigError
 from kvist.options import options_of
@@ -189,7 +189,7 @@ def test_up_passes_each_child_its_options_and_secrets_by_environment() -> None:
     ]
     read = settings.read("up", [*argv, "--host", "0.0.0.0", "--num-threads", "3"], {})
     assert isinstance(read, settings.UpSettings)
-    shape = settings.cluster_shape(read)
+    shape = verbs.cluster_shape(read)
     assert shape.worker_argv == ("--page-size=32",)
     assert shape.router_argv == ("--policy=round_robin",)
     assert shape.worker_environ == {"KVIST_CLUSTER_KEY": "hist", "KVIST_API_KEY": "hush"}
@@ -200,13 +200,13 @@ def test_up_passes_each_child_its_options_and_secrets_by_environment() -> None:
 def test_the_demo_uses_small_tiers_by_default() -> None:
     read = settings.read("demo", [], {})
     assert isinstance(read, settings.DemoSettings)
-    assert settings.cluster_shape(settings.with_tiers(read, "/here")).worker_argv == (
-        *("--enable-hierarchical-cache", f"--hicache-size={settings.DEMO_HOST_TIER_GB:g}"),
+    assert verbs.cluster_shape(verbs.with_tiers(read, "/here")).worker_argv == (
+        *("--enable-hierarchical-cache", f"--hicache-size={verbs.DEMO_HOST_TIER_GB:g}"),
         *("--hicache-storage-backend=file", "--hicache-storage-path=/here", "--hicache-storage-prefetch-threshold=16"),
     )
     read = settings.read("demo", ["--enable-hierarchical-cache", "--hicache-storage-backend=file"], {})
     assert isinstance(read, settings.DemoSettings)
-    own = settings.with_tiers(read, "/here").engine
+    own = verbs.with_tiers(read, "/here").engine
     assert (own.host_tier.hicache_size, own.storage.hicache_storage_backend) == (None, "file")
     assert own.storage.hicache_storage_options == {}
 
@@ -217,7 +217,7 @@ def test_up_gives_workers_separate_persistence_folders_and_one_shared_store() ->
     def folders(*more: str) -> list[str]:
         read = settings.read("up", [*argv, "--hicache-storage-path", "/pages", *more], {})
         assert isinstance(read, settings.UpSettings)
-        *workers, router = plan_cluster(settings.cluster_shape(read), range(read.cluster_config().num_workers))
+        *workers, router = plan_cluster(verbs.cluster_shape(read), range(read.cluster_config().num_workers))
         assert not [argument for argument in router.argv if "hicache" in argument]
         for worker in workers:
             assert {"--hicache-storage-backend=file", "--hicache-storage-path=/pages"} <= set(worker.argv)
@@ -251,7 +251,7 @@ def test_the_limits_of_a_step_are_shown_as_auto_unless_set() -> None:
 def test_up_counts_the_gpus_and_divides_their_memory_by_default(flags: list[str], expected: tuple[object, ...]) -> None:
     read = settings.read("up", flags, {})
     assert isinstance(read, settings.UpSettings)
-    shape = settings.cluster_shape(read, {"CUDA_VISIBLE_DEVICES": "0,1,2"})
+    shape = verbs.cluster_shape(read, {"CUDA_VISIBLE_DEVICES": "0,1,2"})
     assert (shape.num_gpus, shape.base_gpu_id, shape.gpus_per_worker, shape.memory_share) == expected
     assert not [argument for argument in shape.worker_argv if "base-gpu-id" in argument]
 
@@ -259,3 +259,30 @@ def test_up_counts_the_gpus_and_divides_their_memory_by_default(flags: list[str]
 def test_options_that_the_engine_reads_from_the_model_are_not_flags() -> None:
     with pytest.raises(ConfigError, match="unknown flag --eos-token-ids"):
         settings.read("serve", ["--eos-token-ids", "2"], {})
+
+
+def test_a_page_pool_of_up_is_the_storage_tier_of_its_workers() -> None:
+    read = settings.read("up", ["--storage", "mooncake", "--stores", "2", "--hot-page-replicas", "2"], {})
+    assert isinstance(read, settings.UpSettings)
+    shape = verbs.cluster_shape(read)
+    assert shape.pool is not None
+    assert shape.pool.num_stores == 2
+    assert shape.pool.master_argv == ("--hot-page-replicas=2",)
+    assert {"--enable-hierarchical-cache", "--hicache-storage-backend=mooncake"} <= {*shape.worker_argv}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--stores", "2"], ["--stores 2", "--storage mooncake"]),
+        (["--segment-size", "2"], ["--storage mooncake"]),
+        (
+            ["--storage", "mooncake", "--enable-hierarchical-cache", "--hicache-storage-backend", "file"],
+            ["two storage tiers", "--hicache-storage-backend file"],
+        ),
+    ],
+)
+def test_options_of_a_page_pool_that_contradict_others_are_refused(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings.read("up", argv, {})
+    assert all(word in caught.value.message for word in words)

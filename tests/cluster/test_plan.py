@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvist.cluster.config import ClusterConfig
-from kvist.cluster.plan import ClusterShape, free_ports, plan_cluster, threads_for_each, visible_gpus
+from kvist.cluster.plan import ClusterShape, plan_cluster, threads_for_each, visible_gpus
+from kvist.cluster.pool_plan import PoolShape
 from kvist.errors import ConfigError
 
 
@@ -54,10 +55,6 @@ def test_a_cluster_without_workers_is_refused() -> None:
 @pytest.mark.parametrize(("workers", "cores", "each"), [(2, 2, 1), (2, 8, 4), (3, 8, 2), (5, 2, 1)])
 def test_cores_are_shared_evenly_and_every_worker_gets_one(workers: int, cores: int, each: int) -> None:
     assert threads_for_each(workers, cores) == each
-
-
-def test_free_ports_are_all_different() -> None:
-    assert len(set(free_ports(20))) == 20
 
 
 def options_of(shape: ClusterShape) -> list[tuple[str | None, str | None]]:
@@ -112,3 +109,24 @@ def test_gpus_are_counted_as_a_worker_would_see_them(tmp_path: Path, chosen: str
         (tmp_path / name).touch()
     environ = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
     assert visible_gpus(environ, tmp_path) == count
+
+
+def test_a_page_pool_is_planned_before_its_workers_and_stops_after_them(tmp_path: Path) -> None:
+    pool = PoolShape(num_stores=2, store_argv=("--segment-size=2",), ssd_path=str(tmp_path), ssd_size=3.0, stop_s=60.0)
+    shape = ClusterShape(config=ClusterConfig(), pool=pool)
+    pool.make_folders()
+    master, *stores, prefill, decode, router = plan_cluster(shape, [1, 2], [11, 12, 13, 14])
+    assert [master.name, *(store.name for store in stores)] == list(pool.names) == ["master", "store-0", "store-1"]
+    assert "--rpc-port=12" in master.argv
+    for store, port in zip(stores, (13, 14), strict=True):
+        assert (store.starts_after, store.stops_before, store.stop_s) == (("master",), ("master",), 60.0)
+        assert {"--segment-size=2", "--hicache-mooncake-master-addr=127.0.0.1:12", "--ssd-size=3.0"} <= {*store.argv}
+        assert f"--port={port}" in store.argv
+        assert f"--ssd-path={tmp_path / store.name}" in store.argv
+        assert (tmp_path / store.name).is_dir()
+    for worker in (prefill, decode):
+        assert worker.starts_after == worker.stops_before == pool.names
+        assert "--hicache-mooncake-master-addr=127.0.0.1:12" in worker.argv
+    assert router.stops_before == ("prefill-0", "decode-0")
+    with pytest.raises(ConfigError, match="mkdir -p"):
+        PoolShape(num_stores=1, ssd_path=str(tmp_path / "none")).make_folders()

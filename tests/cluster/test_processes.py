@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,28 @@ def test_a_suspended_child_is_continued_so_that_it_can_end() -> None:
     os.kill(pid, signal.SIGSTOP)
     processes.stop()
     assert not is_alive(pid)
+
+
+def test_children_start_after_and_stop_before_those_that_they_use(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = f"import sys; f = open({str(log)!r}, 'a', buffering=1)\n"
+    program += "print(sys.argv[1], 'starts', file=f); sys.stdin.readline(); print(sys.argv[1], 'stops', file=f)"
+
+    def logging_plan(name: str, *uses: str) -> ChildPlan:
+        argv = (sys.executable, "-c", program, name)
+        return ChildPlan(name=name, argv=argv, url=name, starts_after=uses, stops_before=uses)
+
+    plans = [logging_plan("worker", "store"), logging_plan("store", "master"), logging_plan("master")]
+    with Processes(plans, probe=ready_once_logged(log), sink=Lines()) as processes:
+        processes.wait_ready(60)
+    order = ["master", "store", "worker"]
+    assert log.read_text().split("\n")[:-1] == [f"{name} starts" for name in order] + [
+        f"{name} stops" for name in reversed(order)
+    ]
+
+
+def ready_once_logged(log: Path) -> Callable[[str, str], Answer]:
+    def probe(url: str, _instance_id: str) -> Answer:
+        return READY if log.exists() and f"{url} starts" in log.read_text() else NO_ANSWER
+
+    return probe

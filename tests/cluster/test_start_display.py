@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -122,3 +123,11 @@ def test_a_starting_child_is_alive_and_its_progress_is_read(url: str) -> None:
     assert probe_child(f"{url}/loading", "id") == Answer(alive=True, doing="loading weights 40%")
     assert probe_child(f"{url}/waiting", "id") == Answer(alive=True)
     assert probe_child(f"{url}/other", "id") == NO_ANSWER
+
+
+def test_a_probe_is_cheap(url: str) -> None:
+    num_probes = 20
+    before_s = time.thread_time()
+    for _ in range(num_probes):
+        probe_child(f"{url}/loading", "id")
+    assert time.thread_time() - before_s < num_probes * 0.004, "nine children are probed four times a second each"

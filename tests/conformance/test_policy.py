@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvist.page_index.page_runs import HeldPages
 from kvist.request import Role, WorkerId
-from kvist.router.page_runs import HeldPages
 from kvist.router.policies import POLICIES
 from kvist.router.policy import FleetView, Prompt, WorkerView
 from kvist.router.rates import Rates

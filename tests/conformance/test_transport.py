@@ -13,12 +13,14 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 
+from kvist.mooncake.requirements import library_obstacle
 from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import EpochId, HandoffId
 from kvist.testing.inproc_transport import INPROC
 from kvist.transfer import TRANSPORTS
+from kvist.transfer.checksum import shortened
 from kvist.transfer.host_pages import Pages
-from kvist.transfer.mooncake_engine import MooncakeOptions, obstacle
+from tests.conformance.gpu_peer import STAGED
 from tests.conformance.transport_hosts import (
     DEVICE_PAGES_ON_A_CPU,
     LAYOUT,
@@ -57,7 +59,7 @@ class Case:
 
     @property
     def num_gpus(self) -> int:
-        return max((int(device[5:]) + 1 for device in self.devices if device != "cpu"), default=0)
+        return max((int(device[5:]) + 1 for device in self.devices if device.startswith("cuda:")), default=0)
 
 
 def cases() -> Iterator[ParameterSet]:
@@ -71,13 +73,18 @@ def cases() -> Iterator[ParameterSet]:
         pairs = kind.device_pairs
         if ("cpu", "cpu") in pairs:
             yield pytest.param(Case(name, over_network=not kind.same_host), id=name)
+        if ("cpu", "cpu") in pairs and not kind.same_host:
+            for devices in (("cpu", STAGED), (STAGED, "cpu")):
+                yield pytest.param(Case(name, devices=devices, over_network=True), id=f"{name}-{'-to-'.join(devices)}")
         if ("cuda", "cuda") in pairs:
             for last in (0, 1):
                 devices = ("cuda:0", f"cuda:{last}")
-                yield pytest.param(Case(name, devices=devices), id=f"{name}-{last + 1}-gpu", marks=GPU)
+                case = Case(name, devices=devices, over_network=not kind.same_host)
+                yield pytest.param(case, id=f"{name}-{last + 1}-gpu", marks=GPU)
         for devices in (("cpu", "cuda:0"), ("cuda:0", "cpu")):
             if (devices[0].partition(":")[0], devices[1].partition(":")[0]) in pairs:
-                yield pytest.param(Case(name, devices=devices), id=f"{name}-{devices[0]}-to-{devices[1]}", marks=GPU)
+                case = Case(name, devices=devices, over_network=not kind.same_host)
+                yield pytest.param(case, id=f"{name}-{devices[0]}-to-{devices[1]}", marks=GPU)
 
 
 @pytest.fixture(params=cases())
@@ -87,7 +94,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
     if case.transport == INPROC:
         made = InprocHost()
     elif case.num_gpus or case.over_network:
-        if case.over_network and (reason := obstacle(MooncakeOptions())):
+        if case.over_network and (reason := library_obstacle()):
             pytest.skip(reason)
         if torch.cuda.device_count() < case.num_gpus:
             pytest.skip(f"torch sees {torch.cuda.device_count()} GPUs")
@@ -149,6 +156,14 @@ def test_the_receiver_computes_the_checksum_that_the_writer_reports(source: Side
     assert verified == PagesVerified(handoff_id=A, checksum=sent.checksum)
     for page_id, peer_page_id in ((3, 5), (0, 6), (7, 1)):
         np.testing.assert_array_equal(target.pages()[peer_page_id], source.pages()[page_id])
+
+
+def test_a_path_that_leaves_the_host_reports_the_digest_of_each_page(source: Side, target: Side) -> None:
+    source.transport.write(write(A, target, (3, 0), (5, 6)))
+    source.transport.write(write(A, target, (7,), (1,)))
+    source.wait_for(2)
+    leaves = not target.address.same_host
+    assert source.page_digests == (shortened(source.digests(source.pages()[[3, 0, 7]])) if leaves else b"")
 
 
 def test_a_changed_byte_or_another_page_order_changes_the_checksum(source: Side, target: Side) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,18 +22,23 @@ import torch
 
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
-from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages
+from kvist.mooncake.engine import MooncakeEngine, open_engine
+from kvist.mooncake.requirements import Network
+from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesCompleted
 from kvist.request import EpochId, HandoffId
 from kvist.testing.inproc_transport import INPROC, InprocTransport, PoolDirectory
 from kvist.transfer import OfferedTransport, TransferReport, Transport, Transports, make_transports
-from kvist.transfer.checksum import fold
+from kvist.transfer.checksum import PAGE_DIGEST_BYTES, fold
 from kvist.transfer.device_pages import DevicePages
 from kvist.transfer.epoch import EpochLock, EpochWatch
 from kvist.transfer.host_pages import HostPages, Pages
-from kvist.transfer.host_staged import ArrivalsFile, StagedDevicePages, open_file
+from kvist.transfer.host_staged import StagedDevicePages, open_file
+from kvist.transfer.mooncake_options import HANDOFFS
 from kvist.transfer.same_host import SameHostTransport
 from kvist.transfer.shm import map_file
+from kvist.transfer.staging import ArrivalsFile
 from kvist.wire import PoolAddress
+from tests.conformance.gpu_peer import pool_on, transports_of
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
 NUM_PAGES = 12
@@ -54,12 +59,18 @@ class Side:
     put: Callable[[Pages], None]
     digests: Callable[[Pages], list[bytes]]  # computed outside the transport where possible
     reports: list[TransferReport] = field(default_factory=list)
+    page_digests: bytes = b""  # of the last report with any
 
     def wait_for(self, num_reports: int) -> list[TransferReport]:
         while len(self.reports) < num_reports:
             assert self.woken.wait(timeout=60), f"only {self.reports} arrived"
             self.woken.clear()
-            self.reports += self.transport.poll()
+            for report in self.transport.poll():
+                if isinstance(report, WritesCompleted) and report.page_digests:
+                    assert len(report.page_digests) == report.num_pages * PAGE_DIGEST_BYTES
+                    self.page_digests = report.page_digests
+                    report = replace(report, page_digests=b"")  # tests compare the rest, for every transport
+                self.reports.append(report)
         return self.reports
 
     def fill(self, seed: int) -> None:
@@ -139,11 +150,11 @@ class MappedFile:
         return self._pages.ctypes.data
 
 
-def with_arrivals(pages: Pages, address: PoolAddress, pool: DevicePool) -> Pages:
+def with_arrivals(pages: Pages, arrivals: Path | None) -> Pages:
     """Lay the pages that wait in a file of arrivals over those of the pool."""
-    if address.location == pool.address.location or not address.same_host:
+    if arrivals is None:
         return pages
-    arrived = np.fromfile(address.location, np.uint8).reshape(pages.shape)
+    arrived = np.fromfile(arrivals, np.uint8).reshape(pages.shape)
     return np.where(arrived.any(axis=1, keepdims=True), arrived, pages)
 
 
@@ -163,6 +174,7 @@ class CpuHost:
         woken = threading.Event()
         transport, close_more = self._transport(pool, woken)
         address, pages = transport.addresses[0], pool.bytes
+        arrivals = None if address.location == pool.address.location else Path(address.location)
 
         def kill() -> None:
             transport.close()
@@ -177,7 +189,7 @@ class CpuHost:
             transport=transport,
             woken=woken,
             kill=kill,
-            pages=lambda: with_arrivals(pages, address, pool),
+            pages=lambda: with_arrivals(pages, arrivals),
             put=lambda new: np.copyto(pages, new),
             digests=device_digests if self.transport == DEVICE_PAGES_ON_A_CPU else host_digests,
         )
@@ -296,6 +308,12 @@ class GpuPeers:
         self.runtime_dir = runtime_dir
         self._peers: list[GpuPeer] = []
         self._in_use: list[GpuPeer] = []
+        self._mooncake: MooncakeEngine | None = None
+
+    def keep_mooncake(self) -> None:
+        """Keep Mooncake's engine of this process from test to test: its end takes a second."""
+        if self._mooncake is None:
+            self._mooncake = open_engine(Network(host="127.0.0.1"), HANDOFFS)
 
     def take(self, device: str, transport: str) -> GpuPeer:
         """Return a running peer whose pages are zero."""
@@ -316,6 +334,8 @@ class GpuPeers:
     def close(self) -> None:
         for peer in self._peers:
             peer.kill()
+        if self._mooncake is not None:
+            self._mooncake.close()
 
 
 class GpuHost:
@@ -323,7 +343,7 @@ class GpuHost:
 
     def __init__(self, peers: GpuPeers, transport: str, *, source_device: str, peer_device: str) -> None:
         self._peers = peers
-        self._source_device = torch.device(source_device)
+        self._source_device = source_device
         self._transport = transport
         self._peer_device = peer_device
         self._closing: list[Callable[[], None]] = []
@@ -343,8 +363,11 @@ class GpuHost:
             )
         runtime_dir, woken = self._peers.runtime_dir, threading.Event()
         lock = EpochLock(runtime_dir, EpochId(name))
-        pool = DevicePool.create(LAYOUT, NUM_PAGES, device=self._source_device, directory=runtime_dir)
-        transport = make_transports(pool, runtime_dir=runtime_dir, wakeup=woken.set, names=self._transport)
+        if self._transport == "mooncake":
+            self._peers.keep_mooncake()
+        device, name_of_transport = self._source_device, self._transport
+        pool = pool_on(device, LAYOUT, NUM_PAGES, runtime_dir)
+        transport, arrivals = transports_of(pool, device, runtime_dir, woken.set, name_of_transport)
         address = transport.addresses[0]
         memory = pool.tensor.view(torch.uint8).view(NUM_PAGES, -1)
 
@@ -360,7 +383,7 @@ class GpuHost:
             transport=transport,
             woken=woken,
             kill=lambda: None,
-            pages=lambda: with_arrivals(memory.cpu().numpy(), address, pool),
+            pages=lambda: with_arrivals(memory.cpu().numpy(), arrivals),
             put=put,
             digests=digests_of(self._transport),
         )

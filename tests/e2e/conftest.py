@@ -1,6 +1,7 @@
-"""One cluster of real processes with the real model for the whole session: prefill, decode, unified, router.
+"""One cluster of real processes with the real model for the tests that use it: prefill, decode, unified, router.
 
-The cluster is started, supervised and restarted by the same code as `kvist up`.
+The tests that start processes of their own run before it starts, and it ends with the last test of this folder.
+The same code as in `kvist up` starts, supervises and restarts it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import httpx
 import pytest
 
 from kvist.cluster.config import ClusterConfig
-from kvist.cluster.plan import ClusterShape, free_ports, plan_on_free_ports
+from kvist.cluster.plan import ClusterShape, plan_on_free_ports
+from kvist.cluster.ports import free_ports
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildPlan, ChildTimeouts, Processes
 
@@ -38,6 +40,16 @@ def is_ready() -> Callable[[str], bool]:
     return _is_ready
 
 
+def metric_of(url: str, name: str, **labels: str) -> float:
+    """Return the sum of a metric's samples that have these labels."""
+    total = 0.0
+    for line in httpx.get(f"{url}/metrics", timeout=60).text.splitlines():
+        match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line)
+        if match and match[1] == name and all(f'{key}="{value}"' in (match[2] or "") for key, value in labels.items()):
+            total += float(match[3])
+    return total
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Access to the running cluster for tests, with functions that wait for a state."""
@@ -51,16 +63,7 @@ class Cluster:
 
     def metric(self, name: str, *, url: str | None = None, **labels: str) -> float:
         """Return the sum of a metric's samples that have these labels."""
-        total = 0.0
-        for line in httpx.get(f"{url or self.router}/metrics", timeout=60).text.splitlines():
-            match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line)
-            if (
-                match
-                and match[1] == name
-                and all(f'{key}="{value}"' in (match[2] or "") for key, value in labels.items())
-            ):
-                total += float(match[3])
-        return total
+        return metric_of(url or self.router, name, **labels)
 
     def num_running(self) -> float:
         """Return the number of requests open at the gateway, running or waiting at an engine."""
@@ -100,9 +103,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.timeout(240))
+    items.sort(key=lambda item: here in item.path.parents and "cluster" in getattr(item, "fixturenames", ()))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[Cluster]:
     lines: list[str] = []
     plans = plan_on_free_ports(

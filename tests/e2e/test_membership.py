@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kvist.cluster.plan import free_ports
+from kvist.cluster.ports import free_ports
 from tests.e2e.test_lifetimes import family_of, is_alive, wait_until
 
 KVIST = (sys.executable, "-m", "kvist")
@@ -28,9 +28,9 @@ WORKER = ("serve", "--num-threads", "1", "--max-total-tokens", "8192", "--gatewa
 class Machines:
     """Processes started by hand. Mutable; owned by one test."""
 
-    def __init__(self, stack: ExitStack, folder: Path) -> None:
+    def __init__(self, stack: ExitStack, folder: Path, runtime_dir: Path) -> None:
         self._stack = stack
-        self._environ = {**os.environ, "KVIST_CLUSTER_KEY": KEY, "KVIST_RUNTIME_DIR": str(folder)}
+        self._environ = {**os.environ, "KVIST_CLUSTER_KEY": KEY, "KVIST_RUNTIME_DIR": str(runtime_dir)}
         self._log = (folder / "log").open("ab")
         stack.callback(self._log.close)
 
@@ -94,9 +94,9 @@ def seconds_until(condition: Callable[[], bool]) -> float:
 
 
 @pytest.fixture
-def machines(tmp_path: Path) -> Iterator[Machines]:
+def machines(tmp_path: Path, memory_folder: Path) -> Iterator[Machines]:
     with ExitStack() as stack:
-        yield Machines(stack, tmp_path)
+        yield Machines(stack, tmp_path, memory_folder)
 
 
 def num_open(router: str) -> int:

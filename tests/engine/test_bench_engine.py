@@ -59,6 +59,9 @@ class _Read:
     def is_done(self) -> bool:
         return self.flight.is_done()
 
+    def wait(self) -> None:
+        self.flight.wait()
+
     def result(self) -> SampledTokens:
         self.watched.num_under_way -= 1
         return self.flight.result()

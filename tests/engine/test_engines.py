@@ -11,7 +11,7 @@ import random
 import msgspec
 import pytest
 
-from kvist.request import FinishReason, Outcome, RequestId, Role
+from kvist.request import Constraint, FinishReason, Outcome, RequestId, Role
 from kvist.testing.memory_cluster import MemoryCluster
 from kvist.testing.memory_engine import MemoryEngine
 from kvist.testing.specs import RequestFields
@@ -36,8 +36,18 @@ LONG_WORD: RequestFields = {
     "logit_bias": ((3, 4.0), (4, 3.9)),
     "bad_words": ((3,) * 9, (3, 4), (4, 4)),
 }
+# Each token must be known, and the matcher follows the whole answer, which it does not allow to end.
+CONSTRAINED: RequestFields = {
+    "temperature": 1.4,
+    "seed": 7,
+    "repetition_penalty": 1.1,
+    "bad_words": ((67, 16), (68,)),  # d1, e
+    "constraint": Constraint(kind="regex", text="([a-f][0-9]|[x-z]{2,3}!){40,}"),
+}
 SAMPLING = pytest.mark.parametrize(
-    "sampling", [GREEDY, SEEDED, SHAPED, LONG_WORD], ids=["greedy", "seeded", "shaped", "long word"]
+    "sampling",
+    [GREEDY, SEEDED, SHAPED, LONG_WORD, CONSTRAINED],
+    ids=["greedy", "seeded", "shaped", "long word", "constrained"],
 )
 # page size 4, prompt chunks of 8: lengths on both sides of each edge
 LENGTHS = (1, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 32, 33)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvist.engine.limits import resolve_limits
 from kvist.errors import ConfigError
-from kvist.request import Role
+from kvist.request import PRIORITY, Role
 from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
 
 PLACES = list(itertools.product(("cpu", "cuda"), (Role.UNIFIED, Role.PREFILL, Role.DECODE)))
@@ -75,10 +76,17 @@ def test_only_limits_set_by_the_user_can_contradict_each_other(
 
 
 def test_every_other_option_reaches_the_scheduler_as_it_was_set() -> None:
-    names = {field.name for field in dataclasses.fields(SchedulerOptions)} - {"context_length"}
-    options = SchedulerOptions(queue_timeout_s=7.0, max_queued_requests=3, ack_timeout_s=0.25)
-    resolved = resolve_limits(options, device="cuda", role=Role.DECODE)
     autos = {"max_running_requests", "chunked_prefill_size", "max_prefill_tokens", "overlap"}
-    for name in names - autos:
-        assert getattr(resolved, name) == getattr(options, name)
+    defaults: dict[str, Any] = {
+        field.name: field.default
+        for field in dataclasses.fields(SchedulerOptions)
+        if field.name not in autos | {"context_length"}
+    }
+    others: dict[str, Any] = {
+        name: PRIORITY if isinstance(value, str) else (value or 2) * 2 for name, value in defaults.items()
+    }
+    options = SchedulerOptions(**others)  # no option has its default
+    resolved = resolve_limits(options, device="cuda", role=Role.DECODE)
+    for name, value in others.items():
+        assert getattr(resolved, name) == value, name
     assert all(getattr(resolved, name) is not None for name in autos)

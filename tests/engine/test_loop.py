@@ -9,7 +9,8 @@ import pytest
 from kvist import wire
 from kvist.engine import gateways
 from kvist.engine.counters import CPU_COUNTERS, ENGINE_COUNTERS, LOOP_COUNTERS
-from kvist.engine.loop import MAX_FAILED_STEPS_IN_A_ROW, STORE_PROBE_S
+from kvist.engine.in_flight import MAX_FAILED_STEPS_IN_A_ROW
+from kvist.engine.loop import STORE_PROBE_S
 from kvist.errors import EngineError
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished

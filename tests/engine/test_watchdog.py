@@ -45,7 +45,7 @@ def test_a_long_step_is_progress_only_while_it_uses_the_cpu() -> None:
     beats: list[tuple[float, float]] = []
     cpu_s = itertools.count(start=0.0, step=2 * LEAST_CPU_S)
     watch = Watchdog(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: next(cpu_s), end=never)
-    watch.start(lambda turn_s, stalled_s: beats.append((turn_s, stalled_s)))
+    watch.start(lambda turn_s, stalled_s, _place: beats.append((turn_s, stalled_s)))
     watch.stop()
     beats.clear()
     for _ in range(3 * LOOKS):
@@ -53,7 +53,7 @@ def test_a_long_step_is_progress_only_while_it_uses_the_cpu() -> None:
     assert beats[-1] == (pytest.approx(3 * LIMIT_S, abs=2 * CHECK_INTERVAL_S), 0.0)
 
     blocked = Watchdog(lambda: 7, limit_s=LIMIT_S, loop_cpu_s=lambda: 1.0, end=never)
-    blocked.start(lambda turn_s, stalled_s: beats.append((turn_s, stalled_s)))
+    blocked.start(lambda turn_s, stalled_s, _place: beats.append((turn_s, stalled_s)))
     blocked.stop()
     for _ in range(4):
         blocked.check()
@@ -99,3 +99,24 @@ def test_a_hung_process_exits_with_1_and_prints_the_stacks_of_its_threads() -> N
     assert "no progress" in done.stderr
     assert "threading.py" in done.stderr
     assert 'File "<string>", line 7' in done.stderr
+
+
+def test_a_hang_is_reported_once_with_all_stacks_and_named_in_each_heartbeat(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dumps: list[int] = []
+    monkeypatch.setattr("faulthandler.dump_traceback", lambda: dumps.append(1))
+    places: list[str] = []
+    turns = iter([0] + [7] * 12 + [8, 8, 8] + [9] * 12)
+    watch = Watchdog(lambda: next(turns), limit_s=LIMIT_S, end=never)
+    watch._beat = lambda _turn_s, _stalled_s, place: places.append(place)
+    for _ in range(12):
+        watch.check()
+    assert len(dumps) == 1
+    assert places[0] == "", "the first iteration makes progress"
+    assert all("place_of (watchdog.py:" in place for place in places[1:]), "the innermost frame in Kvist's code"
+    assert "no progress for 2.0 s, in place_of (watchdog.py" in caplog.text
+    for _ in range(14):
+        watch.check()
+    assert len(dumps) == 2, "another hang"
+    assert "makes progress again" in caplog.text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvist import settings
+from kvist import settings, verbs
 from kvist.cluster.plan import plan_cluster
 from kvist.errors import ConfigError
 from kvist.options import to_argv
@@ -40,7 +40,7 @@ def test_children_of_kvist_up_get_the_api_keys_by_environment(given: str) -> Non
     argv, environ = (["--api-key", "k1", "k2"], {}) if given == "flag" else ([], {"KVIST_API_KEY": "k1,k2"})
     up = settings.read("up", argv, environ)
     assert isinstance(up, settings.UpSettings)
-    plans = plan_cluster(settings.cluster_shape(up, {}), [1, 2])
+    plans = plan_cluster(verbs.cluster_shape(up, {}), [1, 2])
     assert {plan.name for plan in plans} == {"prefill-0", "decode-0", "router"}
     for plan in plans:
         assert not {"k1", "k2"} & set(plan.argv)

@@ -14,6 +14,7 @@ from kvist.bounded_log import BoundedLog
 from kvist.engine.gateways import Gateways
 from kvist.engine.inbox import Inbox, Reply
 from kvist.engine.messages import decode_line
+from kvist.engine.roles import RoleSwitch
 from kvist.errors import Unavailable, WireError
 from kvist.kv.cache import PageCache
 from kvist.request import (
@@ -55,7 +56,12 @@ DONE = wire.Done(
 
 def inbox_of(role: Role) -> Inbox:
     spec = msgspec.structs.replace(SPEC, role=role)
-    return Inbox(spec=spec, gateways=Gateways(timeout_s=10.0), on_storage_command=None)
+    return Inbox(
+        spec=spec,
+        gateways=Gateways(timeout_s=10.0, role=spec.role),
+        roles=RoleSwitch(spec.role),
+        on_storage_command=None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,14 @@ async def test_a_worker_url_with_an_invalid_answer_is_reported_and_retried(conte
     transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=content))
     async with httpx.AsyncClient(transport=transport) as client:
         with pytest.raises(Unavailable, match="http://w:1"):
+            await find_engine(client, "http://w:1", api_key=None, timeout_s=60.0, stalled_s=60.0)
+
+
+async def test_the_error_of_a_gateway_named_as_a_worker_says_so() -> None:
+    content = b'{"engine": null, "engine_health": null, "workers": [], "pairs": []}'
+    transport = httpx.MockTransport(lambda _request: httpx.Response(200, content=content))
+    async with httpx.AsyncClient(transport=transport) as client:
+        with pytest.raises(Unavailable, match="http://w:1 has no engine: it is a gateway, not a worker"):
             await find_engine(client, "http://w:1", api_key=None, timeout_s=60.0, stalled_s=60.0)
 
 

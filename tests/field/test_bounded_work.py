@@ -61,7 +61,7 @@ class Engine(ScriptedDispatcher):
     blocked_until: threading.Event | None = None  # `model` blocks until it is set
     sends: bool = False  # encode the prompt as a real dispatcher does
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
+    async def generate(self, request: EngineRequest, *, session: str = "") -> AsyncGenerator[StreamPart, None]:  # noqa: ARG002
         if self.sends:
             page_digests(request.prompt_token_ids, 4, "namespace")
             wire.encode(submit_full(request))

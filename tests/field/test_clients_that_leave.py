@@ -104,7 +104,7 @@ def test_the_pages_of_forty_clients_that_leave_at_once_are_freed_together() -> N
 
 
 @pytest.mark.case("cancel-in-prefill")
-def test_a_step_with_one_client_left_goes_on_and_aborted_requests_end_with_it() -> None:
+def test_a_step_with_one_client_left_goes_on_and_aborted_requests_end_at_once() -> None:
     engine = Engine()
     engine.at(0.0, prompt("leaves", 100))
     engine.at(0.0, prompt("stays", 100))
@@ -115,6 +115,6 @@ def test_a_step_with_one_client_left_goes_on_and_aborted_requests_end_with_it() 
     assert engine.num_aborted_steps() == 0
     ((ended_s, name, _),) = engine.ended()
     assert name == "leaves"
-    assert ended_s == pytest.approx(1.0 + NUM_LAYERS * LAYER_S)
+    assert 1.5 <= ended_s <= 1.5 + LAYER_S
     outputs_sent = engine.sent(wire.StepOutputs)
     assert "stays" in {chunk.request_id for outputs in outputs_sent for chunk in outputs.chunks}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from kvist import settings, wire
+from kvist import settings, verbs, wire
 from kvist.channel import ChannelConfig, EngineChannel, Member, with_cluster_key, with_private_key
 from kvist.cluster.plan import plan_cluster
 from kvist.errors import ConfigError
@@ -228,10 +228,10 @@ def test_each_start_of_kvist_up_draws_a_key_and_passes_it_by_environment() -> No
     read = read_up(["--prefill", "1", "--decode", "1"])
     keys = set()
     for _ in range(2):
-        up = settings.with_own_key(read)
+        up = verbs.with_own_key(read)
         key = up.engine.channel.cluster_key or ""
         keys.add(key)
-        for plan in plan_cluster(settings.cluster_shape(up, {}), [1, 2]):
+        for plan in plan_cluster(verbs.cluster_shape(up, {}), [1, 2]):
             assert plan.environ["KVIST_CLUSTER_KEY"] == key
             assert key not in " ".join(plan.argv)
     assert len(keys) == 2
@@ -242,8 +242,8 @@ def test_kvist_up_uses_the_key_file_of_the_user(tmp_path: Path) -> None:
     path.write_text(secrets.token_hex(32))
     path.chmod(0o600)
     read = read_up(["--cluster-key-file", str(path)])
-    up = settings.with_own_key(read)
-    for plan in plan_cluster(settings.cluster_shape(up, {}), [1, 2]):
+    up = verbs.with_own_key(read)
+    for plan in plan_cluster(verbs.cluster_shape(up, {}), [1, 2]):
         assert plan.environ["KVIST_CLUSTER_KEY"] == path.read_text()
         assert not any("cluster-key-file" in word for word in plan.argv)
     assert with_private_key(replace(up.engine.channel)).cluster_key == path.read_text()

@@ -41,7 +41,7 @@ async def ask_worker(engine: FakeEngine) -> AsyncIterator[tuple[Dispatcher, Call
     dispatcher = build_router(
         RouterConfig(
             urls=WorkerUrls(worker_urls=("http://u:1",)),
-            links=LinkOptions(keepalive_s=0.05, worker_timeout_s=TIMEOUT_S),
+            links=LinkOptions(keepalive_s=0.05, worker_timeout_s=TIMEOUT_S, migration_timeout_s=0.1),
         ),
         ChannelConfig(cluster_key=CLUSTER_KEY),
         transport=httpx.MockTransport(lambda _request: httpx.Response(200, content=msgspec.json.encode(server_info))),

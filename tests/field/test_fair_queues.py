@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
 
-from kvist.errors import Overloaded
-from kvist.fairness import caller_path
+from kvist.errors import ConfigError, Overloaded
+from kvist.fairness import caller_path, weight_of
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFinished
@@ -20,6 +21,7 @@ from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry
 from kvist.router.route import Router
 from kvist.scheduler import Scheduler, SchedulerConfig, build_scheduler
+from kvist.server.config import ServerConfig
 from kvist.testing.gateway_bench import GatewayBench
 from kvist.testing.specs import make_load, make_peer_spec, make_spec, submit_full
 from kvist.wire import Grant, PoolAddress, PrefillPeer, Submit, Welcome
@@ -191,3 +193,49 @@ async def test_the_router_sends_a_request_to_a_full_worker_that_can_displace_ano
     with pytest.raises(Overloaded) as later:
         router.choose(_request("more", "k/h/1"))
     assert later.value.retry_after_s == 35.0, "14 requests wait for 4 places of 10 s each"
+
+
+@pytest.mark.case("fairness")
+async def test_a_key_over_its_limit_gets_a_429_that_names_the_limit_and_other_keys_are_served(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(max_inflight_per_key=3, api_key=("k1", "k2"))
+    bench.dispatcher.hold = asyncio.Event()
+    flood = _requests_of(bench, 3, "k1", "10.0.0.1") + _requests_of(bench, 2, "k1", "10.0.0.2")
+    await _until(lambda: sum(task.done() for task in flood) == 2)
+    refused = [task.result() for task in flood if task.done()]
+    assert {response.status_code for response in refused} == {429}
+    assert all("limit of 3 for one key (--max-inflight-per-key)" in response.text for response in refused)
+    assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
+    others = _requests_of(bench, 3, "k2", "10.0.0.1")
+    await _until(lambda: len(bench.dispatcher.requests) == 6)
+    bench.dispatcher.hold.set()
+    assert {(await task).status_code for task in others} == {200}
+    await asyncio.gather(*flood)
+    (again,) = _requests_of(bench, 1, "k1", "10.0.0.1")
+    assert (await again).status_code == 200, "the places of the key are free again"
+
+
+@pytest.mark.case("fairness")
+async def test_the_weight_of_an_api_key_travels_with_its_requests(make_bench: MakeBench) -> None:
+    bench = make_bench(api_key=("k1", "k2"), api_key_weights=(4, 1))
+    for key in ("k1", "k2"):
+        (task,) = _requests_of(bench, 1, key, "10.0.0.1")
+        assert (await task).status_code == 200
+    assert [weight_of(caller_path(request.client)[0]) for request in bench.dispatcher.requests] == [4, 1]
+
+
+@pytest.mark.case("fairness")
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"max_inflight_per_key": 3}, "--max-inflight-per-key needs API keys"),
+        ({"api_key": ("k1", "k2"), "api_key_weights": (2,)}, "1 weights for 2 API keys"),
+        ({"api_key_weights": (2,)}, "1 weights for 0 API keys"),
+    ],
+)
+def test_limits_and_weights_of_keys_without_their_keys_are_refused_at_start(
+    options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        ServerConfig(**options)

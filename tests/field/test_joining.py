@@ -9,9 +9,12 @@ from __future__ import annotations
 import pytest
 
 from kvist.errors import ConfigError, KvistError, Overloaded, Unavailable
+from kvist.flags import Sources, read_settings
 from kvist.kv.keys import page_digests
 from kvist.request import FinishReason, Outcome, Role
+from kvist.router.config import RouterConfig, RoutingOptions
 from kvist.router.registry import Worker
+from kvist.settings import ServeSettings
 from kvist.testing.page_events import joined
 from kvist.testing.router_bench import RouterBench, read_all, settle
 from kvist.testing.specs import make_request, make_roomy_spec
@@ -83,6 +86,7 @@ async def test_a_fleet_whose_queues_are_full_is_overloaded_and_not_unavailable()
     with pytest.raises(Overloaded):
         await read_all(bench.dispatcher.generate(make_request("r", PROMPT)))
     bench.engines.lose(worker)
+    await bench.pass_time(5.0)
     for task in tasks:
         with pytest.raises(KvistError):
             await task
@@ -99,7 +103,7 @@ async def test_a_fleet_whose_queues_are_full_is_overloaded_and_not_unavailable()
 async def test_a_pair_that_does_not_match_is_refused_at_joining_with_both_values(
     changes: dict[str, object], values: list[str]
 ) -> None:
-    bench = RouterBench()
+    bench = RouterBench(RouterConfig(routing=RoutingOptions(aggregate="never")))
     bench.engines.join("p", role=Role.PREFILL, model_fingerprint="f", dtype="float32", page_size=16)
     spec = {"model_fingerprint": "f", "dtype": "float32", "page_size": 16, **changes}
     with pytest.raises(ConfigError) as refused:
@@ -109,3 +113,29 @@ async def test_a_pair_that_does_not_match_is_refused_at_joining_with_both_values
         await read_all(bench.dispatcher.generate(make_request("r", PROMPT)))
     assert refused.value.message in caught.value.message
     assert bench.engines.sent == []
+
+
+@pytest.mark.parametrize("policy", ["cache_aware", "cost"])
+async def test_a_worker_that_claims_pages_which_it_lacks_gets_no_more_than_it_can_queue(policy: str) -> None:
+    bench = RouterBench(RouterConfig(routing=RoutingOptions(policy=policy)))
+    liar = bench.engines.join("a", max_running_requests=8, max_queued_requests=8)
+    honest = bench.engines.join("b", max_running_requests=64, max_queued_requests=64)
+    remember_prompt(bench, liar)  # the worker would have to compute the prompt, and its queue grows
+    tasks = [await bench.begin(make_request(f"r{number}", PROMPT)) for number in range(60)]
+    counts = [len(bench.engines.submits(worker)) for worker in (liar, honest)]
+    assert sum(counts) == 60, "no request is refused"
+    assert counts[0] <= 16, "a lie gains one queue"
+    for worker in (liar, honest):
+        bench.engines.lose(worker)
+    await bench.pass_time(5.0)
+    for task in tasks:
+        with pytest.raises(KvistError):
+            await task
+
+
+def test_an_unknown_transport_is_refused_at_the_start_with_the_known_names() -> None:
+    argv = ("--disaggregation-transfer-backend", "carrier-pigeon")
+    with pytest.raises(ConfigError) as refused:
+        read_settings(ServeSettings, Sources(argv=argv, environ={}))
+    for word in ("--disaggregation-transfer-backend", "carrier-pigeon", "shm", "mooncake"):
+        assert word in refused.value.message

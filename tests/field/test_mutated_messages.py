@@ -26,6 +26,7 @@ from kvist.engine.inbox import Inbox
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
+from kvist.engine.roles import RoleSwitch
 from kvist.errors import ConfigError, KvistError, WireError
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
@@ -236,8 +237,8 @@ class OfflineEngine:
 
     def __init__(self, role: Role, seed: int) -> None:
         self.dice = random.Random(seed)
-        self.gateways = Gateways(timeout_s=1e9)
-        self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, on_storage_command=None)
+        self.gateways = Gateways(timeout_s=1e9, role=role)
+        self.inbox = Inbox(spec=spec_of(role), gateways=self.gateways, roles=RoleSwitch(role), on_storage_command=None)
         self.scheduler = scheduler_of(role)
         self.table = small_table(8, vocab_size=VOCAB)
         union: object = wire.ToEngine | wire.SourceToTarget
@@ -455,8 +456,10 @@ class FakeStep:
     def __init__(self, batch: Batch) -> None:
         self._num_tokens = sum(item.samples for item in batch.items)
 
-    def is_ready(self) -> bool:
+    def is_done(self) -> bool:
         return True
+
+    def wait(self) -> None: ...
 
     def result(self) -> SampledTokens:
         return SampledTokens(token_ids=[5] * self._num_tokens)
@@ -489,6 +492,8 @@ def fuzz_loop(role: Role, seed: int, num_messages: int) -> float:
         page_events=PageEventLog(list_pages=lambda piece: wire.ListedPages(tier="device", first_piece=piece)),
         clock=clock,
         gateway_timeout_s=1e9,
+        watch_step=lambda _step: None,
+        roles=RoleSwitch(role),
     )
     loop, decoder = EngineLoop(parts), wire.Decoder(wire.EngineToGateway)
     dealer = context.socket(zmq.DEALER)

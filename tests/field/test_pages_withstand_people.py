@@ -46,7 +46,7 @@ def test_pages_that_collide_under_xxh3_have_different_digests(prefix: tuple[int,
 
 
 @pytest.mark.case("digest-collision")
-def test_a_digest_is_256_bits_of_a_hash_keyed_with_its_parent() -> None:
+def test_a_digest_is_256_bits_of_a_hash_over_its_parent() -> None:
     assert len(chain_digest(KEYS[0], b"tokens")) == 32
     with pytest.raises(ValueError, match="32"):
         chain_digest(KEYS[0][:16], b"tokens")

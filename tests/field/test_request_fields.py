@@ -46,7 +46,7 @@ async def test_neutral_fields_are_accepted_and_fields_without_effect_are_named(
     }
     response = await bench.post("/v1/chat/completions", body)
     assert response.status_code == 200, response.text
-    expected = {"metadata", "prompt_cache_key", "safety_identifier", "verbosity", "store"}
+    expected = {"metadata", "safety_identifier", "verbosity", "store"}
     assert ignored(response) == expected | {"messages[].content[].cache_control"}
     whole = await bench.post("/v1/chat/completions", {**body, "stream": False, "stream_options": None})
     assert ignored(whole) == ignored(response)

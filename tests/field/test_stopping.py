@@ -65,7 +65,8 @@ def serve(tokenizer: Tokenizer) -> Callable[..., object]:
         dispatcher = build_router(
             router, ChannelConfig(cluster_key=CLUSTER_KEY), transport=LocalEngineTransport(lambda: engine.spec)
         ).dispatcher
-        lifecycle, stop = Lifecycle(), StopSignals()
+        stop = StopSignals()
+        lifecycle = Lifecycle(on_drain=stop.stop)
         app = build_app(
             dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake", lifecycle=lifecycle
         )
@@ -122,6 +123,23 @@ async def test_a_stream_over_the_shutdown_timeout_ends_with_an_error_event_and_o
     assert [record.getMessage() for record in warnings] == [
         "open requests that are now cut with an error: 2 (--shutdown-timeout-s)"
     ]
+
+
+@pytest.mark.case("drain-timeout")
+async def test_vllm_24885_a_drain_request_lets_open_streams_finish_by_count_and_ends_the_process(
+    serve: Callable[..., object],
+) -> None:
+    async with serve(shutdown_timeout_s=3600) as server:  # type: ignore[attr-defined]
+        server.engine.stop_after = 3
+        streaming = asyncio.create_task(read(server, ASK))
+        await server.until(lambda: server.engine.num_hanging)
+        drained = await server.client.post("/drain")
+        assert (drained.status_code, drained.json()["requests_in_flight"]) == (202, 1)
+        assert (await server.client.post("/v1/completions", json=ASK)).status_code == 503
+        assert "this server is draining" in (await server.client.get("/ready")).text
+        server.engine.finish_streams()
+        assert (await streaming).endswith("data: [DONE]\n\n")
+        await server.ended()
 
 
 @pytest.mark.case("drain-timeout")

@@ -6,10 +6,10 @@ import pytest
 from starlette.types import Scope
 
 from kvist import settings
+from kvist.checking.sampling import salt_digest
 from kvist.errors import ConfigError
 from kvist.http.caller import ApiKeys, caller_of
 from kvist.options import given_values
-from kvist.server.sampling import salt_digest
 
 
 def tenant(key: str) -> str:

@@ -145,10 +145,12 @@ async def test_the_router_uses_only_workers_that_the_request_fits(
 
 
 @pytest.mark.case("unequal-pools")
-async def test_a_prompt_too_long_for_every_prefill_worker_runs_unified_or_is_refused(fleet: Fleet) -> None:
+async def test_a_prompt_too_long_for_every_prefill_worker_runs_unified_or_at_decode_alone(fleet: Fleet) -> None:
     fleet.engines.add("p", Role.PREFILL, pool=1024)
     fleet.engines.add("d", Role.DECODE, pool=4096)
-    assert "prefill worker (p) can hold at most 1024 tokens" in error_of(await fleet.complete(2000, 10))
+    assert (await fleet.complete(2000, 10)).status_code == 200
+    assert fleet.engines.used == [("d", Mode.FULL)]
+    assert "this server holds at most 4096 tokens" in error_of(await fleet.complete(4090, 10))
     assert (await fleet.complete(1000, 2000)).status_code == 200
     fleet.engines.add("u", Role.UNIFIED, pool=2048)
     assert (await fleet.complete(2000, 10)).status_code == 200

@@ -52,7 +52,7 @@ def test_two_models_are_an_error() -> None:
         ("--quantization", "unquantized checkpoint"),
         ("--enable-prefix-caching", "leave it out"),
         ("--data-parallel-size", "kvist up --unified N"),
-        ("--tool-call-parser", "not parsed yet"),
+        ("--tokenizer-mode", "leave it out"),
     ],
 )
 def test_an_unsupported_option_of_another_server_is_answered_with_its_remedy(flag: str, remedy: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
+from kvist.errors import EngineError
 from kvist.kernels.activation import silu_mul, silu_mul_torch
 from kvist.kernels.decode_attention import (
     decode_attention,
@@ -20,6 +24,7 @@ from kvist.kernels.pages import copy_pages, sum_pages, sum_pages_torch
 from kvist.kernels.rotary import rotate_and_write, rotate_and_write_torch, rotation, rotation_torch
 from kvist.kernels.sampling import choose_tokens, choose_tokens_torch, gumbel_noise, hash_tokens
 from kvist.kernels.skinny import GATED_ROWS, skinny_gated, skinny_gated_torch, skinny_linear, skinny_linear_torch
+from kvist.transfer.device_pages import DevicePages
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -280,3 +285,54 @@ def test_gpu_sums_and_copies_of_pieces_equal_the_cpu(rng: torch.Generator, start
     assert torch.equal(target[[6, 1, 2], 10 : 10 + end - start].cpu(), pages[[3, 0, 8], start:end])
     target[[6, 1, 2], 10 : 10 + end - start] = 0
     assert not target.any()
+
+
+@dataclass
+class PeerPart:
+    """A peer's part of all pages, as `device_pages.MappedPart`."""
+
+    offset: int
+    words: Tensor  # [num_pages, words of the part]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.words.shape[1] * 8
+
+    def address_on(self, device: torch.device) -> int:
+        assert device.type == "cuda"
+        return self.words.data_ptr()
+
+
+@dataclass
+class PeerPool:
+    parts: Sequence[PeerPart]
+
+
+WHOLE, HALVES, QUARTERS = [(0, 5000)], [(0, 2500), (2500, 5000)], [(1250 * i, 1250 * i + 1250) for i in range(4)]
+UNEVEN, TWICE = [(0, 1), (1, 2049), (2049, 5000)], [(0, 5000), (0, 5000)]
+
+
+@pytest.mark.parametrize("ours", [WHOLE, HALVES, UNEVEN, TWICE], ids=["whole", "halves", "uneven", "twice"])
+@pytest.mark.parametrize("theirs", [WHOLE, HALVES, QUARTERS, TWICE], ids=["whole", "halves", "quarters", "twice"])
+def test_gpu_pages_in_parts_are_copied_and_summed_like_whole_pages_on_the_cpu(
+    rng: torch.Generator, ours: list[tuple[int, int]], theirs: list[tuple[int, int]]
+) -> None:
+    pages = torch.randint(-(2**63), 2**63 - 1, (9, 5000), generator=rng)
+    parts = [(start * 8, pages[:, start:end].contiguous().to(CUDA)) for start, end in ours]
+    source = DevicePages(parts[0][1], [(offset, part.view(torch.uint8)) for offset, part in parts[1:]])
+    held = [torch.zeros(7, end - start, dtype=torch.int64, device=CUDA) for start, end in theirs]
+    torch.cuda.synchronize()
+    peer = PeerPool([PeerPart(start * 8, words) for (start, _), words in zip(theirs, held, strict=True)])
+    want = DevicePages(pages).digests((3, 0, 8))
+    assert source.copy((3, 0, 8), peer, (6, 1, 2)) == want
+    for (start, end), words in zip(theirs, held, strict=True):
+        assert torch.equal(words[[6, 1, 2]].cpu(), pages[[3, 0, 8], start:end])
+        assert not words[[0, 3, 4, 5]].any()
+    receiver = [(start * 8, words.view(torch.uint8)) for (start, _), words in zip(theirs, held, strict=True)]
+    target = DevicePages(held[0], receiver[1:])
+    assert target.digests((6, 1, 2)) == want
+    if theirs is TWICE:
+        held[1][1, 17] ^= 1
+        torch.cuda.synchronize()
+        with pytest.raises(EngineError, match="two ranks have different bytes"):
+            target.digests((6, 1, 2))

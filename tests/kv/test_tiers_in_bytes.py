@@ -168,7 +168,8 @@ class TiersInBytes(RuleBasedStateMachine):
         if not self.engine.store_mover.is_attached:
             self.replace_or_detach_store(attached=True)
         self.stores[self.number].behaviour = "works"
-        self.advance_clock(6.0)  # the breaker lets a job through
+        self.advance_clock(6.0)
+        self.engine.settle_store()  # a probe closes the breaker
 
     def stored_files(self) -> list[Path]:
         return sorted((self.root / "store").rglob("*.page"))

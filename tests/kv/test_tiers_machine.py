@@ -84,6 +84,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.device = [NONSENSE] * NUM_PAGES
         self.host = [NONSENSE] * num_host_pages
         self.requests: list[Request] = []
+        self.early: list[Request] = []  # with the leases of early loads
         self.jobs: list[tuple[LoadPages | BackUpPages, list[bytes]]] = []  # with the content to copy
         self.replayed = ReplayedPages()
 
@@ -97,15 +98,60 @@ class TiersMachine(RuleBasedStateMachine):
             if not (waits and self.cache.waits_for_copies(lease, len(token_ids))):
                 self.cache.close(lease)
                 return
-            copies = [index for index, (job, _) in enumerate(self.jobs) if isinstance(job, BackUpPages)]
-            self.run_job(copies[0], ok)  # without a copy under way it would wait for ever
+            early_ids = {each.load_id for each in self.early}
+            copies = [
+                i for i, (job, _) in enumerate(self.jobs) if isinstance(job, BackUpPages) or job.job_id in early_ids
+            ]
+            self.run_job(copies[0], ok)  # without such a copy under way it would wait for ever
         for page_id in lease.page_ids[num_found:]:
             self.device[page_id] = NONSENSE
         resident = set(self.tier.digests())
+        early = next((each for each in self.early if each.token_ids == token_ids and each.load_id is None), None)
+        if early is not None:  # the request for which the pages were loaded
+            lease.take_over_counts(early.lease)
+        before = self.cache.totals()
         load_id = self.cache.start_load(lease, token_ids, max_tokens=len(token_ids))
+        counted = {name: value - before[name] for name, value in self.cache.totals().items()}
+        num_early = lease.num_early_tokens // PAGE_SIZE
+        assert counted["device_hit_pages"] == num_found - num_early >= 0
+        assert counted["device_miss_pages"] == len(digests) - num_found + num_early
+        assert counted["host_hit_pages"] + counted["host_miss_pages"] == counted["device_miss_pages"]
+        if early is not None:
+            self.cache.close(early.lease)
+            self.early.remove(early)
         assert (load_id is not None) == (num_found < len(digests) and digests[num_found] in resident)
         self.requests.append(Request(lease, token_ids, num_found * PAGE_SIZE, load_id))
         self.take_jobs()
+
+    @rule(token_ids=TOKENS)
+    def open_early(self, token_ids: tuple[int, ...]) -> None:
+        lease = self.cache.open(token_ids, max_tokens=len(token_ids))
+        self.early.append(Request(lease, token_ids, lease.num_cached_tokens, None))
+
+    @precondition(lambda self: any(each.load_id is None for each in self.early))
+    @rule(data=st.data(), num_reserved=st.integers(0, NUM_PAGES))
+    def load_early(self, data: st.DataObject, num_reserved: int = 0) -> None:
+        early = data.draw(st.sampled_from([each for each in self.early if each.load_id is None]))
+        digests = page_digests(early.token_ids, PAGE_SIZE, NAMESPACE)
+        num_pages, counts = early.lease.pin.num_pages, self.cache.counts()
+        num_room = counts.free + counts.evictable - num_reserved + len(early.lease.page_ids) - num_pages
+        next_page = self.tier.get(digests[num_pages]) if num_pages < len(digests) else None
+        early.load_id = self.cache.load_early(early.lease, digests, num_reserved=num_reserved)
+        may_load = next_page is not None and next_page.resident and num_room > 0
+        assert may_load or early.load_id is None
+        assert early.load_id is not None or not may_load or self.policy == "write_back", "only a copy can prevent it"
+        counts = self.cache.counts()
+        assert early.load_id is None or counts.free + counts.evictable >= min(num_reserved, NUM_PAGES) - len(
+            early.lease.page_ids[num_pages:]
+        ), "the reserve is left"
+        self.take_jobs()
+
+    @precondition(lambda self: any(each.load_id is None for each in self.early))
+    @rule(data=st.data())
+    def close_early(self, data: st.DataObject) -> None:
+        early = data.draw(st.sampled_from([each for each in self.early if each.load_id is None]))
+        self.early.remove(early)
+        self.cache.close(early.lease)
 
     @rule(token_ids=TOKENS, closes=st.booleans(), evicts=st.booleans())
     def answer(self, token_ids: tuple[int, ...], closes: bool, evicts: bool) -> None:
@@ -171,7 +217,7 @@ class TiersMachine(RuleBasedStateMachine):
             return
         for page_id, content in zip(job.page_ids, found, strict=True):
             self.device[page_id] = content
-        (request,) = (each for each in self.requests if each.load_id == job.job_id)
+        (request,) = (each for each in [*self.requests, *self.early] if each.load_id == job.job_id)
         expected = request.num_written + (len(found) * PAGE_SIZE if ok else 0)
         request.num_written = self.cache.loaded(PagesLoaded(job_id=job.job_id, ok=ok), request.token_ids)
         request.load_id = None
@@ -330,9 +376,12 @@ class TiersMachine(RuleBasedStateMachine):
             assert self.device[node.page_id] == node.digest
         for page in self.tier.pages():
             assert not page.resident or self.host[page.slot] == page.digest
-        for request in self.requests:
+        for request in [*self.requests, *self.early]:
             for index, digest in enumerate(request.digests()):
                 assert self.device[request.lease.page_ids[index]] == digest
+        for early in self.early:
+            counted = early.lease.num_loaded_tokens + early.lease.num_fetched_tokens
+            assert counted == early.num_written - early.lease.num_cached_tokens
 
     @invariant()
     def every_page_of_each_tier_is_in_exactly_one_state(self) -> None:
@@ -359,18 +408,26 @@ class TiersMachine(RuleBasedStateMachine):
             parent = page.parent
             assert page.digest in FIRST_PAGES if parent is None else self.tier.get(parent.digest) is parent
 
+    def fail_all_copies(self) -> None:
+        """Fail the copies that have begun, and those that the failures begin: a page that is being copied is pinned."""
+        for _ in range(NUM_PAGES + 1):  # a page whose copy failed is not copied again until its next hit
+            self.take_jobs()
+            if not self.jobs:
+                return
+            while self.jobs:
+                job, asked = self.jobs.pop()
+                assert self.source(job) == asked
+                if isinstance(job, BackUpPages):
+                    self.cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=False))
+                else:
+                    (request,) = (each for each in [*self.requests, *self.early] if each.load_id == job.job_id)
+                    self.cache.loaded(PagesLoaded(job_id=job.job_id, ok=False), request.token_ids)
+        raise AssertionError("copies begin without end")
+
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
-        self.take_jobs()
-        while self.jobs:
-            job, asked = self.jobs.pop()
-            assert self.source(job) == asked
-            if isinstance(job, BackUpPages):
-                self.cache.backed_up(PagesBackedUp(job_id=job.job_id, ok=False))
-            else:
-                (request,) = (each for each in self.requests if each.load_id == job.job_id)
-                self.cache.loaded(PagesLoaded(job_id=job.job_id, ok=False), request.token_ids)
+        self.fail_all_copies()
         for _ in list(self.store_jobs):
             self.run_store_job(0, False, True)
         self.run_all_store_jobs()
@@ -378,11 +435,11 @@ class TiersMachine(RuleBasedStateMachine):
             self.storage.close(prefetch)
         self.prefetches = []
         self.waiting.clear()
-        self.take_jobs()
+        self.fail_all_copies()
         self.run_all_store_jobs()
         assert not self.storage.open_prefetches
         assert self.storage.num_reserved == 0
-        for request in self.requests:
+        for request in [*self.requests, *self.early]:
             self.cache.close(request.lease)
         self.cache.flush()
         counts, host = self.cache.counts(), self.tier.counts()

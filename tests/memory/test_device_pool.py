@@ -14,7 +14,7 @@ import torch
 from kvist.errors import ConfigError, EngineError
 from kvist.kv.layout import PageLayout
 from kvist.memory import device_pool as device
-from kvist.memory.device_pool import DevicePool, plan_pool_size
+from kvist.memory.device_pool import DevicePool, available_host_bytes, plan_pool_size
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
 CPU = torch.device("cpu")
@@ -141,3 +141,13 @@ def test_a_requested_pool_that_is_too_small_is_refused_with_its_flag() -> None:
             max_total_tokens=1,
             min_tokens=2 * LAYOUT.page_size,
         )
+
+
+def test_cached_files_count_as_available_below_the_limit_of_the_container(tmp_path: Path) -> None:
+    mib = 1 << 20
+    (tmp_path / "memory.max").write_text(f"{64 * mib}\n")
+    (tmp_path / "memory.current").write_text(f"{60 * mib}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {20 * mib}\nactive_file {25 * mib}\ninactive_file {15 * mib}\n")
+    assert available_host_bytes(tmp_path) == 44 * mib
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_host_bytes(tmp_path) > 64 * mib

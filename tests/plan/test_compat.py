@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.plan.compat import TransportChoice, choose_transport, incompatibility, meet, peer_spec
+from kvist.protocol import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION
 from kvist.testing.specs import make_peer_spec, make_pool, make_spec
-from kvist.wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, PeerSpec, PoolAddress, PoolPart
+from kvist.wire import PeerSpec, PoolAddress, PoolPart
 
 SHM = make_pool()
 IPC = make_pool(transport="cuda-ipc", device="cuda", from_devices=("cuda",))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from kvist.page_index.page_runs import HeldPages
 from kvist.request import Role, WorkerId
 from kvist.router.coming_pages import ComingPages
-from kvist.router.page_runs import HeldPages
-from kvist.router.policies.cost import Cost, alone_ms, decode_ms, handoff_ms, prefill_ms
+from kvist.router.policies.cost import OTHERS, Cost, alone_ms, decode_ms, handoff_ms, prefill_ms
 from kvist.router.policy import FleetView, Path, Prompt, Reason, WorkerView
 from kvist.router.rates import RateMeter, Rates
 from kvist.testing.specs import make_request
@@ -17,6 +18,8 @@ from kvist.wire import HandoffReport
 
 PROMPT = Prompt(num_tokens=3200)  # 200 pages
 RATES = Rates(prompt_tokens_per_s=16_000, host_bytes_per_s=1e9, handoff_bytes_per_s=1e9)  # 1 ms a page, all three
+FAST_LINK = replace(RATES, handoff_bytes_per_s=1e12)
+SLOW = replace(RATES, prompt_tokens_per_s=4_000)
 
 
 def view(name: str, role: Role = Role.UNIFIED, **fields: Any) -> WorkerView:
@@ -62,7 +65,7 @@ def test_costs_are_milliseconds_at_the_measured_rates() -> None:
 
 
 def test_computed_tokens_take_time_from_the_next_requests_and_from_the_streams() -> None:
-    assert alone_ms(PROMPT, view("a", num_requests=50)) == pytest.approx(200 + 200 * 1.5)
+    assert alone_ms(PROMPT, view("a", num_requests=50)) == pytest.approx(200 + 200 * (OTHERS + 0.5))
 
 
 def test_affinity_and_load_are_weighed_and_neither_switches_the_other_off() -> None:
@@ -70,7 +73,7 @@ def test_affinity_and_load_are_weighed_and_neither_switches_the_other_off() -> N
     assert choose(holder, view("b")).prefill.worker_id == "a"
     waiting = view("a", held=HeldPages(190, 0), num_pending_tokens=2400)
     assert choose(waiting, view("b")).prefill.worker_id == "a"
-    overloaded = view("a", held=HeldPages(190, 0), num_pending_tokens=9000)
+    overloaded = view("a", held=HeldPages(190, 0), num_pending_tokens=14_000)
     assert choose(overloaded, view("b")).prefill.worker_id == "b"
 
 
@@ -84,6 +87,11 @@ def test_a_pair_is_chosen_when_decode_would_take_longer() -> None:
     [
         ([view("p", Role.PREFILL), view("d", Role.DECODE, held=HeldPages(199, 0))], Reason.HELD),
         ([view("p", Role.PREFILL, num_pending_tokens=9000), view("d", Role.DECODE)], Reason.HELD),
+        ([view("p", Role.PREFILL), view("d", Role.DECODE, rates=FAST_LINK)], Reason.CHEAPER),
+        (
+            [view("p", Role.PREFILL, rates=SLOW, num_pending_tokens=9000), view("d", Role.DECODE, rates=FAST_LINK)],
+            Reason.CHEAPER,
+        ),
         ([view("d", Role.DECODE)], Reason.NO_PREFILL),
         ([view("u")], Reason.UNIFIED),
     ],
@@ -91,14 +99,15 @@ def test_a_pair_is_chosen_when_decode_would_take_longer() -> None:
 def test_decode_computes_the_prompt_itself_where_that_is_cheaper(workers: list[WorkerView], reason: Reason) -> None:
     path = choose(*workers)
     assert path.is_alone
-    assert path.reason in (reason, Reason.PREFILL_QUEUE)
+    assert path.reason is reason
     assert path.cost_ms is not None
 
 
 def test_a_long_queue_at_prefill_is_named_as_the_reason() -> None:
-    fast_link = Rates(prompt_tokens_per_s=16_000, handoff_bytes_per_s=1e12)
+    slow_decode = replace(FAST_LINK, prompt_tokens_per_s=8_000)
+    assert choose(view("p", Role.PREFILL), view("d", Role.DECODE, rates=slow_decode)).reason is Reason.SPLIT
     busy = view("p", Role.PREFILL, num_pending_tokens=90_000)
-    path = choose(busy, view("d", Role.DECODE, rates=fast_link))
+    path = choose(busy, view("d", Role.DECODE, rates=slow_decode))
     assert (path.is_alone, path.reason) == (True, Reason.PREFILL_QUEUE)
 
 
@@ -132,3 +141,34 @@ def test_coming_pages_are_those_of_requests_under_way() -> None:
     assert coming.num_common_tokens(tuple(range(2000)), "") == 2000
     coming.remove(second.request_id)
     assert (coming.num_common_tokens(tuple(range(2000)), ""), len(coming)) == (0, 0)
+
+
+def test_stored_pages_are_loaded_at_the_measured_rate_of_the_store() -> None:
+    rates = Rates(prompt_tokens_per_s=16_000, host_bytes_per_s=1e9, store_bytes_per_s=2e8)
+    assert prefill_ms(PROMPT, view("a", held=HeldPages(100, 0, 50), rates=rates)) == pytest.approx(50 + 50 * 5)
+    assert prefill_ms(PROMPT, view("a", held=HeldPages(0, 40, 10), rates=rates)) == pytest.approx(40 + 50 + 150)
+    coming = view("a", held=HeldPages(0, 0, 50), num_coming_tokens=40 * 16, rates=rates)
+    assert prefill_ms(PROMPT, coming) == pytest.approx(150 + 10 * 5), "40 of them are computed there anyway"
+
+
+def test_a_worker_with_a_fast_store_is_chosen_over_one_that_computes() -> None:
+    fast, slow = replace(RATES, store_bytes_per_s=1e10), replace(RATES, store_bytes_per_s=1e7)
+    stored = HeldPages(0, 0, 150)
+    assert choose(view("a"), view("b", held=stored, rates=fast)).prefill.worker_id == "b"
+    assert choose(view("a"), view("b", held=stored, rates=slow)).prefill.worker_id == "a"
+
+
+def test_streams_cost_what_a_mean_answer_takes_in_decode_steps() -> None:
+    meter = RateMeter()
+    assert meter.rates.decode_s is None
+    for second in range(1, 200):
+        totals = {
+            "decode_steps": 20.0,
+            "decode_step_seconds": 0.5,
+            "generation_tokens": 400.0,
+            "requests_finished": 2.0,
+        }
+        meter.on_totals({name: each * second for name, each in totals.items()})
+    assert meter.rates.decode_s == pytest.approx(200 / 40, rel=0.01)
+    slow = view("d", num_requests=10, service_s=9.0, rates=meter.rates)
+    assert decode_ms(PROMPT, slow) == pytest.approx(500, rel=0.01)

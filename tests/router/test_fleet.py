@@ -18,7 +18,7 @@ from kvist.channel import ChannelConfig
 from kvist.errors import ConfigError, KvistError, Unavailable, WorkerLost
 from kvist.options import compose
 from kvist.request import EpochId, Role, WorkerId
-from kvist.router import Dispatcher, RouterConfig, WorkerUrls, build_router
+from kvist.router import Dispatcher, MemberOptions, RouterConfig, WorkerUrls, build_router
 from kvist.router.addresses import normal_url
 from kvist.router.discovery import reachable_endpoint
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
@@ -147,9 +147,11 @@ async def test_a_worker_lost_while_idle_is_noticed_and_serves_when_it_is_back(
     assert worker.spec.epoch == "second"
 
 
-async def test_a_worker_that_dies_mid_stream_fails_its_request(start_engine: StartEngine, connect: Connect) -> None:
+async def test_a_worker_that_dies_mid_stream_fails_its_request_if_there_is_no_other(
+    start_engine: StartEngine, connect: Connect
+) -> None:
     engine = start_engine(spec=spec("u"))
-    dispatcher = await connect(engine)
+    dispatcher = await connect(engine, migration_timeout_s=0.1)
     await until(dispatcher.ready)
     engine.stop_after = 3
     task = asyncio.create_task(ask(dispatcher))
@@ -179,7 +181,7 @@ async def test_a_silent_worker_is_lost_and_is_ready_after_its_next_message(
     await until(has_one_gateway)  # the old connection is closed
 
 
-async def test_requests_of_an_engine_that_restarted_fail_as_worker_lost(
+async def test_requests_of_an_engine_that_restarted_go_on_in_its_new_process(
     start_engine: StartEngine, connect: Connect
 ) -> None:
     engine = start_engine(spec=spec("u"))
@@ -188,9 +190,11 @@ async def test_requests_of_an_engine_that_restarted_fail_as_worker_lost(
     engine.hold = True
     task = asyncio.create_task(ask(dispatcher))
     await until(lambda: engine.submitted)
+    engine.hold = False
     engine.spec = msgspec.structs.replace(engine.spec, epoch=EpochId("second"))
-    with pytest.raises(WorkerLost, match="restarted"):
-        await task
+    assert await task
+    assert len(engine.submitted) == 2
+    assert dispatcher.snapshot().failovers.by_cause == {"worker_lost": 1}
 
 
 async def test_lost_page_events_make_the_gateway_list_the_pages(start_engine: StartEngine, connect: Connect) -> None:
@@ -286,6 +290,12 @@ async def test_the_router_sends_its_api_key_to_find_workers(start_engine: StartE
 def test_a_bad_url_is_refused_at_start(url: str) -> None:
     with pytest.raises(ConfigError, match="not a worker URL"):
         build_router(RouterConfig(urls=WorkerUrls(worker_urls=(url,))), ChannelConfig(cluster_key=CLUSTER_KEY))
+
+
+def test_more_workers_in_the_flags_than_allowed_are_refused_at_start() -> None:
+    config = RouterConfig(urls=WorkerUrls(worker_urls=("a:1", "b:1")), members=MemberOptions(max_workers=1))
+    with pytest.raises(ConfigError, match="2 workers are named, and --max-workers is 1"):
+        build_router(config, ChannelConfig(cluster_key=CLUSTER_KEY))
 
 
 def test_a_worker_that_the_flags_name_twice_is_refused_at_start() -> None:

@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from kvist import wire
-from kvist.errors import Overloaded, WorkerLost
 from kvist.options import compose
 from kvist.plan.compat import TransportChoice
 from kvist.request import FinishReason, Mode, Outcome, Role
@@ -221,18 +220,20 @@ async def test_a_decode_worker_that_cannot_continue_is_replaced_once(end: str) -
     assert world.idle()
 
 
-async def test_without_another_decode_worker_the_error_is_that_of_the_first() -> None:
+@pytest.mark.parametrize("end", ["full", "lost"])
+async def test_without_another_decode_worker_prefill_writes_the_rest(end: str) -> None:
     world = World()
     task = await world.first_token()
     world.stored()
-    world.engines.end(world.decode, Outcome.FAILED, error_code="overloaded", message="full")
-    with pytest.raises(Overloaded, match="full"):
-        await task
-    task = await world.first_token()
-    world.stored()
-    world.engines.lose(world.decode)
-    with pytest.raises(WorkerLost):
-        await task
+    if end == "lost":
+        world.engines.lose(world.decode)
+    else:
+        world.engines.end(world.decode, Outcome.FAILED, error_code="overloaded", message="full")
+    submit = world.engines.submits(world.prefill)[-1]
+    assert (submit.mode, submit.handoff, submit.request.output_token_ids) == (Mode.FULL, "store", (7,))
+    world.engines.emit(world.prefill, 1, 8, finish=FinishReason.LENGTH)
+    world.engines.end(world.prefill)
+    assert await task == [7, 8]
     assert world.idle()
 
 

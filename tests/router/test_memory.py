@@ -7,8 +7,8 @@ import random
 from unittest import mock
 
 from kvist.kv.keys import page_digests
+from kvist.page_index import prompt_digests
 from kvist.request import EpochId, WorkerId
-from kvist.router import prompt_digests
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry
 from kvist.router.route import Router

@@ -7,7 +7,9 @@ import pytest
 from kvist.errors import Overloaded, Unavailable
 from kvist.request import REQUEST_FIELDS, EpochId, Mode, Role
 from kvist.router import pairs as module
+from kvist.router.config import RouterConfig, RoutingOptions
 from kvist.router.pairs import Pairs
+from kvist.router.policy import Reason
 from kvist.testing.router_bench import RouterBench
 from kvist.testing.specs import make_pool, make_request, make_spec
 
@@ -38,8 +40,18 @@ async def test_a_prefill_worker_is_paired_with_a_decode_worker_that_it_can_reach
     assert [submit.mode for submit in bench.engines.submits(near)] == [Mode.DECODE] * 4
 
 
-async def test_without_a_pair_that_can_hand_over_the_error_names_both_values() -> None:
+async def test_without_a_pair_that_can_hand_over_decode_serves_alone() -> None:
     bench = RouterBench()
+    bench.engines.join("p", role=Role.PREFILL, host_id="one")
+    decode = bench.engines.join("d", role=Role.DECODE, host_id="two")
+    assert bench.dispatcher.ready()
+    await bench.begin(REQUEST)
+    assert [submit.mode for submit in bench.engines.submits(decode)] == [Mode.FULL]
+    assert bench.dispatcher.snapshot().num_routes[Reason.NO_PREFILL] == 1
+
+
+async def test_without_aggregation_the_error_of_an_incompatible_pair_names_both_values() -> None:
+    bench = RouterBench(RouterConfig(routing=RoutingOptions(aggregate="never")))
     bench.engines.join("p", role=Role.PREFILL, transports=(make_pool(),))
     bench.engines.join("d", role=Role.DECODE, transports=(IPC,))
     assert not bench.dispatcher.ready()

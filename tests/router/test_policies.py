@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvist.page_index.page_runs import HeldPages
 from kvist.request import WorkerId
-from kvist.router.page_runs import HeldPages
 from kvist.router.policies.by_worker import DECODE_HIT_WEIGHT
 from kvist.router.policies.cache_aware import CacheAware, CacheAwareOptions
 from kvist.router.policies.least_loaded import LeastLoaded

@@ -7,14 +7,21 @@ from typing import Any
 import pytest
 
 from kvist.errors import ConfigError
+from kvist.page_index.page_feed import NUM_PIECES
+from kvist.page_index.page_runs import NOTHING_HELD
+from kvist.protocol import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION
 from kvist.request import EpochId, RequestId, Role, WorkerId
 from kvist.router.config import RouterConfig
-from kvist.router.page_feed import NUM_PIECES
-from kvist.router.page_runs import NOTHING_HELD
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.testing.page_events import joined, tier_changes
 from kvist.testing.specs import make_load, make_roomy_spec
-from kvist.wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, ListPages, PageEvents, Welcome
+from kvist.wire import (
+    ListPages,
+    PageEvents,
+    StorageStatus,
+    StoreHints,
+    Welcome,
+)
 
 A, B, C = (bytes([i]) * 16 for i in range(3))
 
@@ -48,12 +55,44 @@ def test_the_pages_of_a_lost_worker_are_forgotten() -> None:
     welcome(registry, worker)
     events = PageEvents(sequence=0, changes=(tier_changes(A, B),))
     assert registry.on_page_events(worker, events, 1.0) == ListPages(num_pieces=NUM_PIECES)
-    assert registry.index.match([joined(A)]) == {worker.worker_id: (1, 0)}
+    assert registry.index.match([joined(A)]) == {worker.worker_id: (1, 0, 0)}
     registry.on_lost(worker, "gone")
     assert worker.pages is None
     assert registry.index.match([joined(A)]) == {}
     welcome(registry, worker, epoch=EpochId("second"))
     assert registry.index.match([joined(A)]) == {}
+
+
+def test_a_page_that_one_worker_stored_is_known_for_every_worker_of_its_store() -> None:
+    registry = Registry(RouterConfig())
+    workers = [add(registry, f"http://{name}") for name in "abc"]
+    for worker, location in zip(workers, ("file:/pages", "file:/pages", ""), strict=True):
+        welcome(registry, worker)
+        registry.on_report(worker, make_load(storage=storage_status(location)), 1.0)
+    one, other, without = workers
+    registry.on_page_events(one, PageEvents(sequence=0, store=StoreHints(found=joined(A, B))), 1.0)
+    assert registry.index.match([joined(A, B, C)]) == {one.worker_id: (0, 0, 2), other.worker_id: (0, 0, 2)}
+    registry.on_page_events(other, PageEvents(sequence=0, store=StoreHints(missing=joined(B))), 1.0)
+    assert registry.index.match([joined(A, B, C)]) == {one.worker_id: (0, 0, 1), other.worker_id: (0, 0, 1)}
+    registry.on_report(one, make_load(storage=storage_status("")), 1.0)
+    assert registry.index.match([joined(A)]) == {other.worker_id: (0, 0, 1)}
+    assert without.num_rejected_messages == 0
+    registry.on_page_events(other, PageEvents(sequence=1, store=StoreHints(found=b"short")), 1.0)
+    assert other.num_rejected_messages == 1
+
+
+def storage_status(location: str) -> StorageStatus:
+    return StorageStatus(
+        backend="file" if location else None,
+        options={},
+        prefetch_policy="timeout",
+        state="attached" if location else "detached",
+        breaker="closed",
+        num_quarantined_pages=0,
+        stored_bytes=0,
+        errors={},
+        location=location,
+    )
 
 
 def test_pages_beyond_the_specs_of_a_worker_are_ignored_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:

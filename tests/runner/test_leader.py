@@ -137,7 +137,7 @@ def test_a_step_that_fails_only_at_rank_0_is_the_last(world: World, when: str) -
     with pytest.raises(EngineError, match=r"out of memory|illegal memory access"):
         world.leader.launch(BATCH).result()
     world.fails = world.fails_late = False
-    with pytest.raises(EngineError, match="not in sync any more"):
+    with pytest.raises(EngineError, match=r"out of memory|illegal memory access"):
         world.leader.launch(BATCH).result()
     assert world.order.count("send") == 1, "followers must not receive a step that rank 0 does not run"
 

@@ -10,7 +10,7 @@ from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.plan import Plan
 from kvist.plan.slots import OpenSlots
 from kvist.request import EpochId, HandoffId, Outcome, RequestId, Role, SampledToken
-from kvist.scheduler import Scheduler, build_scheduler
+from kvist.scheduler import build_scheduler
 from kvist.testing.sim_engine import LAYOUT, PAGE_BYTES, small_config
 from kvist.testing.specs import make_peer_spec
 from kvist.wire import PoolAddress
@@ -31,9 +31,7 @@ class Bench:
     def __init__(self, role: Role, num_pages: int = 12, **config: Any) -> None:
         self.cache = PageCache(num_pages=num_pages, page_size=4, namespace="t")
         epoch = D if role is Role.DECODE else P
-        self.scheduler: Scheduler = build_scheduler(
-            role, small_config(**config), self.cache, epoch, make_peer_spec(pool(epoch))
-        )
+        self.scheduler = build_scheduler(role, small_config(**config), self.cache, epoch, make_peer_spec(pool(epoch)))
         self.now_s = 0.0
         self.plan = Plan()
         self.batch: Batch | None = None  # pending

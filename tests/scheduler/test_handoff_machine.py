@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
-from kvist.request import Role
+from kvist.request import FCFS, PRIORITY, Constraint, Role
 from kvist.testing.sim_cluster import SimCluster, sim_request
 from kvist.testing.sim_engine import Rows, SimEngine, small_config
 
@@ -42,6 +42,7 @@ class Cluster(RuleBasedStateMachine):
         policy=st.sampled_from([None, *PREFETCH_POLICIES]),
         row_tokens=st.sampled_from([1, 1, 3]),
         known_every=st.sampled_from([0, 2]),
+        scheduling=st.sampled_from([FCFS, PRIORITY]),
     )
     def start(
         self,
@@ -56,6 +57,7 @@ class Cluster(RuleBasedStateMachine):
         policy: str | None,
         row_tokens: int,
         known_every: int,
+        scheduling: str,
     ) -> None:
         prefetch = None if policy is None else PrefetchConfig(policy=policy, threshold_tokens=1)
         config = small_config(
@@ -64,6 +66,7 @@ class Cluster(RuleBasedStateMachine):
             queue_timeout_s=6.0,
             max_remembered_handoffs=remembered,
             overlap=overlap,
+            scheduling_policy=scheduling,
         )
         for name in PREFILLS:
             self.world.start(
@@ -100,6 +103,7 @@ class Cluster(RuleBasedStateMachine):
         resumed=st.sampled_from([0, 0, 2]),
         client=st.sampled_from(["k/h/1", "k/h/2", "l/h/1"]),
         scored_from=st.sampled_from([None, None, 0, 5]),
+        priority=st.sampled_from([0, 0, -1, 6]),
     )
     def submit(
         self,
@@ -110,6 +114,7 @@ class Cluster(RuleBasedStateMachine):
         resumed: int,
         client: str = "",
         scored_from: int | None = None,
+        priority: int = 0,
     ) -> None:
         self.count += 1
         request = sim_request(
@@ -117,8 +122,10 @@ class Cluster(RuleBasedStateMachine):
             prompt,
             max_tokens=max_tokens,
             seed=self.count,
+            constraint=None if self.count % 5 else Constraint(kind="regex"),
             output_token_ids=tuple(range(10, 10 + resumed)),
             client=client,
+            priority=priority,
             prompt_logprobs=None if scored_from is None else 1,
             prompt_logprobs_start=scored_from or 0,
         )

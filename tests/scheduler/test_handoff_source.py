@@ -11,11 +11,12 @@ import pytest
 from kvist.plan.events import Event, StepFailed
 from kvist.plan.plan import Plan
 from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesCompleted, WritesFailed
+from kvist.protocol import PROTOCOL_VERSION
 from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, RequestId, Role
 from kvist.testing.sim_cluster import sim_request
 from kvist.testing.sim_engine import PAGE_BYTES
 from kvist.testing.specs import make_peer_spec, submit_full
-from kvist.wire import PROTOCOL_VERSION, Abort, Ack, Closed, Done, Grant, PeerSpec, Revoke, Submit
+from kvist.wire import Abort, Ack, Closed, Done, Grant, PeerSpec, Revoke, Submit
 from tests.scheduler.handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool
 
 
@@ -371,7 +372,7 @@ def test_a_failed_step_closes_the_handoff_and_caches_nothing() -> None:
     plan = bench.step(prefill_arrived(), grant())
     assert plan.batch is not None
     plan = bench.step(StepFailed(step_id=plan.batch.step_id, message="fire"))
-    assert ends(plan) == [(Outcome.FAILED, "engine_error")]
+    assert ends(plan) == [(Outcome.FAILED, "step_failed")]
     assert isinstance(messages(plan)[0], Closed)
     assert bench.scheduler.status().pages.free == 12
 

@@ -137,7 +137,7 @@ def test_a_failed_step_fails_its_requests_and_the_next_report_frees_their_pages(
     first = begin(bench, sim_request("a", [1, 2, 3]))
     second = follow(bench)
     plan = bench.step(StepFailed(step_id=first.step_id, message="no"))
-    assert ends(plan) == [(Outcome.FAILED, "engine_error")]
+    assert ends(plan) == [(Outcome.FAILED, "step_failed")]
     assert bench.busy_pages == 1
     finish(bench, second)
     assert bench.busy_pages == 0

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.tiers import StorageAttached
-from kvist.request import Role
+from kvist.request import FCFS, PRIORITY, Constraint, Role
 from kvist.testing.sim_cluster import SimCluster, sim_request
 from kvist.testing.sim_engine import Rows, small_config
 from kvist.testing.sim_store import SimStore
@@ -39,8 +39,10 @@ class OneEngine(RuleBasedStateMachine):
         num_host_pages=st.sampled_from([0, 2, 6, 30]),
         write_policy=st.sampled_from(sorted(WRITE_POLICIES)),
         prefetch=st.sampled_from([None, *PREFETCH_POLICIES]),
+        fetch_pages=st.sampled_from([1, 2, 16]),
         row_tokens=st.sampled_from([1, 1, 2, 5]),
         known_every=st.sampled_from([0, 1, 3]),
+        policy=st.sampled_from([FCFS, PRIORITY]),
     )
     def start(
         self,
@@ -51,10 +53,14 @@ class OneEngine(RuleBasedStateMachine):
         num_host_pages: int,
         write_policy: str,
         prefetch: str | None,
+        fetch_pages: int,
         row_tokens: int,
         known_every: int,
+        policy: str,
     ) -> None:
-        config = small_config(max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap)
+        config = small_config(
+            max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap, scheduling_policy=policy
+        )
         self.engine = self.world.start(
             "u",
             role=Role.UNIFIED,
@@ -63,6 +69,7 @@ class OneEngine(RuleBasedStateMachine):
             num_host_pages=num_host_pages,
             write_policy=write_policy,
             prefetch=None if prefetch is None else PrefetchConfig(policy=prefetch, threshold_tokens=1),
+            fetch_pages=fetch_pages,
             rows=Rows(max_tokens=row_tokens, known_every=known_every),
         )
 
@@ -76,6 +83,7 @@ class OneEngine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "other"]),
         client=st.sampled_from(["k/h/1", "k/h/2", "k/i/3", "l/h/1"]),
         scored_from=st.sampled_from([None, None, 0, 1, 4, 9]),
+        priority=st.sampled_from([0, 0, -3, 1, 7]),
     )
     def submit(
         self,
@@ -88,6 +96,7 @@ class OneEngine(RuleBasedStateMachine):
         salt: str,
         client: str = "",
         scored_from: int | None = None,
+        priority: int = 0,
     ) -> None:
         self.count += 1
         if self.count % 4:  # every fourth request may be too long
@@ -102,7 +111,9 @@ class OneEngine(RuleBasedStateMachine):
             output_token_ids=tuple(range(13, 13 + resumed)),
             cache_salt=salt,
             client=client,
+            priority=priority,
             seed=self.count,
+            constraint=None if self.count % 5 else Constraint(kind="regex"),
             prompt_logprobs=None if scored_from is None else 2,
             prompt_logprobs_start=scored_from or 0,
         )

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, Role
+from kvist.scheduler import batching
 from kvist.testing.sim_cluster import SimCluster, sim_request
 from kvist.testing.sim_engine import SimEngine, small_config
 from kvist.testing.specs import make_peer_spec, submit_full
-from kvist.wire import Grant, Submit
+from kvist.wire import Abort, Grant, Submit
 from tests.scheduler.handoff_bench import PROMPT, Bench, D, P, pool
 
 PREFIX = [number % 19 for number in range(3000)]
@@ -116,6 +117,18 @@ def prefill_submit(request: EngineRequest) -> Submit:
     return Submit(request=request, mode=Mode.PREFILL, handoff_id=HandoffId(request.request_id), target_epoch=D)
 
 
+def grant(name: str, num_pages: int) -> Grant:
+    return Grant(
+        handoff_id=HandoffId(name),
+        request_id=RequestId(name),
+        target_epoch=D,
+        source_epoch=P,
+        target=make_peer_spec(pool(D)),
+        first_page=0,
+        page_ids=tuple(range(num_pages)),
+    )
+
+
 def test_a_request_does_not_wait_for_a_prompt_without_a_grant() -> None:
     bench = Bench(Role.UNIFIED, chunked_prefill_size=12, max_prefill_tokens=12, overlap=True)
     bench.step(prefill_submit(sim_request("ungranted", PROMPT)))
@@ -128,16 +141,39 @@ def test_a_prompt_waits_for_an_ungranted_one_only_until_it_is_granted() -> None:
     bench = Bench(Role.PREFILL, chunked_prefill_size=12, max_prefill_tokens=12, overlap=True)
     bench.step(*(prefill_submit(sim_request(name, PROMPT)) for name in ("a", "b")))
     assert (bench.running, bench.scheduler.status().num_waiting) == (["a"], 1)
-    bench.step(
-        Grant(
-            handoff_id=HandoffId("b"),
-            request_id=RequestId("b"),
-            target_epoch=D,
-            source_epoch=P,
-            target=make_peer_spec(pool(D)),
-            first_page=0,
-            page_ids=(0, 1, 2),
-        )
-    )
+    bench.step(grant("b", 3))
     assert bench.running == ["b"]
     assert bench.scheduler.status().totals["shared_prefix_waits"] == 1
+
+
+def test_a_request_is_queued_again_in_the_step_that_preempts_its_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "MAX_STEP_LOGPROBS", 8)  # chunks of the scored leader leave room for its follower
+    bench = Bench(Role.UNIFIED, chunked_prefill_size=16, max_prefill_tokens=16)
+    bench.step(prefill_submit(sim_request("granted", range(20, 36))), grant("granted", 4))
+    bench.finish()  # its pages wait for the peer's Ack
+    scored = sim_request("leader", PROMPT, prompt_logprobs=1)
+    bench.step(prefill_submit(scored), prefill_submit(sim_request("follower", PROMPT)))
+    requests = bench.scheduler.requests
+    assert [each.request_id for each in requests.awaiting_pages] == ["follower"]
+    bench.finish(submit_full(sim_request("full", range(60, 94))))  # preempts the leader, and still has too few pages
+    assert bench.scheduler.status().totals["preemptions"] == 1
+    assert (bench.plan.batch, len(requests.running), len(requests.awaiting_pages)) == (None, 0, 0)
+    bench.step(Abort(request_id=RequestId("full")))
+    assert bench.running == ["follower"]
+
+
+def test_a_request_waits_for_pages_whose_own_request_ended_while_they_were_loaded() -> None:
+    engine = SimCluster().start("u", role=Role.UNIFIED, num_host_pages=12, num_pages=12)
+    submit(engine, sim_request("first", PROMPT, max_tokens=1))
+    engine.world.settle()
+    engine.world.forget(engine, host=False)
+    submit(engine, sim_request("ends", PROMPT, max_tokens=1))
+    engine.step()
+    engine.world.abort("ends")
+    engine.world.deliver(("gateway", engine.name))
+    submit(engine, sim_request("waits", PROMPT, max_tokens=1))
+    engine.step()
+    assert [each.request_id for each in engine.scheduler.requests.awaiting_pages] == ["waits"]
+    engine.world.settle()
+    engine.world.check_settled()
+    assert engine.world.outcome("waits", engine) is Outcome.FINISHED

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from kvist.kv.tiers.prefetch import PrefetchConfig
+from kvist.plan.plan import Plan
 from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, StorageAttached, StorePages
 from kvist.request import Outcome, Role
 from kvist.testing.sim_cluster import SimCluster, sim_request
@@ -95,6 +97,42 @@ def test_a_second_worker_reports_stored_pages_as_cached_only_when_fetched() -> N
     world.check_settled()
     assert reported_cached(world, "again") == 12
     assert sorted(tier for tier, _ in other.pages.pages) == ["device"] * 3 + ["host"] * 3
+
+
+def test_plans_name_the_pages_that_the_store_turned_out_to_have_or_to_lack() -> None:
+    world = SimCluster()
+    one, other = start(world), start(world, name="v")
+    world.submit(sim_request("first", PROMPT, max_tokens=1), one)
+    found, missing = seen_until_settled(world, one)
+    stored = set(world.stored)
+    assert (found, len(missing)) == (stored, 1), "at first the store lacked even the first page"
+    assert missing <= stored
+    submit(world, other)
+    assert seen_until_settled(world, other) == (stored, set())
+    world.forget(other, host=True)
+    gone = list(world.stored)[2]
+    del world.stored[gone]
+    submit(world, other, "once more")
+    found, missing = seen_until_settled(world, other)
+    assert (found, missing) == (stored, {gone}), "the page was missing, and was stored again"
+
+
+def seen_until_settled(world: SimCluster, engine: SimEngine) -> tuple[set[bytes], set[bytes]]:
+    """Settle; return all digests that plans of the engine named as found in the store, and as missing there."""
+    found, missing = set[bytes](), set[bytes]()
+    step = engine.step
+
+    def recording() -> Plan:
+        plan = step()
+        if plan.seen_in_store is not None:
+            found.update(plan.seen_in_store.found)
+            missing.update(plan.seen_in_store.missing)
+        return plan
+
+    with mock.patch.object(engine, "step", recording):
+        world.settle()
+    world.check_settled()
+    return found, missing
 
 
 def test_a_request_waiting_for_the_store_does_not_block_other_requests() -> None:

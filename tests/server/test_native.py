@@ -69,7 +69,7 @@ async def test_logprobs_come_with_token_ids(bench: GatewayBench) -> None:
         ({"text": []}, "text"),
         ({"input_ids": [1, [2]]}, "input_ids"),
         ({"input_ids": [999]}, "input_ids"),
-        ({"text": "a", "sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
+        ({"text": "a", "sampling_params": {"regex": "a+("}}, "sampling_params.regex"),
         ({"text": "a", "sampling_params": {"max_tokens": 1}}, "sampling_params.max_tokens"),
         ({"text": "a", "sampling_params": {"max_new_tokens": 500}}, "sampling_params.max_new_tokens"),
         ({"text": "a", "sampling_params": {"temperature": -1}}, "sampling_params.temperature"),

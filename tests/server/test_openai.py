@@ -166,6 +166,7 @@ async def test_the_report_names_workers_and_handoff(bench: GatewayBench) -> None
         "prefill_worker": "p:1",
         "decode_worker": "d:1",
         "route": {"reason": "split", "cost_ms": 1.5},
+        "failovers": 0,
         "cached_tokens": 4,
         "seed": 1000,
         "handoff": {
@@ -267,3 +268,21 @@ async def test_ids_of_the_padded_vocabulary_are_accepted(bench: GatewayBench) ->
 async def test_token_ids_are_returned_only_on_request(bench: GatewayBench) -> None:
     choice = (await bench.post("/v1/completions", {"prompt": [104], "max_tokens": 2})).json()["choices"][0]
     assert not {"token_ids", "prompt_token_ids"} & set(choice)
+
+
+async def test_a_session_reaches_the_router_as_a_digest_that_depends_on_the_salt(bench: GatewayBench) -> None:
+    for fields in (
+        {"session_id": "a"},
+        {"prompt_cache_key": "a"},
+        {"session_id": "a", "prompt_cache_key": "b"},
+        {"session_id": "a", "cache_salt": "s"},
+        {"session_id": 1},
+        {},
+    ):
+        await bench.chat(**fields)
+    one, key, both, salted, number, none = bench.dispatcher.sessions
+    assert one == key == both
+    assert len({one, salted, number, none}) == 4
+    assert none == ""
+    refused = await bench.chat(prompt_cache_key="é" * 129)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_cache_key")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvist.errors import StoreUnreachable
 from kvist.memory.host_pool import HostPool
 from kvist.memory.persistence import PersistentPages
 from kvist.plan.tiers import (
@@ -27,7 +28,7 @@ from kvist.plan.tiers import (
 )
 from kvist.store.backend import HostMemory, StoreContext, StoreStats
 from kvist.store.breaker import PAUSE_S
-from kvist.store.io_threads import num_readers
+from kvist.store.io_threads import Threads, num_readers
 from kvist.store.mover import StoreMover
 from kvist.testing.clocks import FakeClock
 from kvist.testing.memory_store import MemoryStore
@@ -65,6 +66,9 @@ class ControlledStore(MemoryStore):
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
         return self._answer("put", lambda: MemoryStore.put(self, keys, pages))
+
+    def probe(self) -> None:
+        self._answer("probe", lambda: 0)
 
     def close(self) -> None:
         self.closed = True
@@ -263,38 +267,78 @@ def test_an_unanswered_lookup_is_reported_apart_from_a_miss(moving: Moving) -> N
     assert moving.reports() == [PagesFound(job_id=3, num_pages=PIECE_PAGES, answered=False)]
 
 
-def test_the_breaker_tries_one_job_after_a_pause_and_closes_when_it_returns_in_time(moving: Moving) -> None:
+def test_the_store_is_probed_after_a_pause_and_used_again_when_the_probe_returns_in_time(moving: Moving) -> None:
     moving.hang()
     moving.clock.advance(PAUSE_S - 1)
+    moving.mover.poll()
     moving.start(FindPages, 3)
     assert moving.reports() == [PagesFound(job_id=2, num_pages=0, answered=False)], "too early"
     moving.clock.advance(1)
-    moving.start(FindPages, 3)
-    moving.until(lambda: moving.store.calls[-1] == "exists")
+    assert moving.mover.poll() == []
+    moving.until(lambda: moving.store.calls[-1] == "probe")
     assert moving.mover.breaker().value == "half_open"
     moving.start(FindPages, 3)
-    assert moving.reports() == [PagesFound(job_id=4, num_pages=0, answered=False)], "only one is tried"
+    assert moving.reports() == [PagesFound(job_id=3, num_pages=0, answered=False)], "no request waits for the probe"
+    moving.mover.poll()
     moving.store.go.set()
-    assert {report.job_id for report in moving.reports(2)} == {1, 3}
-    assert moving.mover.breaker().value == "closed"
+    moving.until(lambda: moving.mover.breaker().value == "closed")
+    assert moving.store.calls.count("probe") == 1
+    assert moving.reports() == [PagesFetched(job_id=1, num_pages=0)]
     moving.start(StorePages, 3)
-    assert moving.reports() == [PagesStored(job_id=5, num_pages=3)]
+    assert moving.reports() == [PagesStored(job_id=4, num_pages=3)]
+    assert moving.mover.totals()["storage_finds"] == 0, "a probe is not counted as a job"
+
+
+def test_an_unreachable_store_opens_the_breaker_and_is_probed_until_it_answers(moving: Moving) -> None:
+    def fail() -> int:
+        raise StoreUnreachable("the master does not answer")
+
+    moving.store.answer = fail
+    moving.start(FindPages, 3)
+    assert moving.reports() == [PagesFound(job_id=1, num_pages=0, answered=False)]
+    assert moving.mover.breaker().value == "open"
+    for number in (2, 3):
+        moving.clock.advance(PAUSE_S)
+        moving.mover.poll()
+        moving.until(partial(lambda number: moving.mover.totals()["storage_unreachable_calls"] == number, number))
+        assert moving.mover.breaker().value == "open"
+    assert moving.mover.totals()["storage_raised_calls"] == 0, "no bug"
+    moving.store.answer = None
+    moving.clock.advance(PAUSE_S)
+    moving.mover.poll()
+    moving.until(lambda: moving.mover.breaker().value == "closed")
 
 
 def test_a_store_that_hangs_for_good_occupies_only_its_own_threads(moving: Moving) -> None:
-    def num_answered_or_called() -> float:
-        return moving.mover.totals()["storage_unasked_jobs"] + len(moving.store.calls)
-
     moving.hang()
-    for _ in range(3 * NUM_READERS):
+    for number in range(1, 3 * NUM_READERS):
         moving.clock.advance(PAUSE_S)
-        before = num_answered_or_called()
-        moving.start(FetchPages, 3)
-        moving.until(partial(lambda before: num_answered_or_called() > before, before))
+        moving.mover.poll()
+        moving.until(partial(lambda number: len(moving.store.calls) >= min(number + 1, NUM_READERS), number))
         moving.clock.advance(DEADLINE_S + 1)
         moving.mover.poll()
-    assert len(moving.store.calls) == NUM_READERS
-    assert moving.mover.num_quarantined_pages() == 3 * len(moving.store.calls)
+    assert moving.store.calls == ["get"] + ["probe"] * (NUM_READERS - 1)
+    assert moving.mover.num_quarantined_pages() == 3, "a probe has no pages"
+
+
+def test_a_store_gets_no_more_threads_than_make_it_faster() -> None:
+    started: list[str] = []
+
+    def make(*, target: Callable[..., None], args: tuple[object, ...], name: str, daemon: bool) -> threading.Thread:
+        started.append(name)
+        return threading.Thread(target=target, args=args, daemon=daemon)
+
+    threads = Threads(num_readers=4, num_writers=2, make=make)
+    host = HostPool(4, PAGE_BYTES, pinned=False)
+    mover = StoreMover(host, wakeup=lambda: None, clock=FakeClock(), deadline_s=1.0, threads=threads)
+    for max_threads, expected in ((None, 6), (3, 5), (1, 2)):
+        store = MemoryStore(StoreContext(namespace="n", page_bytes=PAGE_BYTES))
+        store.max_threads = max_threads
+        started.clear()
+        mover.attach(store, store.stats())
+        assert len(started) == expected
+        assert mover.detach().wait(GIVE_UP_S)
+    host.close()
 
 
 def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Moving) -> None:

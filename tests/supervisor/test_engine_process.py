@@ -25,7 +25,9 @@ import os, select, signal, sys, time
 from kvist.testing.specs import make_spec
 from kvist.engine.messages import DRAIN, Beat, Progress, Ready, StartFailed, encode_line
 from kvist.engine.process import parse_config
-play = parse_config(sys.stdin.buffer.readline()).options.model.model_path
+from kvist.request import Role
+config = parse_config(sys.stdin.buffer.readline())
+play = config.options.model.model_path
 def say(announcement):
     sys.stdout.buffer.write(encode_line(announcement))
     sys.stdout.buffer.flush()
@@ -38,7 +40,9 @@ if play == "hang":
     time.sleep(60)
 say(Progress(text="loading weights 40%"))
 print("a library says hello", flush=True)
-say(Ready(spec=make_spec(epoch=str(os.getpid()))))
+say(Ready(spec=make_spec(epoch=str(os.getpid()), model_name=str(config.present_role))))
+if play == "switched":
+    say(Beat(turn_s=0.0, stalled_s=0.0, role=Role.DECODE))
 while play in ("beating", "blocked"):
     say(Beat(turn_s=9.0, stalled_s=9.0 if play == "blocked" else 0.0))
     if select.select([0], [], [], 0.05)[0]:
@@ -120,6 +124,24 @@ async def until_ended(supervisor: EngineSupervisor) -> None:
     async with asyncio.timeout(60):
         while supervisor.spec is not None:
             await asyncio.sleep(0.005)
+
+
+async def test_an_engine_that_is_restarted_keeps_the_role_that_it_was_switched_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(child, "FIRST_RESTART_WAIT_S", 0.01)
+    supervisor = EngineSupervisor(config("switched"), command=COMMAND)
+    running = asyncio.create_task(supervisor.run())
+    first = await spec_of(supervisor)
+    assert first.model_name == "None", "the script shows the role of its settings"
+    async with asyncio.timeout(60):
+        while supervisor._engine is None or supervisor._engine.present_role is None:
+            await asyncio.sleep(0.005)
+    os.kill(int(first.epoch), signal.SIGKILL)
+    second = await spec_of(supervisor, not_of=first)
+    assert second.model_name == "decode"
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_the_supervisor_restarts_a_dead_engine(

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from kvist import settings
+from kvist import settings, verbs
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError, RequestError
 from kvist.options import given_values
@@ -136,7 +136,7 @@ def test_every_verb_with_a_gateway_has_the_text_options(verb: str) -> None:
 def test_kvist_up_passes_the_text_options_to_its_children() -> None:
     read = settings.read("up", ["--chat-template", "{{ x }}", "--special-tokens-in-content", "text"], {})
     assert isinstance(read, settings.UpSettings)
-    shape = settings.cluster_shape(read)
+    shape = verbs.cluster_shape(read)
     for argv in (shape.worker_argv, shape.router_argv):
         assert "{{ x }}" in " ".join(argv)
         assert "special-tokens-in-content" in " ".join(argv)

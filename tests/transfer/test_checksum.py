@@ -14,7 +14,7 @@ from kvist.request import HandoffId
 from kvist.testing.specs import make_pool
 from kvist.transfer.checksum import PAGE_DIGEST_BYTES, num_equal, shortened
 from kvist.transfer.host_pages import HostPages, Pages
-from kvist.transfer.jobs import TransferJobs
+from kvist.transfer.jobs import TransferJobs, in_groups
 
 DIGESTS = st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=6)
 
@@ -36,9 +36,11 @@ def test_digests_of_another_number_of_pages_say_nothing(digests: list[bytes]) ->
 
 
 def jobs_over(pages: Pages, peer: Pages, *, sends_digests: bool) -> TransferJobs[Pages]:
+    own = HostPages(pages)
     return TransferJobs(
         address=make_pool(num_pages=len(pages), page_bytes=pages.shape[1]),
-        pages=HostPages(pages),
+        pages=own,
+        copies=in_groups(own),
         open_peer=lambda _address: peer,
         wakeup=lambda: None,
         sends_digests=sends_digests,

@@ -16,7 +16,8 @@ from kvist.errors import Unavailable
 from kvist.memory.runtime_dir import remove_leftovers
 from kvist.testing.specs import make_pool
 from kvist.transfer.host_pages import HostPages, Pages
-from kvist.transfer.host_staged import ArrivalsFile, StagedDevicePages, StagedHostPages, open_file
+from kvist.transfer.host_staged import StagedDevicePages, StagedHostPages, open_file
+from kvist.transfer.staging import ArrivalsFile
 
 NUM_PAGES, PAGE_BYTES = 8, 3 << 12
 

@@ -11,7 +11,7 @@ from kvist.plan.transfers import PagesVerified, VerifyPages, WritePages, WritesC
 from kvist.request import HandoffId
 from kvist.transfer import TransferReport, jobs
 from kvist.transfer.host_pages import HostPages, Pages
-from kvist.transfer.jobs import TransferJobs
+from kvist.transfer.jobs import TransferJobs, in_groups
 from kvist.wire import PoolAddress
 
 ADDRESS = PoolAddress(transport="test", location="here", num_pages=4, page_bytes=32, layout="l")
@@ -27,7 +27,9 @@ class Copier:
         self.copied: list[tuple[int, ...]] = []  # by call
         self.while_copying: Callable[[], None] = lambda: None
         self._host = HostPages(np.arange(128, dtype=np.uint8).reshape(4, 32))
-        self.jobs = TransferJobs(address=ADDRESS, pages=self, open_peer=self.open_peer, wakeup=self.wakeup)
+        self.jobs = TransferJobs(
+            address=ADDRESS, pages=self, copies=in_groups(self), open_peer=self.open_peer, wakeup=self.wakeup
+        )
 
     def copy(self, page_ids: Sequence[int], peer: Pages, peer_page_ids: Sequence[int]) -> list[bytes]:
         self.copied.append(tuple(page_ids))
@@ -104,6 +106,54 @@ def test_group_size_changes_neither_the_order_nor_the_checksum() -> None:
         copier.write("a", 0)
     assert alone.work() == grouped.work()
     assert grouped.copied == [(3, 1, 0), (2,), (0,)]
+
+
+def test_a_small_handoff_waits_for_one_job_of_a_large_one() -> None:
+    copier = Copier()
+    for page_id in range(4):
+        copier.write("large", page_id)
+    copier.write("small", 2)
+    reports = copier.work()
+    assert [report.handoff_id for report in reports] == ["large", "small", "large", "large", "large"]
+    assert copier.copied == [(0,), (2,), (1,), (2,), (3,)]
+
+
+def test_a_large_job_is_written_in_several_turns_and_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Copier()
+    whole.write("large", 0, 1, 2, 3)
+    monkeypatch.setattr(jobs, "TURN_BYTES", 2 * ADDRESS.page_bytes)
+    copier = Copier()
+    copier.write("large", 0, 1, 2, 3)
+    copier.write("small", 2)
+    small, large = copier.work()
+    assert small.handoff_id == "small"
+    assert [large] == whole.work(), "turns change no checksum"
+    assert copier.copied == [(0,), (1,), (2,), (2,), (3,)]
+
+
+def test_a_write_added_during_a_verification_waits_for_one_turn_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = VerifyPages(handoff_id=HandoffId("large"), page_ids=(0, 1, 2), transport="test")
+    whole = Copier()
+    whole.jobs.verify(order)
+    monkeypatch.setattr(jobs, "TURN_BYTES", ADDRESS.page_bytes)
+    copier = Copier()
+    copier.jobs.verify(order)
+    assert copier.jobs.work_one(wait=False)
+    copier.write("small", 3)
+    small, large = copier.work()
+    assert small.handoff_id == "small"
+    assert [large] == whole.work()
+
+
+def test_a_stop_frees_the_places_of_its_writes_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_QUEUED_WRITES", 3)
+    copier = Copier()
+    for number in range(3):
+        copier.write(f"a{number}", 0)
+        copier.write(f"a{number}", 1)
+        copier.write("b", 2)
+        copier.jobs.stop(HandoffId(f"a{number}"))
+        assert [type(report) for report in copier.work()] == [WritesCompleted, WritesCompleted]
 
 
 def test_unreadable_pages_get_a_checksum_that_matches_no_writer() -> None:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from kvist.errors import ConfigError
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DevicePool
-from kvist.plan.transfers import TransferReport, WritePages, WritesCompleted, WritesFailed
+from kvist.mooncake.engine import MooncakeEngine, separate_engine
+from kvist.mooncake.requirements import Network, library_obstacle
+from kvist.plan.transfers import (
+    PagesVerified,
+    TransferReport,
+    VerifyPages,
+    WritePages,
+    WritesCompleted,
+    WritesFailed,
+)
 from kvist.request import EpochId, HandoffId, RequestId
-from kvist.testing.specs import make_peer_spec
+from kvist.testing.specs import make_peer_spec, make_pool
 from kvist.transfer import Transports, make_transports
+from kvist.transfer.checksum import fold, shortened
 from kvist.transfer.epoch import EpochLock, EpochWatch
+from kvist.transfer.host_pages import HostPages
 from kvist.transfer.mooncake import MooncakeTransport, mooncake_kind
-from kvist.transfer.mooncake_engine import MooncakeEngine, MooncakeOptions, obstacle
+from kvist.transfer.mooncake_options import HANDOFFS, MooncakeOptions
 from kvist.transfer.transport import TransportContext
 from kvist.wire import Closed, Grant, PoolAddress
 from tests.conformance.transport_hosts import GpuPeer
@@ -32,13 +44,16 @@ HERE = "127.0.0.1"
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=2, page_size=16, head_dim=8, dtype="float32")
 NUM_PAGES = 12
 TARGET, SOURCE, OTHER = EpochId("target"), EpochId("source"), EpochId("other")
-needs_mooncake = pytest.mark.skipif(bool(obstacle(MooncakeOptions())), reason=obstacle(MooncakeOptions()) or "-")
+needs_mooncake = pytest.mark.skipif(bool(library_obstacle()), reason=library_obstacle() or "-")
+
+
+Start = Callable[..., "Engine"]
 
 
 class Engine:
     """One end of a connection, with a TransferEngine of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, engine: MooncakeEngine, *, staged: bool) -> None:
         self.pool = DevicePool.create(LAYOUT, NUM_PAGES, device=torch.device("cpu"), directory=directory)
         self._woken = threading.Event()
         watch = EpochWatch(directory)
@@ -50,7 +65,7 @@ class Engine:
             wakeup=self._woken.set,
             advertised_host=HERE,
         )
-        self.offered = MooncakeTransport(context, MooncakeEngine(MooncakeOptions(), HERE))
+        self.offered = MooncakeTransport(context, engine, staged=staged)
         self.transports = Transports({"mooncake": self.offered}, watch=watch, wakeup=self._woken.set)
 
     def granted(self, handoff_id: str, to: EpochId = SOURCE) -> PoolAddress:
@@ -73,22 +88,34 @@ class Engine:
         self.transports.write(
             WritePages(handoff_id=HandoffId(handoff_id), pool=pool, page_ids=page_ids, peer_page_ids=page_ids)
         )
+        return self.next_reports()[0]
+
+    def next_reports(self) -> list[TransferReport]:
         while not (reports := self.transports.poll()):
             assert self._woken.wait(timeout=60)
             self._woken.clear()
-        return reports[0]
+        return reports
 
     def close(self) -> None:
         self.transports.close()
         self.pool.close()
 
 
+@pytest.fixture(scope="module")
+def ends() -> Iterator[list[MooncakeEngine]]:
+    """The library's engines, kept from test to test, because each takes a second to end."""
+    made = [separate_engine(Network(host=HERE), HANDOFFS) for _ in range(2)]
+    yield made
+    for engine in made:
+        engine.close()
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+def start(tmp_path: Path, ends: list[MooncakeEngine]) -> Iterator[Start]:
     engines: list[Engine] = []
 
-    def start() -> Engine:
-        engines.append(Engine(tmp_path.resolve()))
+    def start(*, staged: bool = False) -> Engine:
+        engines.append(Engine(tmp_path.resolve(), ends[len(engines)].share(), staged=staged))
         return engines[-1]
 
     yield start
@@ -97,12 +124,12 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Engine]]:
 
 
 @pytest.fixture
-def target(start: Callable[[], Engine]) -> Engine:
+def target(start: Start) -> Engine:
     return start()
 
 
 @pytest.fixture
-def source(start: Callable[[], Engine]) -> Engine:
+def source(start: Start) -> Engine:
     engine = start()
     engine.pool.bytes[:] = 5
     return engine
@@ -149,7 +176,7 @@ def test_a_grant_that_is_sent_again_has_its_first_window(target: Engine) -> None
 
 
 @needs_mooncake
-def test_peers_have_separate_windows(target: Engine, start: Callable[[], Engine]) -> None:
+def test_peers_have_separate_windows(target: Engine, start: Start) -> None:
     other = start()
     theirs = target.granted("o", to=OTHER)
     assert theirs != target.granted("a")
@@ -196,6 +223,14 @@ def test_a_false_claim_is_refused_though_the_window_is_known(source: Engine, tar
     assert "claims" in report.message
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and wait until all its threads have stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{pid}/task")
+    while any((each / "stat").read_text().rpartition(")")[2].split()[0] != "T" for each in threads.iterdir()):
+        time.sleep(0.001)
+
+
 @needs_mooncake
 def test_a_hung_peer_fails_the_write_within_seconds_and_gets_no_byte_after_it_goes_on(
     source: Engine, tmp_path: Path
@@ -203,9 +238,9 @@ def test_a_hung_peer_fails_the_write_within_seconds_and_gets_no_byte_after_it_go
     peer = GpuPeer(tmp_path.resolve(), TARGET, "cpu", "mooncake")
     try:
         assert isinstance(source.write(peer.address), WritesCompleted)
-        os.kill(peer.process.pid, signal.SIGSTOP)
+        stop(peer.process.pid)
         start_s = time.monotonic()
-        assert isinstance(source.write(peer.address, "hung", (2,)), WritesFailed)
+        assert isinstance(source.write(peer.address, "hung", (2, 7, 4, 6, 10)), WritesFailed)  # five pieces
         assert time.monotonic() - start_s < 8
         again_s = time.monotonic()
         assert isinstance(source.write(peer.address, "again", (3,)), WritesFailed)
@@ -218,41 +253,86 @@ def test_a_hung_peer_fails_the_write_within_seconds_and_gets_no_byte_after_it_go
         peer.process.wait()
 
 
-# ---------------------------------------------------------------- what is missing, and what to do
-
-
-def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvist.transfer.mooncake_engine._installed_release", lambda: None)
-    assert "pip install 'kvist[mooncake]'" in obstacle(MooncakeOptions())
-
-
-def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvist.transfer.mooncake_engine._installed_release", lambda: "0.3.14")
-    assert "Mooncake 0.3.14 is installed, but Kvist needs 0.3.13" in obstacle(MooncakeOptions())
-
-
-def test_missing_system_libraries_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_name: str) -> None:
-        raise ImportError("libibverbs.so.1: cannot open shared object file")
-
-    monkeypatch.setattr("kvist.transfer.mooncake_engine._installed_release", lambda: "0.3.13.post1")
-    monkeypatch.setattr(importlib, "import_module", fail)
-    assert "libibverbs.so.1" in (text := obstacle(MooncakeOptions()))
-    assert "apt install libibverbs1 librdmacm1 libnuma1 liburing2" in text
+# ---------------------------------------------------------------- through host memory, as for a GPU
 
 
 @needs_mooncake
-def test_a_missing_rdma_device_is_named_with_those_that_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("kvist.transfer.mooncake_engine._DEVICES", tmp_path)
-    assert "no RDMA device" in obstacle(MooncakeOptions(protocol="rdma"))
-    (tmp_path / "mlx5_0").mkdir()
-    assert obstacle(MooncakeOptions(protocol="rdma", device="mlx5_0")) == ""
-    assert "choose one of mlx5_0" in obstacle(MooncakeOptions(protocol="rdma", device="mlx5_7"))
+def test_pages_for_a_gpu_take_host_memory_from_their_arrival_to_their_verification(start: Start) -> None:
+    target, source = start(staged=True), start(staged=True)
+    source.pool.bytes[:] = np.arange(source.pool.bytes.size, dtype=np.uint64).reshape(NUM_PAGES, -1)
+    assert target.offered.arrivals is not None
+    arrivals = target.offered.arrivals.path
+    pool = target.granted("a")
+    assert arrivals.stat().st_blocks == 0
+    sent = source.write(pool, page_ids=(4, 2, 3))
+    assert isinstance(sent, WritesCompleted)
+    assert arrivals.stat().st_blocks > 0
+    assert not target.pool.bytes.any()
+    target.transports.verify(
+        VerifyPages(
+            handoff_id=HandoffId("a"),
+            page_ids=(4, 2, 3),
+            transport="mooncake",
+            checksum=sent.checksum,
+            page_digests=sent.page_digests,
+        )
+    )
+    [report] = target.next_reports()
+    assert report == PagesVerified(handoff_id=HandoffId("a"), checksum=sent.checksum)
+    np.testing.assert_array_equal(target.pool.bytes[2:5], source.pool.bytes[2:5])
+    assert not target.pool.bytes[[0, 1, 5]].any()
+    assert arrivals.stat().st_blocks == 0
+
+
+@needs_mooncake
+def test_pages_that_arrive_after_the_end_of_a_staged_handoff_are_refused(start: Start) -> None:
+    target, source = start(staged=True), start(staged=True)
+    source.pool.bytes[:] = 5
+    pool = target.granted("a")
+    target.transports.received(closed("a"))
+    assert isinstance(source.write(pool), WritesFailed)
+    assert target.offered.arrivals is not None
+    assert target.offered.arrivals.path.stat().st_blocks == 0
+
+
+@needs_mooncake
+def test_a_pool_on_a_gpu_is_not_offered_over_rdma() -> None:
+    pool = SimpleNamespace(tensor=SimpleNamespace(is_cuda=True, device=torch.device("cuda")), address=make_pool())
+    kind = mooncake_kind(MooncakeOptions(protocol="rdma"))
+    assert kind.obstacle_for(pool).endswith("use --transfer-protocol tcp")  # type: ignore[arg-type]
+
+
+@needs_mooncake
+def test_batches_of_scattered_pages_are_under_way_together_and_add_up(source: Engine, target: Engine) -> None:
+    source.pool.bytes[:] = np.random.default_rng(0).integers(0, 256, source.pool.bytes.shape, np.uint8)
+    source.offered.batch_pages = 2
+    page_ids = (7, 0, 11, 1, 2, 3, 9)
+    sent = source.write(target.granted("a"), page_ids=page_ids)
+    assert isinstance(sent, WritesCompleted)
+    np.testing.assert_array_equal(target.pool.bytes[list(page_ids)], source.pool.bytes[list(page_ids)])
+    digests = HostPages(source.pool.bytes).digests(page_ids)
+    assert (sent.checksum, sent.page_digests) == (fold(digests), shortened(digests))
+
+
+# ---------------------------------------------------------------- options
 
 
 def test_a_device_without_rdma_is_refused() -> None:
     with pytest.raises(ConfigError, match="add --transfer-protocol rdma"):
         MooncakeOptions(device="mlx5_0")
+
+
+@pytest.mark.parametrize("device", ["", ",", "mlx5_0,", "mlx5_0, mlx5_1", "../mlx5_0", "mlx5_0\n", "x" * 65])
+def test_device_names_that_cannot_be_are_refused_with_an_example(device: str) -> None:
+    with pytest.raises(ConfigError, match="such as mlx5_0,mlx5_1") as refused:
+        MooncakeOptions(protocol="rdma", device=device)
+    assert refused.value.param == "transfer_device"
+
+
+def test_several_devices_and_the_address_of_the_socket_make_the_network() -> None:
+    options = MooncakeOptions(protocol="rdma", device="mlx5_0,mlx5_1")
+    assert options.network("10.0.0.1") == Network(host="10.0.0.1", protocol="rdma", devices=("mlx5_0", "mlx5_1"))
+    assert MooncakeOptions(host="10.0.0.2").network("10.0.0.1") == Network(host="10.0.0.2")
 
 
 def test_auto_leaves_the_network_closed_unless_an_option_asks_for_it(start_pool: DevicePool, tmp_path: Path) -> None:
@@ -262,7 +342,7 @@ def test_auto_leaves_the_network_closed_unless_an_option_asks_for_it(start_pool:
         return [address.transport for address in transports.addresses]
 
     assert "mooncake" not in offered({})
-    if not obstacle(MooncakeOptions()):
+    if not library_obstacle():
         assert "mooncake" in offered({"protocol": "tcp"})
     with pytest.raises(ConfigError, match=r"backend mooncake: .*RDMA"):
         offered({"protocol": "rdma", "device": "nonsense_9"})

@@ -22,6 +22,7 @@ from kvist.errors import RequestError, UnsupportedField
 T = TypeVar("T", bound=msgspec.Struct)
 
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `(?P<path>.*)`)?$", re.DOTALL)
+IGNORED = b"x-kvist-ignored"
 _MAX_NAME_CHARS = 64  # longer than any known name; comparing takes time
 _PATH = re.compile(r" - at `(?P<path>.*)`$", re.DOTALL)
 
@@ -47,7 +48,7 @@ class BodyDecoder(Generic[T]):
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the request body is not valid JSON in UTF-8: {error}") from error
         ignored = dict.fromkeys(_without_effect(value, "", ""))
-        return value, [(b"x-kvist-ignored", ", ".join(ignored).encode())] if ignored else []
+        return value, [(IGNORED, ", ".join(ignored).encode())] if ignored else []
 
     def _invalid(self, message: str) -> RequestError:
         unknown = _UNKNOWN_FIELD.match(message)

@@ -44,8 +44,12 @@ _BOTH, _OFF, _ON = (True, False), (False,), (True,)
 _EMPTY: tuple[object, ...] = ([], {}, "")
 
 # Alternatives to refused fields.
-_TOOLS = "tool calling is not supported yet; describe the tools in the messages and read the call from the text"
-_FORMAT = "constrained output is not supported yet; describe the format in the prompt and check the answer"
+_TOOLS = "a field of /v1/chat/completions"
+_OLD_TOOLS = "use `tools` and `tool_choice` of /v1/chat/completions"
+_FORMAT = "a field of requests that generate; in /generate it is part of `sampling_params`"
+_V1_FORMAT = "a field of /v1; in /generate use `json_schema`, `regex`, `ebnf` or `structural_tag` of `sampling_params`"
+_NATIVE_FORMAT = 'in /v1 use `response_format` with the type "json_schema", or `structured_outputs`'
+_WHOLE_ANSWER = "a constraint applies to the whole answer; omit this field"
 _TEXT = "only text is supported; omit this field"
 _BEAM = "beam search is not supported; `n` gives several sampled answers"
 _LOGPROBS = "use `logprobs` and `prompt_logprobs` in /v1, `return_logprob` and `logprob_start_len` in /generate"
@@ -89,7 +93,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_retention: Annotated[object, Advisory(_CACHING)] = None
     prompt_cache_options: Annotated[object, Advisory(_CACHING)] = None
     kv_hints: Annotated[object, Advisory(_CACHING, _EMPTY)] = None
-    priority: Annotated[object, Advisory("callers are served in turn; requests have no priority", (0,))] = None
+    priority: Annotated[object, Advisory("a field of requests that generate", (0,))] = None
     session_id: Annotated[object, Advisory(_ROUTED)] = None
     conversation_id: Annotated[object, Advisory(_ROUTED)] = None
     routing_key: Annotated[object, Advisory(_ROUTED)] = None
@@ -104,29 +108,29 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return_token_offsets: Annotated[object, Advisory("only a rendering endpoint would return this", _OFF)] = None
     return_mm_kwargs: Annotated[object, Advisory("only a rendering endpoint would return this", _BOTH)] = None
     spaces_between_special_tokens: Annotated[object, Advisory("no spaces are inserted between tokens", _BOTH)] = None
-    guided_decoding_backend: Annotated[object, Advisory("constrained output is not supported yet")] = None
+    guided_decoding_backend: Annotated[object, Advisory("the server's `--grammar-backend` is used")] = None
     truncation_side: Annotated[object, Advisory("prompts are never truncated", ("left", "right"))] = None
 
     # -------- tools
     tools: Annotated[object, Refused(_TOOLS, ([],))] = None
     tool_choice: Annotated[object, Refused(_TOOLS, ("none", "auto"))] = None
     parallel_tool_calls: Annotated[object, Refused(_TOOLS, _BOTH)] = None
-    functions: Annotated[object, Refused(_TOOLS, ([],))] = None
-    function_call: Annotated[object, Refused(_TOOLS, ("none", "auto"))] = None
+    functions: Annotated[object, Refused(_OLD_TOOLS, ([],))] = None
+    function_call: Annotated[object, Refused(_OLD_TOOLS, ("none", "auto"))] = None
     web_search_options: Annotated[object, Refused("web search is not supported; omit this field")] = None
 
     # -------- the form of the answer
-    response_format: Annotated[object, Refused(_FORMAT, ({"type": "text"},))] = None
-    structured_outputs: Annotated[object, Refused(_FORMAT, ({},))] = None
-    guided_json: Annotated[object, Refused(_FORMAT)] = None
-    guided_regex: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
-    guided_choice: Annotated[object, Refused(_FORMAT, ([],))] = None
-    guided_grammar: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
-    guided_whitespace_pattern: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
-    json_schema: Annotated[object, Refused(_FORMAT, ("",))] = None
+    response_format: Annotated[object, Refused(_V1_FORMAT, ({"type": "text"},))] = None
+    structured_outputs: Annotated[object, Refused(_V1_FORMAT, ({},))] = None
+    guided_json: Annotated[object, Refused(_V1_FORMAT)] = None
+    guided_regex: Annotated[object, Refused(_V1_FORMAT, _EMPTY)] = None
+    guided_choice: Annotated[object, Refused(_V1_FORMAT, ([],))] = None
+    guided_grammar: Annotated[object, Refused(_V1_FORMAT, _EMPTY)] = None
+    guided_whitespace_pattern: Annotated[object, Refused(_V1_FORMAT, _EMPTY)] = None
+    json_schema: Annotated[object, Refused(_NATIVE_FORMAT, ("",))] = None
     regex: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
     ebnf: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
-    ebnf_full_assistant: Annotated[object, Refused(_FORMAT, _OFF)] = None
+    ebnf_full_assistant: Annotated[object, Refused(_WHOLE_ANSWER, _OFF)] = None
     structural_tag: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
 
     # -------- how tokens are chosen
@@ -155,10 +159,10 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     thinking: Annotated[object, Refused(_THINKING, ({},))] = None
     thinking_token_budget: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
     max_thinking_tokens: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
-    include_reasoning: Annotated[object, Refused("reasoning is part of the text; remove it from the text", _ON)] = None
-    separate_reasoning: Annotated[object, Advisory("reasoning is part of the text", _BOTH)] = None
-    stream_reasoning: Annotated[object, Advisory("reasoning is part of the text", _BOTH)] = None
-    require_reasoning: Annotated[object, Refused(_FORMAT, _OFF)] = None
+    include_reasoning: Annotated[object, Refused("reasoning is part of the text here", _ON)] = None
+    separate_reasoning: Annotated[object, Advisory("reasoning is part of the text here", _BOTH)] = None
+    stream_reasoning: Annotated[object, Advisory("reasoning is streamed as it is generated", _ON)] = None
+    require_reasoning: Annotated[object, Refused(_WHOLE_ANSWER, _OFF)] = None
 
     # -------- the prompt
     suffix: Annotated[object, Refused("write the prompt with the model's own fill-in-the-middle tokens", ("",))] = None

@@ -20,7 +20,21 @@ TemplateOptions = Annotated[TemplateNames | None, Honoured("variables for the ch
 AddGenerationPrompt = Annotated[bool | None, Honoured("default true: the assistant's turn is opened")]
 ContinueFinalMessage = Annotated[bool | None, Honoured("the answer continues the last message")]
 Salt = Annotated[str | None, Honoured("prompts with different salts share no cached page; at most 256 bytes")]
-_NO_TOOLS = "tool calling is not supported yet; write calls and results into the messages as text"
+Session = Annotated[
+    str | int | None,
+    Honoured(
+        "names requests with a common prefix: of workers that are about equal, the router prefers the one that served "
+        "the last of them; `session_id` comes before `prompt_cache_key`; at most 256 bytes"
+    ),
+]
+Priority = Annotated[
+    int | None,
+    Honoured(
+        "a lower value is served earlier, and negative ones are allowed; default 0. Without effect, and named in the "
+        "header, unless the workers have `--scheduling-policy priority`"
+    ),
+]
+_USE_TOOLS = "use `tools` of the request, `tool_calls` of messages, and messages with the role tool"
 _NO_MEDIA = "only text is supported"
 
 
@@ -34,6 +48,43 @@ class KvistOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     report: Annotated[bool | None, Honoured("report the workers that served the request, and the handoff")] = None
     usage: Annotated[
         bool | None, Honoured("report in `usage` which tiers the cached tokens came from; /generate always does")
+    ] = None
+
+
+class JsonSchemaFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    name: Annotated[str | None, Advisory("the name is not shown to the model")] = None
+    description: Annotated[str | None, Advisory("the description is not shown to the model")] = None
+    schema: Annotated[object, Honoured("the JSON schema that the answer satisfies; absent: any JSON object")] = None
+    strict: Annotated[
+        bool | None,
+        Honoured("true: a schema that cannot be enforced completely is refused; else such parts are ignored"),
+    ] = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    type: Annotated[str, Honoured('"text", "json_object", "json_schema" or "structural_tag"')]
+    json_schema: Annotated[JsonSchemaFormat | None, Honoured("see `response_format.json_schema.*`")] = None
+    structures: Annotated[list[object] | None, Honoured("of a structural tag: begin, schema and end of each")] = None
+    triggers: Annotated[list[str] | None, Honoured("of a structural tag: the texts with which tags begin")] = None
+    format: Annotated[object, Honoured("of a structural tag, in its newer form")] = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """vLLM's `structured_outputs`: one of the first six."""
+
+    json: Annotated[object, Honoured("a JSON schema, as an object or as text")] = None
+    regex: Annotated[str | None, Honoured("a regular expression that the whole answer matches")] = None
+    choice: Annotated[list[str] | None, Honoured("the answer is one of these texts")] = None
+    grammar: Annotated[str | None, Honoured("a grammar in Lark's notation, or EBNF with `root ::=`")] = None
+    json_object: Annotated[bool | None, Honoured("any JSON object")] = None
+    structural_tag: Annotated[object, Honoured("a structural tag, as an object or as text")] = None
+    disable_any_whitespace: Annotated[bool | None, Honoured("JSON without blanks between its tokens")] = None
+    whitespace_pattern: Annotated[
+        str | None, Honoured("regular expression of the blanks between the tokens of JSON")
+    ] = None
+    disable_fallback: Annotated[object, Advisory("there is no fallback", (False, True))] = None
+    disable_additional_properties: Annotated[
+        object, Refused("set `additionalProperties` to false in the schema", (False,))
     ] = None
 
 
@@ -51,8 +102,47 @@ class ContentPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     refusal: Annotated[object, Refused("write it as text")] = None
 
 
+class CalledFunction(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    name: Annotated[str, Honoured("passed to the chat template")]
+    arguments: Annotated[str, Honoured("a JSON object, written as a text; passed to the chat template")]
+    parsed_arguments: Annotated[object, Advisory("OpenAI's client adds this; `arguments` is used")] = None
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    id: Annotated[str, Honoured("names the call for its result")]
+    type: Annotated[str, Honoured('"function"')] = "function"
+    function: Annotated[CalledFunction, Honoured("see `messages[].tool_calls[].function.*`")]
+    index: Annotated[object, Advisory("calls are numbered by their order")] = None
+
+
+class ToolFunction(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    name: Annotated[str, Honoured("names the function; no two tools have one name")]
+    description: Annotated[str | None, Honoured("passed to the chat template")] = None
+    parameters: Annotated[
+        dict[str, object] | None, Honoured("JSON Schema, passed to the chat template; gives arguments their types")
+    ] = None
+    strict: Annotated[
+        object, Refused("arguments are not constrained to the schema yet; omit this field and check them", (False,))
+    ] = None
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    type: Annotated[str, Honoured('"function"')]
+    function: Annotated[ToolFunction | None, Honoured("see `tools[].function.*`")] = None
+    cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
+
+
+Tools = Annotated[
+    Annotated[list[Tool], msgspec.Meta(max_length=1024)] | None,
+    Honoured("functions that the answer may call, up to 1024; see `tools[].*` and [tools](tools.md)"),
+]
+ToolChoice = Annotated[
+    object, Honoured('"auto" (default with tools) or "none": the model sees no tools; others are a 400')
+]
+
+
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    role: Annotated[str, Honoured("system, developer (as system), user or assistant")]
+    role: Annotated[str, Honoured("system, developer (as system), user, assistant or tool")]
     content: Annotated[
         str | list[ContentPart] | None,
         Honoured("text, or a list of text parts; null is an empty text, for assistants only"),
@@ -62,11 +152,14 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     reasoning_content: Annotated[str | None, Honoured("passed to the chat template, also as `reasoning`")] = None
     annotations: Annotated[object, Advisory("only the text is used", ([],))] = None
     cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
+    parsed: Annotated[object, Advisory("OpenAI's client adds this; `content` is used")] = None
     phase: Annotated[object, Advisory("no model served here has phases")] = None
-    tools: Annotated[object, Refused(_NO_TOOLS, ([],))] = None
-    tool_calls: Annotated[object, Refused(_NO_TOOLS, ([],))] = None
-    tool_call_id: Annotated[object, Refused(_NO_TOOLS, ("",))] = None
-    function_call: Annotated[object, Refused(_NO_TOOLS)] = None
+    tool_calls: Annotated[list[ToolCall] | None, Honoured("calls of an assistant; see `messages[].tool_calls[].*`")] = (
+        None
+    )
+    tool_call_id: Annotated[str | None, Honoured("with the role tool: the call that has this result")] = None
+    tools: Annotated[object, Refused(_USE_TOOLS, ([],))] = None
+    function_call: Annotated[object, Refused(_USE_TOOLS)] = None
     refusal: Annotated[object, Refused("write it as `content`", ("",))] = None
     audio: Annotated[object, Refused(_NO_MEDIA)] = None
     prefix: Annotated[object, Refused("use `continue_final_message` of the request", (False,))] = None
@@ -107,7 +200,15 @@ class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
     ] = None
 
 
-class Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+class Constraints(KnownFields, forbid_unknown_fields=True, kw_only=True):
+    """SGLang's constraints, of which a request has one."""
+
+    regex: Annotated[str | None, Honoured("a regular expression that the whole answer matches")] = None
+    ebnf: Annotated[str | None, Honoured("a grammar of the answer: EBNF with `root ::=`, or Lark's notation")] = None
+    structural_tag: Annotated[object, Honoured("a structural tag, as an object or as text")] = None
+
+
+class Generation(SamplingFields, Constraints, forbid_unknown_fields=True, kw_only=True):
     """The fields that both OpenAI endpoints share."""
 
     max_tokens: Annotated[
@@ -127,6 +228,15 @@ class Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     logprob_token_ids: Annotated[
         TokenIds | None, Honoured("up to 1024 tokens that are listed, too, beside the likeliest of each token")
     ] = None
+    response_format: Annotated[ResponseFormat | None, Honoured("see `response_format.*`")] = None
+    structured_outputs: Annotated[StructuredOutputs | None, Honoured("see `structured_outputs.*`")] = None
+    guided_json: Annotated[object, Honoured("the same as `structured_outputs.json`")] = None
+    guided_regex: Annotated[str | None, Honoured("the same as `structured_outputs.regex`")] = None
+    guided_choice: Annotated[list[str] | None, Honoured("the same as `structured_outputs.choice`")] = None
+    guided_grammar: Annotated[str | None, Honoured("the same as `structured_outputs.grammar`")] = None
+    guided_whitespace_pattern: Annotated[
+        str | None, Honoured("the same as `structured_outputs.whitespace_pattern`")
+    ] = None
     seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")] = None
     stream: Annotated[bool | None, Honoured("server-sent events")] = None
     stream_options: Annotated[StreamOptions | None, Honoured("see `stream_options.*`")] = None
@@ -139,11 +249,19 @@ class Generation(SamplingFields, forbid_unknown_fields=True, kw_only=True):
     request_id: Annotated[str | None, Honoured("the response's id, after `chatcmpl-` or `cmpl-`")] = None
     rid: Annotated[str | None, Honoured("the response's id")] = None
     cache_salt: Salt = None
+    session_id: Session = None
+    prompt_cache_key: Session = None
+    priority: Priority = None
     kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None
 
 
 class ChatRequest(Generation, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[Messages, Honoured("see `messages[].*`")]
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: Annotated[bool | None, Honoured("false: only the first call of an answer is returned")] = None
+    include_reasoning: Annotated[bool | None, Honoured("false: the response lacks the reasoning")] = None
+    separate_reasoning: Annotated[bool | None, Honoured("false: reasoning is part of `content`")] = None
     logprobs: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
     add_generation_prompt: AddGenerationPrompt = None
@@ -162,13 +280,14 @@ class CompletionRequest(Generation, forbid_unknown_fields=True, kw_only=True):
     echo: Annotated[bool | None, Honoured("the text begins with the prompt, and so do `logprobs`")] = None
 
 
-class NativeSampling(SamplingFields, forbid_unknown_fields=True, kw_only=True):
+class NativeSampling(SamplingFields, Constraints, forbid_unknown_fields=True, kw_only=True):
     """SGLang's `sampling_params`."""
 
     max_new_tokens: Annotated[
         int | None, Honoured("maximum number of tokens of the answer; default 128; 0 computes the prompt alone")
     ] = None
     min_new_tokens: Annotated[int | None, Honoured("minimum number of tokens before the answer may end")] = None
+    json_schema: Annotated[object, Honoured("a JSON schema of the answer, as text or as an object")] = None
     sampling_seed: Annotated[
         int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")
     ] = None
@@ -191,6 +310,9 @@ class NativeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     return_text_in_logprobs: Annotated[bool | None, Honoured("logprobs have the text of their token")] = None
     rid: Annotated[str | None, Honoured("the response's id; with several answers, `_` and the index follow")] = None
     cache_salt: Salt = None
+    session_id: Session = None
+    prompt_cache_key: Session = None
+    priority: Priority = None
     kvist: Annotated[KvistOptions | None, Honoured("see `kvist.*`")] = None
 
 
@@ -204,6 +326,8 @@ class TokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     ] = None
     add_generation_prompt: AddGenerationPrompt = None
     continue_final_message: ContinueFinalMessage = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
     return_token_strs: Annotated[bool | None, Honoured("return the texts of the tokens too")] = None
     chat_template_kwargs: TemplateOptions = None
     reasoning_effort: Annotated[
@@ -214,6 +338,15 @@ class TokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
 class DetokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     tokens: Annotated[list[int | list[int]], Honoured("token ids, or several lists")]
     skip_special_tokens: Annotated[bool | None, Honoured("true: the text omits special tokens")] = None
+
+
+class RoleRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /role."""
+
+    role: Annotated[str, Honoured("prefill, decode or unified: the role of the worker from now on")]
+    worker: Annotated[
+        str | None, Honoured("URL or id of the worker, as in GET /workers; on a worker's own port it may be left out")
+    ] = None
 
 
 class WorkerRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

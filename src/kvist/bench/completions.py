@@ -30,6 +30,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One request. A failed request has a `failure` and no times but `sent_s`."""
 
     index: int
+    request_class: str | None = None  # mixed only: "chat" or "long"
     client: int | None = None  # of a conversation
     turn: int | None = None
     num_input: int  # requested
@@ -45,6 +46,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     num_ceiling_tokens: int | None = None  # multiturn only: cached tokens if nothing were ever evicted
     num_output_tokens: int | None = None
     num_events: int = 0
+    itl_p99_s: float | None = None  # of this stream
+    max_gap_s: float | None = None  # the largest of its ITLs
+    route: str | None = None  # why these workers; with --handoff-parts
+    second_token_ms: dict[str, float | None] | None = None  # its parts, of a request that was handed over
     retried: bool = False
     failure: str | None = None  # the kind
     message: str | None = None
@@ -88,9 +93,23 @@ class _Usage(msgspec.Struct):
     kvist: _Tiers | None = None
 
 
+class _Route(msgspec.Struct):
+    reason: str | None = None
+
+
+class _Handoff(msgspec.Struct):
+    second_token: dict[str, float | None] | None = None
+
+
+class _Report(msgspec.Struct):
+    route: _Route | None = None
+    handoff: _Handoff | None = None
+
+
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+    kvist: _Report | None = None
     error: msgspec.Raw = msgspec.Raw()
 
 
@@ -137,6 +156,7 @@ class _StreamReader:
         self.gaps_s: list[float] = []
         self.token_ids: list[int] = []
         self.usage: _Usage | None = None
+        self.report: _Report | None = None
         self.done = False
 
     def on_body(self, status: int, piece: bytes) -> None:
@@ -161,6 +181,8 @@ class _StreamReader:
             raise HttpFailure("error_event", _text(content))
         if event.usage is not None:
             self.usage = event.usage
+        if event.kvist is not None:
+            self.report = event.kvist
         if not event.choices:
             return
         if self.first_s is None:
@@ -199,7 +221,7 @@ def _text(content: bytes) -> str:
 
 
 class CompletionClient:
-    """Sends completion requests for one model to one server. `by_tier`: the server knows Kvist's own fields."""
+    """Sends completion requests for one model to one server; `by_tier` and `with_report` need Kvist."""
 
     def __init__(
         self,
@@ -210,12 +232,14 @@ class CompletionClient:
         timeout_s: float,
         sampling_fields: Mapping[str, object] = GREEDY,
         by_tier: bool = False,
+        with_report: bool = False,
     ) -> None:
         self.client = client
         self._model = msgspec.json.encode(model)
         self._clock = clock
         self._timeout_s = timeout_s
-        self._by_tier = by_tier
+        own_fields = {name: True for name, wanted in (("usage", by_tier), ("report", with_report)) if wanted}
+        self._own_fields = b',"kvist":' + msgspec.json.encode(own_fields) if own_fields else b""
         self._sampling = msgspec.json.encode(dict(sampling_fields))[1:-1]
 
     def body(self, request: BenchRequest) -> bytes:
@@ -229,7 +253,7 @@ class CompletionClient:
                 b',"max_tokens":%d,"ignore_eos":true,"stream":true,' % request.row.num_output,
                 self._sampling,
                 b',"stream_options":{"include_usage":true}',
-                b',"kvist":{"usage":true}' if self._by_tier else b"",
+                self._own_fields,
                 b',"return_token_ids":true}' if request.wants_ids else b"}",
             )
         )
@@ -263,6 +287,7 @@ def _succeeded(row: Row, reader: _StreamReader, sent_s: float, end_s: float) -> 
     assert reader.usage is not None
     num_output = reader.usage.completion_tokens
     details = reader.usage.prompt_tokens_details
+    report = reader.report or _Report()
     whole = replace(
         row,
         ttft_s=reader.first_s - sent_s,
@@ -273,5 +298,7 @@ def _succeeded(row: Row, reader: _StreamReader, sent_s: float, end_s: float) -> 
         num_cached_by_tier=None if reader.usage.kvist is None else reader.usage.kvist.cached_tokens,
         num_output_tokens=num_output,
         num_events=len(reader.gaps_s) + 1,
+        route=None if report.route is None else report.route.reason,
+        second_token_ms=None if report.handoff is None else report.handoff.second_token,
     )
     return RequestResult(row=whole, gaps_s=reader.gaps_s, token_ids=reader.token_ids)

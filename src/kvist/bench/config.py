@@ -9,10 +9,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from kvist.bench.goodput import CHAT, LONG, parse_limits
 from kvist.config import check_api_key, option
 from kvist.errors import ConfigError
 
 SERVER, DRAWN, AUTO = "server", "drawn", "auto"
+MIXED_REQUESTS = 120  # unless given
 RESERVED_FIELDS = (
     "model",
     "prompt",
@@ -64,6 +66,11 @@ class TargetConfig:
     )
     extra_body: str | None = option(
         None, 'JSON object with more fields for each request, such as \'{"temperature": 0.8, "top_p": 0.95}\''
+    )
+    handoff_parts: bool = option(
+        False,
+        "ask Kvist for its report on each request: show why each route was chosen, and where the time between the "
+        "first and the second token went",
     )
     json_path: Path | None = option(None, "file for the figures and one row for each request", flag="--json")
     baseline: Path | None = option(None, "an earlier --json file; ratios to its figures are printed")
@@ -154,6 +161,53 @@ class RateConfig(_Load):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixedConfig(_Load):
+    """Chats with long prompts among them."""
+
+    requests: int | None = option(
+        None, f"total number of requests; {MIXED_REQUESTS} unless --seconds is set", minimum=1
+    )
+    seconds: float | None = option(
+        None, "instead of --requests: send all requests that arrive within this time", unit="s", minimum=0.001
+    )
+    rate: float = option(
+        6.0,
+        "mean number of requests per second; they are sent at random times (a Poisson process), without waiting for "
+        "answers",
+        unit="1/s",
+        minimum=1e-3,
+    )
+    input_tokens: str = _lengths("512", "a chat's prompt")
+    output_tokens: str = _lengths("256", "a chat's answer")
+    long_every: int = option(4, "one request in this number is a long prompt; 0: none", minimum=0)
+    long_input_tokens: str = _lengths("8192", "a long prompt")
+    long_output_tokens: str = _lengths("128", "the answer to a long prompt")
+    goodput: tuple[str, ...] = option(
+        ("chat.ttft:500", "itl:25"),
+        "limits in milliseconds that a good request keeps to: FIGURE:MS, or CLASS.FIGURE:MS for the class chat or long "
+        "alone. Figures: ttft, tpot, itl (p99 of the request), gap (the largest ITL), e2el",
+    )
+
+    def __post_init__(self) -> None:
+        if self.requests is not None and self.seconds is not None:
+            raise ConfigError("--requests and --seconds contradict each other: give one of them", param="seconds")
+        _ = self.input_range, self.output_range, self.long_input_range, self.long_output_range
+        parse_limits(self.goodput)
+
+    @property
+    def long_input_range(self) -> LengthRange:
+        return parse_length_range(self.long_input_tokens, "long_input_tokens")
+
+    @property
+    def long_output_range(self) -> LengthRange:
+        return parse_length_range(self.long_output_tokens, "long_output_tokens")
+
+    def class_of(self, index: int) -> str:
+        """Return the class of a request by its index: the last of every `long_every` requests has a long prompt."""
+        return LONG if self.long_every and index % self.long_every == self.long_every - 1 else CHAT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MultiturnConfig(_Load):
     clients: int = option(80, "number of conversations", minimum=1)
     rounds: int = option(4, "number of turns of each conversation", minimum=1)
@@ -177,11 +231,12 @@ class CustomConfig:
     file: Path = option(Path("bench.json"), "JSON file with a list of scenarios: see docs/bench.md")
 
 
-Load = SingleConfig | OfflineConfig | RateConfig | MultiturnConfig
+Load = SingleConfig | OfflineConfig | RateConfig | MixedConfig | MultiturnConfig
 LOADS: dict[str, type[Load]] = {
     "single": SingleConfig,
     "offline": OfflineConfig,
     "rate": RateConfig,
+    "mixed": MixedConfig,
     "multiturn": MultiturnConfig,
 }
 

@@ -1,7 +1,7 @@
 """Sends a scenario's requests when they are due, and checks that this process is fast enough to measure them.
 
 closed    at most `parallel` in flight, in order (single, offline)
-open      each at its own time, without waiting for answers (rate)
+open      each at its own time, without waiting for answers (rate, mixed)
 turns     conversations: at most `parallel` in flight, the next client drawn (multiturn)
 """
 
@@ -14,10 +14,22 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from msgspec.structs import replace
 
 from kvist.bench.completions import BenchRequest, CompletionClient, RequestResult, Row
-from kvist.bench.config import DRAWN, SERVER, Load, MultiturnConfig, RateConfig, Scenario, SingleConfig
+from kvist.bench.config import (
+    DRAWN,
+    MIXED_REQUESTS,
+    SERVER,
+    Load,
+    MixedConfig,
+    MultiturnConfig,
+    RateConfig,
+    Scenario,
+    SingleConfig,
+)
+from kvist.bench.goodput import LONG
 from kvist.bench.http import HttpFailure
 from kvist.bench.infinite_cache import InfiniteCache
 from kvist.bench.load import DrawKind, Source, TokenHistory, Turns
@@ -44,7 +56,7 @@ class Measured:
     scenario: Scenario
     answer_source: str | None  # multiturn only: config.SERVER or config.DRAWN
     rows: list[Row]
-    gaps_s: list[float]
+    gaps_s: list[list[float]]  # ITLs of each row
     wall_s: float  # first request sent to last answer ended
     client: ClientLoad
     interrupted: bool = False  # by Ctrl-C; the rows are the requests that had ended
@@ -85,9 +97,11 @@ class Driver:
         if isinstance(load, MultiturnConfig):
             turns = self._turns(load, from_server=answer_source == SERVER)
             return await self._measure(scenario, load.clients * load.rounds, turns, answer_source)
+        if isinstance(load, RateConfig | MixedConfig):
+            times_s = self._arrivals_s(load)
+            requests = self._requests(load, len(times_s), DrawKind.PROMPT)
+            return await self._measure(scenario, len(requests), self._open(requests, times_s))
         requests = self._requests(load, load.requests, DrawKind.PROMPT)
-        if isinstance(load, RateConfig):
-            return await self._measure(scenario, len(requests), self._open(requests, load.rate))
         parallel = 1 if isinstance(load, SingleConfig) else load.parallel or load.requests
         return await self._measure(scenario, len(requests), self._closed(requests, parallel))
 
@@ -121,14 +135,29 @@ class Driver:
         logger.warning("conversations append drawn token ids, whose K/V the server cannot have cached: %s", why)
         return DRAWN
 
+    def _arrivals_s(self, load: RateConfig | MixedConfig) -> list[float]:
+        if isinstance(load, MixedConfig) and load.seconds is not None:
+            return self._source.arrivals_before_s(load.rate, load.seconds)
+        return self._source.arrivals_s(load.rate, load.requests or MIXED_REQUESTS)
+
     def _lengths(self, load: Load, count: int) -> tuple[list[int], list[int]]:
         """Return the lengths of prompts and of answers."""
         num_input = self._source.lengths(load.input_range, count, DrawKind.INPUT_LENGTHS)
         return num_input, self._source.lengths(load.output_range, count, DrawKind.OUTPUT_LENGTHS)
 
     def _requests(self, load: Load, count: int, what: DrawKind) -> list[BenchRequest]:
-        lengths = zip(*self._lengths(load, count), strict=True)
-        return [self._request(index, *num_tokens, what) for index, num_tokens in enumerate(lengths)]
+        lengths = [*zip(*self._lengths(load, count), strict=True)]
+        if not isinstance(load, MixedConfig):
+            return [self._request(index, *num_tokens, what) for index, num_tokens in enumerate(lengths)]
+        long_input = self._source.lengths(load.long_input_range, count, DrawKind.LONG_INPUT_LENGTHS)
+        long_output = self._source.lengths(load.long_output_range, count, DrawKind.LONG_OUTPUT_LENGTHS)
+        requests = []
+        for index in range(count):
+            name = load.class_of(index)
+            num_tokens = (long_input[index], long_output[index]) if name == LONG else lengths[index]
+            request = self._request(index, *num_tokens, what)
+            requests.append(dataclasses.replace(request, row=replace(request.row, request_class=name)))
+        return requests
 
     def _request(
         self, index: int, num_input: int, num_output: int, what: DrawKind, *, wants_ids: bool = False
@@ -153,9 +182,9 @@ class Driver:
 
         return drive
 
-    def _open(self, requests: Sequence[BenchRequest], rate: float) -> Callable[[_Results], Awaitable[None]]:
-        times_s = self._source.arrivals_s(rate, len(requests))
-
+    def _open(
+        self, requests: Sequence[BenchRequest], times_s: Sequence[float]
+    ) -> Callable[[_Results], Awaitable[None]]:
         async def drive(results: _Results) -> None:
             start_s = self._clock.now_s()
 
@@ -265,8 +294,8 @@ class Driver:
         return Measured(
             scenario=scenario,
             answer_source=answer_source,
-            rows=[answer.row for answer in answers],
-            gaps_s=[gap_s for answer in answers for gap_s in answer.gaps_s],
+            rows=[_with_gaps(answer) for answer in answers],
+            gaps_s=[answer.gaps_s for answer in answers],
             wall_s=wall_s,
             interrupted=interrupted,
             client=ClientLoad(
@@ -284,6 +313,12 @@ class Driver:
             now_s = self._clock.now_s()
             results.lags_s.append(max(0.0, now_s - before_s - PROBE_INTERVAL_S))
             progress.show(results.num_done, now_s)
+
+
+def _with_gaps(answer: RequestResult) -> Row:
+    if answer.row.failure is not None or not answer.gaps_s:
+        return answer.row
+    return replace(answer.row, itl_p99_s=float(np.quantile(answer.gaps_s, 0.99)), max_gap_s=max(answer.gaps_s))
 
 
 def _checked(answer: RequestResult, *, from_server: bool) -> RequestResult:

@@ -7,6 +7,7 @@ scenario has sent would be answered from the server's cache.
 
 from __future__ import annotations
 
+import bisect
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class DrawKind(enum.IntEnum):
     ANSWER = 5
     WARM_UP = 6
     PROBE = 7
+    LONG_INPUT_LENGTHS = 8
+    LONG_OUTPUT_LENGTHS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,13 @@ class Source:
         gaps = self.generator(DrawKind.ARRIVALS).exponential(1.0 / rate, count)
         times: list[float] = (np.cumsum(gaps) - gaps[0]).tolist()
         return times
+
+    def arrivals_before_s(self, rate: float, end_s: float) -> list[float]:
+        """Return the times of the same process before `end_s`: at least the first, at 0."""
+        count = 64
+        while (times := self.arrivals_s(rate, count))[-1] < end_s:
+            count *= 2
+        return times[: max(1, bisect.bisect_left(times, end_s))]
 
 
 class TokenHistory:

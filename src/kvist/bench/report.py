@@ -10,7 +10,9 @@ import msgspec
 import numpy as np
 
 from kvist.bench.completions import Row
+from kvist.bench.config import MixedConfig
 from kvist.bench.drive import Measured
+from kvist.bench.goodput import CLASSES, Limit, count_good, parse_limits
 
 FORMAT = "kvist-bench-1"
 BUSY_SHARE = 0.8  # of one core; above, the client may have limited the figures
@@ -28,6 +30,26 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     max: float
 
 
+class ClassFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of the requests of one class that succeeded. Times are in seconds."""
+
+    num_requests: int
+    num_succeeded: int
+    num_good: int  # within the limits of `Goodput`
+    ttft_s: Distribution | None
+    tpot_s: Distribution | None
+    itl_s: Distribution | None
+    max_gap_s: Distribution | None
+    e2e_s: Distribution | None
+
+
+class Goodput(msgspec.Struct, frozen=True, kw_only=True):
+    limits: list[str]
+    num_good: int  # answered within all limits that apply to them
+    share: float  # of all requests, failed ones included
+    requests_per_s: float
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of the requests that succeeded. Times are in seconds; token counts are the server's own."""
 
@@ -38,6 +60,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: Distribution | None
     tpot_s: Distribution | None
     itl_s: Distribution | None  # between events; one may carry several tokens
+    max_gap_s: Distribution | None = None  # the largest ITL of each stream
     e2e_s: Distribution | None
     requests_per_s: float
     input_tokens_per_s: float  # cached ones included
@@ -53,12 +76,16 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     client_cpu_s_per_token: float | None
     client_lag_p99_s: float
     late_p99_s: float
+    classes: dict[str, ClassFigures] = {}  # mixed only
+    goodput: Goodput | None = None  # mixed only
+    second_token_ms: dict[str, Distribution] = {}  # its parts, with --handoff-parts
+    routes: dict[str, int] = {}  # requests by the reason of their route, with --handoff-parts
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     kind: str
-    settings: dict[str, str | int | float | None]
+    settings: dict[str, bool | str | int | float | None]
     summary: Summary
     warnings: list[str]
     rows: list[Row]
@@ -69,7 +96,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     commit: str | None  # of the client; the server's is not known over HTTP
     version: str
     hardware: dict[str, str | int]  # of the client's machine
-    settings: dict[str, str | int | float | None]
+    settings: dict[str, bool | str | int | float | None]
     runs: list[Run]
 
 
@@ -82,6 +109,40 @@ def distribution(values: Sequence[float]) -> Distribution | None:
 
 def _p99(values: Sequence[float]) -> float:
     return float(np.quantile(values, 0.99)) if values else 0.0
+
+
+def _class_figures(measured: Measured, name: str, limits: list[Limit]) -> ClassFigures:
+    pairs = zip(measured.rows, measured.gaps_s, strict=True)
+    chosen = [(row, gaps_s) for row, gaps_s in pairs if row.request_class == name]
+    rows = [row for row, _ in chosen if row.failure is None]
+    return ClassFigures(
+        num_requests=len(chosen),
+        num_succeeded=len(rows),
+        num_good=count_good(rows, limits),
+        ttft_s=_of_rows(rows, "ttft_s"),
+        tpot_s=_of_rows(rows, "tpot_s"),
+        itl_s=distribution([gap_s for _, gaps_s in chosen for gap_s in gaps_s]),
+        max_gap_s=_of_rows(rows, "max_gap_s"),
+        e2e_s=_of_rows(rows, "e2e_s"),
+    )
+
+
+def _of_rows(rows: Sequence[Row], name: str) -> Distribution | None:
+    values = [getattr(row, name) for row in rows]
+    return distribution([value for value in values if value is not None])
+
+
+def _second_token_ms(rows: Sequence[Row]) -> dict[str, Distribution]:
+    reports = [row.second_token_ms for row in rows if row.second_token_ms is not None]
+    names = dict.fromkeys(name for report in reports for name in report)
+    values = {name: [value for report in reports if (value := report.get(name)) is not None] for name in names}
+    return {name: found for name in names if (found := distribution(values[name])) is not None}
+
+
+def _goodput(rows: Sequence[Row], texts: Sequence[str], wall_s: float) -> Goodput:
+    num_good = count_good(rows, parse_limits(texts))
+    share = num_good / len(rows) if rows else 0.0
+    return Goodput(limits=[*texts], num_good=num_good, share=share, requests_per_s=num_good / wall_s)
 
 
 def summarise(measured: Measured) -> Summary:
@@ -98,15 +159,19 @@ def summarise(measured: Measured) -> Summary:
     num_events = sum(row.num_events for row in succeeded)
     wall_s = max(measured.wall_s, 1e-9)
     client = measured.client
+    load = measured.scenario.load
+    limits = load.goodput if isinstance(load, MixedConfig) else None
+    present = {row.request_class for row in measured.rows}
     return Summary(
         num_requests=len(measured.rows),
         num_succeeded=len(succeeded),
         failures=dict(sorted(Counter(row.failure for row in measured.rows if row.failure is not None).items())),
         wall_s=measured.wall_s,
-        ttft_s=distribution([row.ttft_s for row in succeeded if row.ttft_s is not None]),
-        tpot_s=distribution([row.tpot_s for row in succeeded if row.tpot_s is not None]),
-        itl_s=distribution(measured.gaps_s),
-        e2e_s=distribution([row.e2e_s for row in succeeded if row.e2e_s is not None]),
+        ttft_s=_of_rows(succeeded, "ttft_s"),
+        tpot_s=_of_rows(succeeded, "tpot_s"),
+        itl_s=distribution([gap_s for gaps_s in measured.gaps_s for gap_s in gaps_s]),
+        max_gap_s=_of_rows(succeeded, "max_gap_s"),
+        e2e_s=_of_rows(succeeded, "e2e_s"),
         requests_per_s=len(succeeded) / wall_s,
         input_tokens_per_s=num_input / wall_s,
         computed_tokens_per_s=(num_input - num_cached) / wall_s if reported else None,
@@ -123,6 +188,12 @@ def summarise(measured: Measured) -> Summary:
         client_cpu_s_per_token=client.cpu_s / num_output if num_output else None,
         client_lag_p99_s=_p99(client.lags_s),
         late_p99_s=_p99([row.late_s for row in measured.rows]),
+        classes={
+            name: _class_figures(measured, name, parse_limits(limits or ())) for name in CLASSES if name in present
+        },
+        goodput=None if limits is None else _goodput(measured.rows, limits, wall_s),
+        second_token_ms=_second_token_ms(succeeded),
+        routes=dict(Counter(row.route for row in succeeded if row.route is not None)),
     )
 
 
@@ -164,7 +235,14 @@ def warnings_of(summary: Summary, kind: str) -> list[str]:
 
 # ---------------------------------------------------------------- the table
 
-_TIMES = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("ITL", "itl_s"), ("e2e", "e2e_s"))
+_TIMES = (
+    ("TTFT", "ttft_s"),
+    ("TPOT", "tpot_s"),
+    ("ITL", "itl_s"),
+    ("largest gap", "max_gap_s"),
+    ("e2e", "e2e_s"),
+)
+_LABEL = 18  # width of the first column
 _COLUMNS = ("mean", "p50", "p90", "p99", "max")
 _RATES = (
     ("input (cached included)", "input_tokens_per_s"),
@@ -173,25 +251,24 @@ _RATES = (
 )
 
 
+_Figures = Summary | ClassFigures
+
+
 def table(run: Run, baseline: Run | None = None) -> str:
     """Return the table. With `baseline`, each figure is followed by its ratio: ×0.90 of a time is a tenth less."""
     summary, before = run.summary, None if baseline is None else baseline.summary
     width = 9 if before is None else 16
     lines = [
         f"{run.name}: {summary.num_succeeded} of {summary.num_requests} requests answered in {summary.wall_s:.2f} s",
-        f"  {'ms':<6}" + "".join(f"{column:>{width}}" for column in _COLUMNS),
+        f"  {'ms':<{_LABEL}}" + "".join(f"{column:>{width}}" for column in _COLUMNS),
+        *_time_lines("", summary, before, width),
     ]
-    for label, name in _TIMES:
-        times: Distribution | None = getattr(summary, name)
-        if times is None:
-            lines.append(f"  {label:<6}{'-':>{width}}")
-            continue
-        old: Distribution | None = getattr(before, name, None)
-        cells = [
-            _cell(1e3 * getattr(times, column), None if old is None else 1e3 * getattr(old, column), ".2f")
-            for column in _COLUMNS
-        ]
-        lines.append(f"  {label:<6}" + "".join(f"{cell:>{width}}" for cell in cells))
+    for name, figures in summary.classes.items():
+        old = None if before is None else before.classes.get(name)
+        lines += _time_lines(f"{name} ", figures, old, width)
+    for part, times_ms in summary.second_token_ms.items():
+        old_ms = None if before is None else before.second_token_ms.get(part)
+        lines.append(_time_line(f"2nd {part.removesuffix('_ms')}", times_ms, old_ms, width, to_ms=1.0))
     for label, name in _RATES:
         value = getattr(summary, name)
         shown = "not reported by the server" if value is None else _cell(value, getattr(before, name, None), ",.0f")
@@ -205,11 +282,45 @@ def table(run: Run, baseline: Run | None = None) -> str:
         lines.append(f"  {'of that':<24}{parts:>14}")
     if summary.hit_rate_ceiling is not None:
         lines.append(f"  {'hit rate, at most':<24}{f'{summary.hit_rate_ceiling:.1%}':>14} (a cache without eviction)")
+    lines += _goodput_lines(summary, before)
+    if summary.routes:
+        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(summary.routes.items()))
+        lines.append(f"  routes: {counts}")
     lines.append(f"  {_client_line(summary)}")
     lines += [f"  WARNING: {warning}" for warning in run.warnings]
     first = {row.failure: row.message for row in reversed(run.rows) if row.failure is not None}
     lines += [f"  the first {kind}: {message}" for kind, message in sorted(first.items())]
     return "\n".join(lines)
+
+
+def _time_lines(prefix: str, figures: _Figures, before: _Figures | None, width: int) -> list[str]:
+    return [
+        _time_line(prefix + label, getattr(figures, name), getattr(before, name, None), width) for label, name in _TIMES
+    ]
+
+
+def _time_line(
+    label: str, times: Distribution | None, old: Distribution | None, width: int, *, to_ms: float = 1e3
+) -> str:
+    if times is None:
+        return f"  {label:<{_LABEL}}{'-':>{width}}"
+    cells = [
+        _cell(to_ms * getattr(times, column), None if old is None else to_ms * getattr(old, column), ".2f")
+        for column in _COLUMNS
+    ]
+    return f"  {label:<{_LABEL}}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def _goodput_lines(summary: Summary, before: Summary | None) -> list[str]:
+    goodput = summary.goodput
+    if goodput is None:
+        return []
+    old = None if before is None or before.goodput is None else before.goodput.requests_per_s
+    each = "".join(
+        f"; {name} {figures.num_good} of {figures.num_requests}" for name, figures in summary.classes.items()
+    )
+    rate = _cell(goodput.requests_per_s, old, ".2f")
+    return [f"  goodput: {rate} requests/s, {goodput.share:.1%} within {' '.join(goodput.limits) or 'no limit'}{each}"]
 
 
 def _cell(value: float, before: float | None, form: str) -> str:

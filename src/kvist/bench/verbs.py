@@ -1,4 +1,4 @@
-"""Implements `kvist bench single|offline|rate|multiturn|custom`: find the model, run, print, write.
+"""Implements `kvist bench single|offline|rate|mixed|multiturn|custom`: find the model, run, print, write.
 
 The exit status is 1 if a request failed, so that scripts notice; the figures are printed in any case.
 """
@@ -53,6 +53,8 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
         client = HttpClient(target.base_url, api_key=target.api_key)
         try:
             model, is_kvist = await _find_model(client, target.model)
+            if target.handoff_parts and not is_kvist:
+                raise HttpFailure("not_kvist", "--handoff-parts needs a server whose /v1/models says that it is Kvist")
             clock, timeout_s = MonotonicClock(), target.request_timeout_s
             completions = CompletionClient(
                 client,
@@ -61,6 +63,7 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
                 timeout_s=timeout_s,
                 sampling_fields=target.sampling_fields,
                 by_tier=is_kvist,
+                with_report=target.handoff_parts,
             )
             first = Source(seed=target.seed, vocab_low=target.vocab_low, vocab_high=target.vocab_high)
             for number, scenario in enumerate(scenarios):
@@ -130,7 +133,7 @@ def read_scenarios(path: Path) -> list[Scenario]:
             message = f"{path}, scenario {number}: unknown `scenario` {kind!r}{nearest(kind, known)}"
             raise ConfigError(f"{message} Known: {', '.join(known)}", param="file")
         name = str(entry.pop("name", f"{number} {kind}"))
-        argv = [f"--{key.replace('_', '-')}={value}" for key, value in entry.items()]
+        argv = [f"--{key.replace('_', '-')}={_as_flag_value(value)}" for key, value in entry.items()]
         try:
             load = read_settings(LOADS[kind], Sources(argv=argv, environ={}))
         except ConfigError as error:
@@ -139,6 +142,10 @@ def read_scenarios(path: Path) -> list[Scenario]:
     if len({scenario.name for scenario in scenarios}) < len(scenarios):
         raise ConfigError(f"{path}: two scenarios have the same name", param="file")
     return scenarios
+
+
+def _as_flag_value(value: object) -> object:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- what is written
@@ -184,8 +191,14 @@ def _as_report(runs: list[Run], target: TargetConfig) -> Report:
     )
 
 
-def _plain(values: dict[str, object]) -> dict[str, str | int | float | None]:
-    return {key: value if isinstance(value, str | int | float | None) else str(value) for key, value in values.items()}
+def _plain(values: dict[str, object]) -> dict[str, bool | str | int | float | None]:
+    return {key: _plain_value(value) for key, value in values.items()}
+
+
+def _plain_value(value: object) -> bool | str | int | float | None:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return value if isinstance(value, bool | str | int | float | None) else str(value)
 
 
 def _output_of(*command: str) -> str | None:

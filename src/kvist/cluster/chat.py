@@ -18,7 +18,7 @@ import httpx
 from kvist.clock import Clock, MonotonicClock
 from kvist.cluster.chat_turn import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.config import ChatConfig
-from kvist.cluster.plan import LOOPBACK, free_ports
+from kvist.cluster.ports import LOOPBACK, free_ports
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildPlan, Processes
 from kvist.cluster.start_display import start_display

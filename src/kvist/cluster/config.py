@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from kvist.config import option
 from kvist.engine.config import NameOptions
 from kvist.errors import ConfigError
+from kvist.grammar.config import GrammarOptions
+from kvist.request import Role
 from kvist.router.addresses import normal_url
 from kvist.server.config import InstanceOptions, ServerConfig, TlsOptions
 from kvist.text import TextConfig
+
+DEFAULT_STORES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +25,7 @@ class GatewayOptions:
     tls: TlsOptions = field(default_factory=TlsOptions)
     instance: InstanceOptions = field(default_factory=InstanceOptions)
     text: TextConfig = field(default_factory=TextConfig)
+    grammar: GrammarOptions = field(default_factory=GrammarOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,24 @@ class UnifiedOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolNodesOptions:
+    """The page pool that is started with the workers. Raises `ConfigError` for stores of no pool."""
+
+    storage: str | None = option(
+        None,
+        "also start a page pool on this machine, which all workers use as their storage tier: mooncake starts a master "
+        "and --stores stores",
+        choices=("mooncake",),
+        unset="none",
+    )
+    stores: int = option(DEFAULT_STORES, "stores of the page pool to start", unit="stores", minimum=1, maximum=64)
+
+    def __post_init__(self) -> None:
+        if self.storage is None and self.stores != DEFAULT_STORES:
+            raise ConfigError(f"--stores {self.stores} needs a page pool: add --storage mooncake", param="storage")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartOptions:
     start_timeout_s: float = option(
         300.0, "stop with an error if not every process is ready after this long", unit="seconds", minimum=1
@@ -89,6 +112,28 @@ class ClusterConfig:
     @property
     def num_workers(self) -> int:
         return self.prefill + self.decode + self.unified
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatedServer:
+    """The running server that an operator's verb is sent to. Raises `ConfigError`."""
+
+    url: str = option("http://127.0.0.1:30000", "URL of the router, or of the worker itself")
+    api_key: str | None = option(None, "API key of that server", secret=True)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"--url {self.url} is not a URL: use http://HOST:PORT", param="url")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleOptions:
+    """Raises `ConfigError`."""
+
+    worker: str | None = option(None, "URL or id of the worker, as GET /workers lists it")
+    role: str | None = option(
+        None, "the worker's role from now on", choices=tuple(map(str, Role)), unset="none: it has to be given"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,6 +76,8 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
     with interrupt_on_stop_signals(processes), contextlib.ExitStack() as stack:
         stack.callback(stop_and_clear, processes, shape.runtime_dir)
         config = shape.config
+        if shape.pool is not None:
+            show_line(f"Starting the master and {shape.pool.num_stores} stores of a page pool, then the workers ...")
         show_line(f"Starting {config.prefill} prefill worker(s), {config.decode} decode worker(s) and a router ...")
         processes.start()
         start_lines = StartLines(processes.children, lambda text: show_line("  " + text))

@@ -11,8 +11,9 @@ from kvist.errors import ConfigError
 
 
 @contextlib.contextmanager
-def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Yield a bound socket that does not listen yet. Raises `ConfigError` when the address cannot be bound."""
+def bound_socket(host: str, port: int, *, flag: str = "port") -> Iterator[socket.socket]:
+    """Yield a bound socket that does not listen yet. Raises `ConfigError`, which names the flag of the port, when the
+    address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart must not wait for old connections
@@ -21,6 +22,7 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             remedy = "; choose another port, or stop the server that uses this one" if error.errno == EADDRINUSE else ""
             raise ConfigError(
-                f"cannot listen on --host {host} --port {port}: {error.strerror}{remedy}", param="port"
+                f"cannot listen on --host {host} --{flag} {port}: {error.strerror}{remedy}",
+                param=flag.replace("-", "_"),
             ) from error
         yield listener

@@ -5,8 +5,6 @@ Plain functions from numbers to command lines; processes.py starts the processes
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +13,11 @@ from pathlib import Path
 
 from kvist.channel import host_to_name
 from kvist.cluster.config import ClusterConfig
+from kvist.cluster.pool_plan import PoolShape, plan_pool
+from kvist.cluster.pool_plan import worker_argv as pool_argv
+from kvist.cluster.ports import LOOPBACK, free_ports
 from kvist.cluster.processes import STALL_RESTART_S, ChildPlan
 from kvist.request import Role
-
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +42,13 @@ class ClusterShape:
     stall_restart_s: float = STALL_RESTART_S
     runtime_dir: str | None = None  # of the engines; None: the user's own
     memory_share: float | None = None  # of one GPU, shared by its workers; None: set by the user, for each worker
+    pool: PoolShape | None = None  # of Mooncake, started with the workers
     python: str = sys.executable
+
+    @property
+    def stop_s(self) -> float:
+        """The time that an orderly stop may take: of the router, the workers, the stores and the master, in turn."""
+        return 2 * self.drain_s + (0.0 if self.pool is None else 2 * self.pool.stop_s)
 
 
 def worker_names(config: ClusterConfig) -> list[tuple[str, Role]]:
@@ -52,10 +57,14 @@ def worker_names(config: ClusterConfig) -> list[tuple[str, Role]]:
     return [(f"{role}-{index}", role) for role, count in counts for index in range(count)]
 
 
-def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[ChildPlan]:
-    """Return the workers, then the router. `worker_ports` has one free port per worker."""
+def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int], pool_ports: Sequence[int] = ()) -> list[ChildPlan]:
+    """Return the pool's nodes, the workers, then the router. `worker_ports` has one free port per worker, `pool_ports`
+    as many as the pool needs."""
     assert len(worker_ports) == shape.config.num_workers
     kvist = (shape.python, "-m", "kvist")
+    nodes = [] if shape.pool is None else plan_pool(shape.pool, kvist, pool_ports)
+    node_names = tuple(node.name for node in nodes)
+    pool = pool_argv(pool_ports) if nodes else ()
     plans = []
     urls: dict[Role, list[str]] = {role: [] for role in Role}
     gpus = assign_gpus(shape)
@@ -74,9 +83,12 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
                     *threads,
                     *(gpus[index] if gpus else ()),
                     *_persist(shape, name),
+                    *pool,
                     *own,
                 ),
                 url=url,
+                starts_after=node_names,
+                stops_before=node_names,
                 environ=shape.worker_environ,
             )
         )
@@ -91,8 +103,9 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int]) -> list[Child
         ),
         url=f"http://{host_to_name(shape.router_host, LOOPBACK)}:{shape.router_port}",
         environ=shape.router_environ,
+        stops_before=tuple(plan.name for plan in plans),
     )
-    return [*plans, router]
+    return [*nodes, *plans, router]
 
 
 def _persist(shape: ClusterShape, name: str) -> tuple[str, ...]:
@@ -105,17 +118,10 @@ def _persist(shape: ClusterShape, name: str) -> tuple[str, ...]:
 
 def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:
     """Call `plan_cluster` with free ports; the router uses its own port unless that is 0."""
-    *worker_ports, spare = free_ports(shape.config.num_workers + 1)
-    return plan_cluster(replace(shape, router_port=shape.router_port or spare), worker_ports)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return different ports of the loopback interface that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in range(count)]
-        for one in sockets:
-            one.bind((LOOPBACK, 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+    num_workers, num_pool = shape.config.num_workers, 0 if shape.pool is None else shape.pool.num_ports
+    spare, *ports = free_ports(1 + num_workers + num_pool)
+    shape = replace(shape, router_port=shape.router_port or spare)
+    return plan_cluster(shape, ports[:num_workers], ports[num_workers:])
 
 
 def assign_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:

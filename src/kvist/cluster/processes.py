@@ -6,8 +6,9 @@ after a wait that doubles with each death in a row; a minute of health resets th
 exits with status 2 (wrong settings) before it was ever ready: its state becomes REFUSED, because a restart would not
 help. A child that was ready and does not answer for `stall_restart_s`, suspended or blocked, is killed and restarted.
 
-`stop` asks every child to end, waits as long as open requests may take, and then kills the remaining children, each
-with its whole process group. Children run with `--stop-with-stdin` and receive stop requests through a pipe, so that
+A child is started when all children of its `starts_after` have been ready. `stop` asks the children to end, each before
+those of its `stops_before`, waits as long as open requests may take, and then kills the remaining children, each with
+its whole process group. Children run with `--stop-with-stdin` and receive stop requests through a pipe, so that
 they end even if this process is killed with SIGKILL.
 
 One thread relays output and notices deaths, and one thread per child probes the child; the caller may block. The
@@ -53,12 +54,16 @@ class ChildPlan:
     name: str  # "prefill-0", "router"
     argv: tuple[str, ...]
     url: str
+    starts_after: tuple[str, ...] = ()  # children that must have been ready before the first start
+    stops_before: tuple[str, ...] = ()  # children that this one uses, which end after it
+    stop_s: float = 0.0  # time to end in order, if that may take longer than open requests
     environ: dict[str, str] = field(
         default_factory=dict
     )  # added to our environment, which is passed on without KVIST_ variables
 
 
 class ChildState(enum.Enum):
+    PLANNED = "waiting for other processes"
     STARTING = "starting"
     READY = "ready"
     WAITING = "waiting to restart"
@@ -206,7 +211,8 @@ class Processes:
     def start(self) -> None:
         with self._changed:
             for child in self.children.values():
-                self._start_child(child)
+                child.state = ChildState.PLANNED
+                self._start_if_due(child)
         for thread in self._threads:
             thread.start()
 
@@ -238,11 +244,10 @@ class Processes:
         return "; its last lines:\n" + ("\n".join(f"  [{name}] {line}" for line in child.last_lines) or "  none")
 
     def stop(self) -> None:
-        """Stop the last child, which depends on the others, and then the others together. A child that does not end in
-        time is killed with its whole process group. Harmless when already stopped."""
+        """Stop the children in their order. A child that does not end in time is killed with its whole process group.
+        Harmless when already stopped."""
         self._stopping.set()
-        *others, last = self.children.values()
-        for children in ((last,), others):
+        for children in self._stop_order():
             with self._changed:
                 for child in children:
                     child.send(STOP)
@@ -256,12 +261,22 @@ class Processes:
                 child.state = ChildState.STOPPED
         self._selector.close()
 
+    def _stop_order(self) -> list[list[Child]]:
+        """Return the children in groups: the children of one group end together."""
+        left, groups = dict(self.children), list[list[Child]]()
+        while left:
+            needed = {name for child in left.values() for name in child.plan.stops_before}
+            groups.append([left.pop(name) for name in list(left) if name not in needed])
+            assert groups[-1], "children that each stop before the other"
+        return groups
+
     def hurry(self) -> None:
         """Shorten the stop in progress. Safe in a signal handler."""
         self._hurried.set()
 
     def _wait_ended(self, children: Sequence[Child]) -> None:
-        end_s = self._clock.now_s() + self._timeouts.drain_s + STOP_GRACE_S
+        stop_s = max((child.plan.stop_s for child in children), default=0.0)
+        end_s = self._clock.now_s() + max(self._timeouts.drain_s, stop_s) + STOP_GRACE_S
         hurried = False
         while self._threads[0].is_alive() and any(child.process is not None for child in children):
             now_s = self._clock.now_s()
@@ -313,6 +328,7 @@ class Processes:
 
     def _supervise(self, child: Child, now_s: float) -> None:
         if child.process is None:
+            self._start_if_due(child)
             if child.state is ChildState.WAITING and now_s >= child.restart_at_s and not self._stopping.is_set():
                 child.num_restarts += 1
                 self._start_child(child)
@@ -351,6 +367,13 @@ class Processes:
             child.silence_reported = not child.silence_reported
             text = f"has not answered for {silent_s:.0f} s: the process is suspended or blocked"
             self._sink(child.plan.name, text if child.silence_reported else "answers again")
+
+    def _start_if_due(self, child: Child) -> None:
+        """Start a planned child if the children that it waits for have been ready."""
+        if child.state is not ChildState.PLANNED or self._stopping.is_set():
+            return
+        if all(self.children[name].was_ready for name in child.plan.starts_after):
+            self._start_child(child)
 
     def _start_child(self, child: Child) -> None:
         child.start(self._clock.now_s())

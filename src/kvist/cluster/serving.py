@@ -48,6 +48,7 @@ from kvist.router import (
     WorkerUrls,
     build_router,
 )
+from kvist.router.balancer import Balancer
 from kvist.router.dispatch import Dispatcher
 from kvist.router.stream import ClusterSnapshot
 from kvist.server.app import build_app, no_engine
@@ -163,7 +164,7 @@ def _serve(
     joining: Joining | None = None,
 ) -> None:
     """Serve HTTP until the end of the process: over the engine of `supervisor`, which has `role`, or as a router."""
-    lifecycle = Lifecycle()
+    lifecycle = Lifecycle(on_drain=listening.stop.stop)
     app = build_app(
         dispatcher=router.dispatcher,
         members=router.members if role is None else None,  # a worker's only engine is its own
@@ -171,6 +172,7 @@ def _serve(
         config=gateway.server,
         model_name=gateway.name.served_model_name or checkpoint.name,
         model_path=str(checkpoint.path),
+        grammar=gateway.grammar,
         sampling_defaults=None if tokenizer is None else _sampling_defaults(checkpoint, gateway.text),
         own_role=role,
         own_engine=no_engine if supervisor is None else lambda: supervisor.spec,
@@ -188,6 +190,7 @@ def _serve(
         listener=listening.listener,
         dispatcher=router.dispatcher,
         members=router.members if role is None else None,
+        balancer=router.balancer,
         joining=joining,
         supervisor=supervisor,
         answers_alone=answers_alone,
@@ -285,6 +288,7 @@ class Serving:
     listener: socket.socket
     dispatcher: Dispatcher
     members: Members | None = None  # of a router
+    balancer: Balancer | None = None  # of a router with --auto-balance
     joining: Joining | None = None  # of a worker
     supervisor: EngineSupervisor | None = None
     lifecycle: Lifecycle
@@ -299,6 +303,8 @@ class Serving:
         await self.dispatcher.start()
         if self.members is not None:
             self.members.start()
+        if self.balancer is not None:
+            self.balancer.start()
         if self.joining is not None:
             self.joining.start()
         watched = self.dispatcher if self.answers_alone else LocalEngineView(self.dispatcher)
@@ -329,6 +335,8 @@ class Serving:
             self.http.should_exit = True
             await self._leave_routers()  # if that has not happened above
             await serving
+            if self.balancer is not None:
+                await self.balancer.close()
             if self.members is not None:
                 await self.members.close()
             await self.dispatcher.close()

@@ -64,6 +64,8 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
     """Run the cluster until a stop is requested, then return 0. Raises `KvistError` if the start fails."""
     with bound_socket(shape.router_host, shape.router_port):
         pass  # a port in use is one error, before any process starts
+    if shape.pool is not None:
+        shape.pool.make_folders()
     screen = Screen()
     processes = Processes(
         plan_on_free_ports(shape),
@@ -94,10 +96,11 @@ def _stop(processes: Processes) -> None:
 def _start_and_wait(processes: Processes, shape: ClusterShape, screen: Screen, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
         # the router's open requests, then the workers' open requests of other routers
-        stop_with_parent(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=2 * shape.drain_s)
+        stop_with_parent(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=shape.stop_s)
     config = shape.config
     workers = f"{config.prefill} prefill, {config.decode} decode, {config.unified} unified"
-    screen.show("kvist", f"starting a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")
+    pool = "" if shape.pool is None else f"a page pool (master, {shape.pool.num_stores} stores), "
+    screen.show("kvist", f"starting {pool}a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")
     processes.start()
     screen.wait_ready(processes, shape)
     url = processes.children["router"].plan.url

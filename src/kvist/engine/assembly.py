@@ -25,13 +25,17 @@ from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.clock import Clock, MonotonicClock, thread_cpu_clock
 from kvist.cores import num_usable_cores
 from kvist.engine.config import EngineConfig, HostTierConfig, ModelOptions
-from kvist.engine.limits import resolve_limits
+from kvist.engine.grammar_jobs import GrammarJobs
+from kvist.engine.limits import resolve_limits, usual_step_tokens
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
+from kvist.engine.roles import RoleSwitch
+from kvist.engine.step_waiter import StepWaiter
 from kvist.engine.watchdog import Watchdog
 from kvist.errors import ConfigError
 from kvist.fingerprint import Background, model_fingerprint
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.kv.cache import PageCache
 from kvist.kv.layout import namespace
 from kvist.kv.tiers.host import HostTier
@@ -48,6 +52,7 @@ from kvist.plan.compat import peer_spec
 from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId, needs_known_token
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerLimits, RunnerOptions
+from kvist.runner.grammars import grammar_compiler
 from kvist.runner.resolve import device_type
 from kvist.runner.runner import AnyRunner, Runner
 from kvist.scheduler import SchedulerConfig, build_scheduler
@@ -121,13 +126,18 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
             max_running_requests=limits.max_running_requests,
             max_batch_tokens=limits.max_prefill_tokens,
         )
-        runner = load_runner(options.runner, runner_limits, served, runtime_dir, progress)
+        # reads the tokenizer in parallel with the weights
+        grammars = grammar_compiler(options.grammar.grammar_backend, served.checkpoint, served.config)
+        closing.callback(grammars.close)
+        runner = load_runner(
+            options.runner, runner_limits, served, runtime_dir, progress, grammars, options.grammar.grammar_backend
+        )
         closing.callback(runner.close)
         logger.info("page pool: %s", runner.pool_reason)
         warm_up(runner, progress)
         freeze_gc()
         fingerprints = fingerprinting.result()
-        return _assemble(config, limits, served, fingerprints, runner, member, runtime_dir, closing.pop_all())
+        return _assemble(config, limits, served, fingerprints, runner, grammars, member, runtime_dir, closing.pop_all())
 
 
 def freeze_gc() -> None:
@@ -176,6 +186,8 @@ def load_runner(
     served: ServedModel,
     runtime_dir: Path,
     progress: Callable[[str], None],
+    grammars: GrammarCompiler | None = None,
+    grammar_backend: str = "llguidance",
 ) -> AnyRunner:
     last_tenth = -1
 
@@ -187,7 +199,16 @@ def load_runner(
 
     if not options.num_threads:
         options = dataclasses.replace(options, num_threads=_num_cores_for_us(runtime_dir))
-    return build_runner(served.checkpoint, served.config, options, limits, runtime_dir=runtime_dir, progress=on_tensor)
+    return build_runner(
+        served.checkpoint,
+        served.config,
+        options,
+        limits,
+        runtime_dir=runtime_dir,
+        progress=on_tensor,
+        grammars=grammars,
+        grammar_backend=grammar_backend,
+    )
 
 
 def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
@@ -219,6 +240,7 @@ def _assemble(
     served: ServedModel,
     fingerprints: Fingerprints,
     runner: AnyRunner,
+    grammars: GrammarCompiler,
     member: Member,
     runtime_dir: Path,
     closing: contextlib.ExitStack,
@@ -232,6 +254,9 @@ def _assemble(
             advertise_host=endpoint.engine_advertise_host,
         )
         closing.callback(channel.close)
+        waiter = StepWaiter(channel.wakeup)
+        closing.callback(waiter.close)
+        advertised_host = (split_tcp_endpoint(channel.endpoint) or ("127.0.0.1", ""))[0]
         if not endpoint.role.serves_alone:
             pool.open_ranks()
         transports = make_transports(
@@ -240,7 +265,7 @@ def _assemble(
             wakeup=channel.wakeup,
             names=options.transfer.disaggregation_transfer_backend,
             given=options.transfer.disaggregation_transfer_options,
-            advertised_host=(split_tcp_endpoint(channel.endpoint) or ("127.0.0.1", ""))[0],
+            advertised_host=advertised_host,
         )
         closing.callback(transports.close)
         if not transports.addresses and not endpoint.role.serves_alone:
@@ -250,7 +275,10 @@ def _assemble(
         reach = _Reach(pool=pool, host_id=host_id(runtime_dir), transports=transports.addresses)
         spec = _describe(config, limits, served, fingerprints, reach, member.epoch, channel.endpoint)
         scheduler_config = dataclasses.replace(
-            limits, max_model_len=spec.max_model_len, eos_token_ids=served.config.eos_token_ids
+            limits,
+            max_model_len=spec.max_model_len,
+            eos_token_ids=served.config.eos_token_ids,
+            grammar_compile_timeout_s=options.grammar.grammar_compile_timeout_s,
         )
         clock = MonotonicClock()
         pool_closing = closing.enter_context(contextlib.ExitStack())
@@ -266,7 +294,8 @@ def _assemble(
                 host_tier.restore(host_pool.persistent.restore())
             mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=clock)
             closing.callback(mover.close)
-            storage = make_storage(options.storage, host_pool, spec.namespace, channel.wakeup, clock)
+            context = store_context(options.storage, host_pool, spec.namespace, advertised_host)
+            storage = make_storage(options.storage, host_pool, context, channel.wakeup, clock)
             closing.callback(_close_storage, storage, pool_closing)
             storage.open_configured()
         cache = PageCache(
@@ -299,6 +328,16 @@ def _assemble(
             storage=storage,
             clock=clock,
             gateway_timeout_s=options.watch.gateway_timeout_s,
+            watch_step=waiter.watch,
+            roles=RoleSwitch(
+                endpoint.role,
+                present=config.present_role,
+                usual_step_tokens=usual_step_tokens(
+                    options.scheduler, limits, device=device_type(options.runner.device)
+                ),
+                hands_over=bool(transports.addresses),
+            ),
+            grammars=GrammarJobs(grammars, channel.wakeup),
             overlap=limits.overlap,
         )
         loop = EngineLoop(parts)
@@ -348,18 +387,23 @@ def make_host_pool(
     return host_pool
 
 
-def make_storage(
-    config: StorageConfig, host_pool: HostPool, namespace: str, wakeup: Callable[[], None], clock: Clock
-) -> StorageControl:
-    """Return the storage control of an engine, without an attached store."""
+def store_context(config: StorageConfig, host_pool: HostPool, namespace: str, advertised_host: str) -> StoreContext:
+    """Return what the stores of an engine know of the engine."""
     secret_file = config.hicache_storage_secret_file
     pages = host_pool.tensor
-    context = StoreContext(
+    return StoreContext(
         namespace=namespace,
         page_bytes=pages.shape[1],
         host_memory=HostMemory(address=pages.data_ptr(), num_bytes=pages.nbytes),
+        advertised_host=advertised_host,
         secret_path=None if secret_file is None else Path(secret_file).expanduser(),
     )
+
+
+def make_storage(
+    config: StorageConfig, host_pool: HostPool, context: StoreContext, wakeup: Callable[[], None], clock: Clock
+) -> StorageControl:
+    """Return the storage control of an engine, without an attached store."""
     mover = StoreMover(host_pool, wakeup=wakeup, clock=clock, deadline_s=config.hicache_storage_deadline_s)
     return StorageControl(mover, config, context, wakeup=wakeup, clock=clock)
 
@@ -410,8 +454,10 @@ def _describe(
         tp_size=config.options.runner.tp,
         max_running_requests=limits.max_running_requests,
         max_queued_requests=limits.max_queued_requests,
+        scheduling_policy=limits.scheduling_policy,
         layout=pool.whole_layout.describe(),
         page_bytes=pool.whole_layout.page_bytes,
         host_id=reach.host_id,
         transports=reach.transports,
+        writes_alone=True,
     )

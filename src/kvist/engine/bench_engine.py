@@ -34,12 +34,13 @@ from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, StepFinished
 from kvist.plan.slots import OpenSlots
+from kvist.protocol import PROTOCOL_VERSION
 from kvist.request import EngineRequest, EpochId, Mode, RequestId, Role, SamplingParams, WorkerId
 from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.runner import AnyRunner, LaunchedBatch
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.transfer.epoch import EpochLock, new_epoch, sweep
-from kvist.wire import PROTOCOL_VERSION, PeerSpec, Submit
+from kvist.wire import PeerSpec, Submit
 
 PREFILL_STEP_TOKENS = 2048  # of the steps that prefill the context of the decodes, before the measured steps
 MAX_STEPS_BEFORE = 100_000  # limit of these prefill steps, in case the scheduler makes no progress

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from kvist.channel import ChannelConfig
 from kvist.config import option
 from kvist.errors import ConfigError
+from kvist.grammar.config import GrammarOptions
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.log import LogConfig
 from kvist.request import Role
@@ -134,6 +135,7 @@ class EngineOptions:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
+    grammar: GrammarOptions = field(default_factory=GrammarOptions)
 
     def __post_init__(self) -> None:
         if self.storage != StorageConfig() and not self.host_tier.enable_hierarchical_cache:
@@ -151,4 +153,5 @@ class EngineConfig:
     endpoint: EndpointOptions = field(default_factory=EndpointOptions)
     name: NameOptions = field(default_factory=NameOptions)
     log: LogConfig = field(default_factory=LogConfig)
+    present_role: Role | None = None  # that an earlier process of this worker was switched to; None: `endpoint.role`
     worker_id: str = ""  # the worker's public name; empty: its engine endpoint

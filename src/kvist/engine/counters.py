@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvist.counter import Counter, CounterGroup
+from kvist.grammar.counters import GRAMMAR_COUNTERS
 from kvist.kv.counters import CACHE_COUNTERS
 from kvist.memory.counters import COPY_COUNTERS
 from kvist.scheduler.counters import SCHEDULER_COUNTERS
@@ -20,8 +21,8 @@ LOOP_COUNTERS = CounterGroup(
         Counter(
             name="abandoned_steps",
             unit="steps",
-            text="engine steps aborted half-way because all clients of the step had disconnected; only on a CPU, where "
-            "a step can take seconds",
+            text="engine steps aborted half-way because all requests of the step had ended, as their clients had "
+            "disconnected; only on a CPU, where a step can take seconds",
         ),
         Counter(
             name="undecodable_messages", unit="messages", text="messages dropped because they could not be decoded"
@@ -52,7 +53,7 @@ CPU_COUNTERS = CounterGroup(
         Counter(
             name="read_cpu_seconds",
             unit="seconds",
-            text="processor time spent reading the results of steps; on a GPU mostly waiting for the device",
+            text="processor time spent reading the results of steps that have ended",
         ),
         Counter(
             name="loop_cpu_seconds",
@@ -63,5 +64,13 @@ CPU_COUNTERS = CounterGroup(
     ),
 )
 
-ENGINE_COUNTERS = (SCHEDULER_COUNTERS, LOOP_COUNTERS, CACHE_COUNTERS, COPY_COUNTERS, STORE_COUNTERS, CPU_COUNTERS)
+ENGINE_COUNTERS = (
+    SCHEDULER_COUNTERS,
+    LOOP_COUNTERS,
+    CACHE_COUNTERS,
+    COPY_COUNTERS,
+    STORE_COUNTERS,
+    GRAMMAR_COUNTERS,
+    CPU_COUNTERS,
+)
 COUNTER_BY_NAME = {counter.name: counter for group in ENGINE_COUNTERS for counter in group.counters}

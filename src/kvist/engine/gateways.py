@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvist.request import RequestId
+from kvist.request import RequestId, Role
 from kvist.wire import ListPages
 
 MAX_GATEWAYS = 256
@@ -30,6 +30,7 @@ class ConnectedGateway:
 
     identity: bytes
     last_contact_s: float
+    known_role: Role  # by which the gateway uses this engine
     has_report: bool = False  # a LoadReport was sent
     pages: PageReader | None = None  # None: the gateway has not asked for page events
     request_ids: set[RequestId] = field(default_factory=set)
@@ -38,8 +39,10 @@ class ConnectedGateway:
 class Gateways:
     """Mutable; owned by the engine loop."""
 
-    def __init__(self, *, timeout_s: float) -> None:
+    def __init__(self, *, timeout_s: float, role: Role) -> None:
+        """`role`: of the engine's spec, by which a new gateway uses the engine."""
         self._timeout_s = timeout_s
+        self._role = role
         self._gateways: dict[bytes, ConnectedGateway] = {}
         self._owners: dict[RequestId, bytes] = {}
         self.owner = self._owners.get  # of a request: its gateway's identity, or None; called for each token
@@ -50,7 +53,7 @@ class Gateways:
         if gateway is None:
             if len(self._gateways) >= MAX_GATEWAYS:
                 return None
-            gateway = self._gateways[identity] = ConnectedGateway(identity, now_s)
+            gateway = self._gateways[identity] = ConnectedGateway(identity, now_s, self._role)
         gateway.last_contact_s = now_s
         return gateway
 

@@ -16,9 +16,18 @@ from kvist import wire
 from kvist.bounded_log import BoundedLog
 from kvist.channel.engine import Inbound
 from kvist.engine.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways, PageReader
+from kvist.engine.roles import RoleSwitch
 from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
 from kvist.plan.events import Event
-from kvist.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, EngineRequest, Outcome, RequestId, SamplingParams
+from kvist.request import (
+    CONSTRAINT_KINDS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    EngineRequest,
+    Outcome,
+    RequestId,
+    SamplingParams,
+)
 from kvist.scheduler.budget import MAX_STEP_LOGPROBS, num_logprobs_of
 
 MAX_OPEN_FLUSHES = 1024
@@ -32,7 +41,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     identity: bytes
-    message: wire.Welcome | wire.StepOutputs | wire.StorageAnswer
+    message: wire.Welcome | wire.StepOutputs | wire.StorageAnswer | wire.RoleAnswer
 
 
 class Inbox:
@@ -43,11 +52,13 @@ class Inbox:
         *,
         spec: wire.EngineSpec,
         gateways: Gateways,
+        roles: RoleSwitch,
         on_storage_command: Callable[[bytes, wire.StorageCommand], None] | None,  # None: no host tier
     ) -> None:
         self._spec = spec
         self._on_storage_command = on_storage_command
         self._gateways = gateways
+        self._roles = roles
         self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → the gateway that sent the call
         self._log = BoundedLog(logger)
         self.num_unexpected = 0  # messages with values that no engine may send
@@ -78,6 +89,7 @@ class Inbox:
                 | wire.Abort()
                 | wire.FlushCache()
                 | wire.StorageCommand()
+                | wire.SetRole()
             ):
                 gateway = self._gateways.note_contact(identity, now_s)
                 if gateway is not None:
@@ -109,6 +121,7 @@ class Inbox:
     def _from_gateway(self, gateway: ConnectedGateway, message: wire.GatewayToEngine) -> Event | Reply | None:
         match message:
             case wire.Hello():
+                gateway.known_role = message.known_role or self._spec.role
                 return Reply(identity=gateway.identity, message=wire.Welcome(spec=self._spec))
             case wire.ListPages():
                 gateway.pages = gateway.pages or PageReader()
@@ -128,6 +141,15 @@ class Inbox:
                     return Reply(identity=gateway.identity, message=_no_host_tier(message))
                 self._on_storage_command(gateway.identity, message)
                 return None
+            case wire.SetRole():
+                return Reply(identity=gateway.identity, message=self._switched(message))
+
+    def _switched(self, call: wire.SetRole) -> wire.RoleAnswer:
+        try:
+            self._roles.request(call.role)
+        except KvistError as error:
+            return wire.RoleAnswer(call_id=call.call_id, error_code=error.code, message=error.message)
+        return wire.RoleAnswer(call_id=call.call_id)
 
     def _submitted(self, gateway: ConnectedGateway, submit: wire.Submit) -> Event | Reply:
         request = submit.request
@@ -152,11 +174,16 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
     for token_ids in (request.prompt_token_ids, request.output_token_ids, *_named_token_ids(sampling)):
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             return f"a token id is outside the vocabulary of {vocab_size}"
+    if sampling.constraint is not None and sampling.constraint.kind not in CONSTRAINT_KINDS:
+        return (
+            f"the kind of constraint {sampling.constraint.kind!r} is unknown: run the same version of Kvist everywhere"
+        )
     if len(request.request_id) > MAX_REQUEST_ID_CHARS:
         return f"the request id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
     num_logprobs, prompt_logprobs = sampling.num_logprobs, sampling.prompt_logprobs
     repetition = sampling.repetition_penalty
     wrong_bias = next((value for _, value in sampling.logit_bias if not -100 <= value <= 100), None)  # perhaps NaN
+    kind = None if sampling.constraint is None else sampling.constraint.kind
     shortest = min(map(len, sampling.bad_words), default=1)
     for name, value, allowed in (
         ("temperature", sampling.temperature, 0 <= sampling.temperature <= _MAX_FACTOR),
@@ -176,6 +203,7 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
         ("the length of logit_bias", len(sampling.logit_bias), len(sampling.logit_bias) <= MAX_LOGIT_BIAS),
         ("a value of logit_bias", wrong_bias, wrong_bias is None),
         ("the number of bad_words", len(sampling.bad_words), len(sampling.bad_words) <= MAX_BAD_WORDS),
+        ("the kind of constraint", kind, kind is None or kind in CONSTRAINT_KINDS),
         ("the shortest of bad_words", shortest, shortest > 0),
     ):
         if not allowed:

@@ -6,12 +6,14 @@ set by the user are kept, and "auto" limits adapt to them, so that a single flag
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 from kvist.request import Role
 from kvist.scheduler.config import SchedulerConfig, SchedulerOptions
 
 _ROUND_TO = 128  # tokens: the tile size of a GPU's matrix products
+_SHARED = {each.name for each in fields(SchedulerOptions)} & {each.name for each in fields(SchedulerConfig)}
 
 
 class _Limits(NamedTuple):
@@ -23,15 +25,16 @@ class _Limits(NamedTuple):
 # A CPU takes milliseconds for a token, so steps must be small, or the streams in them are slowed down. A GPU's matrix
 # products take the same time per token at 512 tokens as at thousands, and steps up to 2048 tokens are replayed as
 # graphs; on workers without decode streams, larger steps save fixed costs. Above 1792 tokens the products of an H200
-# are 6% slower (docs/log.md). A decode worker computes the
-# prompts of whole requests in usual steps beside its streams.
+# are 6% slower (docs/log.md). A decode worker computes a prompt beside its streams when that is sooner than waiting for
+# prefill, and its streams must not notice: on an H200 256 tokens add
+# 6 ms to a step, 512 tokens 12 ms, 2048 tokens 43 ms.
 _AUTO = {
     ("cpu", Role.UNIFIED): _Limits(128, 512, 512),
     ("cpu", Role.PREFILL): _Limits(128, 512, 512),
     ("cpu", Role.DECODE): _Limits(128, 512, 512),
     ("cuda", Role.UNIFIED): _Limits(256, 512, 1792),
     ("cuda", Role.PREFILL): _Limits(256, 2048, 2048),
-    ("cuda", Role.DECODE): _Limits(256, 512, 2048),
+    ("cuda", Role.DECODE): _Limits(256, 256, 512),
 }
 
 
@@ -43,15 +46,19 @@ def resolve_limits(options: SchedulerOptions, *, device: str, role: Role) -> Sch
         num_running = auto.num_running if budget is None else min(auto.num_running, budget)
     if budget is None:
         budget = -(-max(auto.most, num_running, chunk or 0) // _ROUND_TO) * _ROUND_TO
-    return SchedulerConfig(
-        max_running_requests=num_running,
-        max_queued_requests=options.max_queued_requests,
-        chunked_prefill_size=min(auto.usual, budget) if chunk is None else chunk,
-        max_prefill_tokens=budget,
-        overlap=device == "cuda" if options.overlap is None else options.overlap,
-        queue_timeout_s=options.queue_timeout_s,
-        grant_timeout_s=options.grant_timeout_s,
-        handoff_timeout_s=options.handoff_timeout_s,
-        ack_timeout_s=options.ack_timeout_s,
-        max_remembered_handoffs=options.max_remembered_handoffs,
-    )
+    resolved: dict[str, Any] = {
+        "max_running_requests": num_running,
+        "chunked_prefill_size": min(auto.usual, budget) if chunk is None else chunk,
+        "max_prefill_tokens": budget,
+        "overlap": device == "cuda" if options.overlap is None else options.overlap,
+    }
+    kept = {name: getattr(options, name) for name in _SHARED - resolved.keys()}
+    return SchedulerConfig(**kept, **resolved)
+
+
+def usual_step_tokens(options: SchedulerOptions, limits: SchedulerConfig, *, device: str) -> dict[Role, int]:
+    """Return the usual tokens of a step in each role that an engine with these limits may be switched to. The largest
+    step stays as it is: buffers and graphs were made for it."""
+    if options.chunked_prefill_size is not None:
+        return dict.fromkeys(Role, limits.chunked_prefill_size)
+    return {role: min(_AUTO[device, role].usual, limits.max_prefill_tokens) for role in Role}

@@ -1,18 +1,20 @@
 """The engine's loop: events → `scheduler.step` → carry out the plan → events.
 
     recv ─► events ─► step ─► plan: 1. tokens and endings to gateways   2. messages to peers   3. transfers, tier jobs
-      ▲                             4. launch the batch   5. read the oldest batch in flight
-      └───────────────────────────────────────── StepFinished | StepFailed ◄──────┘
+      ▲                             4. launch the batch
+      ├── message, transfer report, tier report, timer
+      └── the oldest step has ended: read it ─► StepFinished | StepFailed
+
+One thread, no `await`. The loop sleeps in `recv`, also while a device computes: a message or a report is handled at
+once, and only the next batch waits for the end of a step. step_waiter.py wakes the loop when the step in flight has
+ended. With overlap (on a GPU), the next batch is planned and launched before the current one is
+read, so that the device does not wait for the loop; tokens are sent while the device computes the next batch. On a CPU
+the loop's thread computes: the runner then calls `between_layers`, which handles what has arrived. The same loop serves
+every role.
 
 With a storage tier, the scheduler gets new requests before it plans a batch, so that their pages are looked up in the
 store. The store answers within about a millisecond, so the pages are fetched while this batch is computed, not the
 next.
-
-One thread, no `await`. Without overlap, a batch is read at once, and the loop does nothing else while the batch is
-computed. With overlap (on a GPU), the next batch is planned and launched before the current one is read, so that the
-device does not wait for the loop; tokens are sent while the device computes the next batch. With no batch in flight,
-the loop sleeps in `recv` until a message, a transfer report (through `wakeup`) or the wake-up time of the plan. The
-same loop serves every role.
 
 The loop decides nothing about requests. Its own tasks are to detect silent gateways and dead peers, and to send load
 reports.
@@ -23,8 +25,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,23 +35,28 @@ from kvist.channel import address_for_log
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
 from kvist.engine.gateways import Gateways
+from kvist.engine.in_flight import LaunchedStep, StepRunner, StepsInFlight
 from kvist.engine.inbox import Inbox, refusal
 from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
-from kvist.engine.step_abort import StepAbort, StepAborted
+from kvist.engine.roles import RoleSwitch
+from kvist.engine.step_abort import StepAbort
 from kvist.engine.step_times import StepCpuTimes
-from kvist.errors import EngineError, HandoffFailed, Unavailable
+from kvist.errors import HandoffFailed, Unavailable
 from kvist.plan.batch import Batch
-from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
+from kvist.plan.events import Event
+from kvist.plan.grammars import CompileGrammar, GrammarCompiled
 from kvist.plan.plan import Plan
 from kvist.plan.tiers import FindPages, PageJob, PageReport, PagesFound, StorageAttached, StoreJob, StoreReport
 from kvist.plan.transfers import PeerDied, StopWrites, ToSource, ToTarget, VerifyPages, WritePages
-from kvist.request import EpochId
+from kvist.request import EpochId, Role
 from kvist.scheduler import Scheduler
 from kvist.transfer import Transport
 
-MAX_FAILED_STEPS_IN_A_ROW = 8  # the device then counts as broken, and the engine ends
 STORE_PROBE_S = 0.002  # the longest time that a batch waits for the store's answer
+# A step that takes longer may never end. The loop then only waits for it, so an engine whose device hangs is silent, as
+# gateways and the watchdog expect.
+STEP_PATIENCE_S = 1.0
 LIVENESS_INTERVAL_S = 1.0  # between two checks of watched peers and known gateways
 
 logger = logging.getLogger(__name__)
@@ -76,16 +83,6 @@ class WriteAccess(Protocol):
     def pings(self, own: EpochId, epochs: Iterable[EpochId]) -> list[tuple[str, wire.Ping]]: ...
 
 
-class LaunchedStep(Protocol):
-    def result(self) -> SampledTokens: ...
-
-
-class StepRunner(Protocol):
-    """The runner of the engine's device, or a fake."""
-
-    def launch(self, batch: Batch) -> LaunchedStep: ...
-
-
 class Mover(Protocol):
     """`memory.page_copier.PageMover`, or a fake."""
 
@@ -105,6 +102,14 @@ class Storage(Protocol):
     def totals(self) -> dict[str, float]: ...
 
 
+class Grammars(Protocol):
+    """`engine.grammar_jobs.GrammarJobs`, or a fake."""
+
+    def start(self, job: CompileGrammar) -> None: ...
+    def poll(self) -> list[GrammarCompiled]: ...
+    def totals(self) -> dict[str, float]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopParts:
     """The parts that the loop uses. assembly.py makes the parts, and closes them after the loop has ended."""
@@ -118,9 +123,12 @@ class LoopParts:
     page_events: PageEventLog
     clock: Clock
     gateway_timeout_s: float
+    watch_step: Callable[[LaunchedStep], None]  # wakes the loop when the step has ended
+    roles: RoleSwitch
     access: WriteAccess | None = None  # None: the pages are reached by no network
     mover: Mover | None = None  # with a host tier
     storage: Storage | None = None  # with a host tier
+    grammars: Grammars | None = None  # None: no request has a constraint
     overlap: bool = False  # launch a batch before the previous one is read; as in the scheduler
 
 
@@ -129,9 +137,11 @@ class EngineLoop:
 
     def __init__(self, parts: LoopParts) -> None:
         self._parts = parts
-        self._gateways = Gateways(timeout_s=parts.gateway_timeout_s)
+        self._gateways = Gateways(timeout_s=parts.gateway_timeout_s, role=parts.spec.role)
         on_storage_command = None if parts.storage is None else parts.storage.on_command
-        self._inbox = Inbox(spec=parts.spec, gateways=self._gateways, on_storage_command=on_storage_command)
+        self._inbox = Inbox(
+            spec=parts.spec, gateways=self._gateways, roles=parts.roles, on_storage_command=on_storage_command
+        )
         self._pending_events: list[Event] = []  # events made by the loop itself, for the next step
         self._watched_epochs: frozenset[EpochId] = frozenset()
         self._wake_at_s: float | None = None
@@ -139,12 +149,15 @@ class EngineLoop:
         self.num_iterations = 0  # iterations begun; read by any thread
         self._stop = threading.Event()
         self._drain = threading.Event()
-        self._in_flight: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an exception: the launch failed
-        self._num_failed_steps = 0
-        self._num_failed_in_a_row = 0
+        self._may_follow = False  # a step was launched or read since the last plan: plan at once what may follow it
         self._step_times = StepCpuTimes()
-        self._step_abort = StepAbort(parts.channel, self._gateways.owner, parts.clock)
-        self.between_layers = self._step_abort.check  # for a runner that computes in this thread
+        self._in_flight = StepsInFlight(parts.runner, parts.watch_step, self._step_times, overlap=parts.overlap)
+        self._step_abort = StepAbort(lambda request_id: self._gateways.owner(request_id) is not None, parts.clock)
+
+    @property
+    def role(self) -> Role:
+        """The present role. Safe from any thread."""
+        return self._parts.roles.role
 
     def run(self) -> None:
         """Serve until `request_stop`, or after `request_drain` until no request is open; then fail the open requests.
@@ -180,14 +193,37 @@ class EngineLoop:
         self._parts.channel.wakeup()
 
     def iterate(self, timeout_s: float) -> None:
-        """Wait for messages and reports for `timeout_s` at most, then run one scheduler step and carry out its plan."""
+        """Wait for a message, a report or the end of a step for `timeout_s` at most, then run one scheduler step and
+        carry out its plan."""
         self.num_iterations += 1
+        if self._in_flight.waited_s(self._parts.clock.now_s()) > STEP_PATIENCE_S:
+            self._in_flight.wait()
+            timeout_s = 0.0
         now_s, events = self._receive(timeout_s)
-        if self._parts.storage is not None and any(type(event) is wire.Submit for event in events):
+        events += self._read_if_done()
+        if (
+            self._parts.storage is not None
+            and self._in_flight.has_room
+            and any(type(event) is wire.Submit for event in events)
+        ):
             now_s, events = self._probe_store(now_s, events)
         plan = self._plan(now_s, events)
         self._carry_out(plan, now_s)
-        self._compute(plan.batch)
+        if plan.batch is not None:
+            self._launch(plan.batch)
+        self._may_follow = plan.batch is not None and self._in_flight.has_room
+        self._pending_events += self._read_if_done()
+
+    def between_layers(self) -> None:
+        """Handle what has arrived while a step is computed in this thread. Called by the runner. Raises `StepAborted`
+        if every request of the step has ended."""
+        if not self._step_abort.is_due():
+            return
+        now_s, events = self._receive(0.0)
+        if events or self._next_due_s() <= now_s:
+            plan = self._plan(now_s, events, with_batch=False)
+            self._carry_out(plan, now_s)
+        self._step_abort.check()
 
     def _probe_store(self, now_s: float, events: list[Event]) -> tuple[float, list[Event]]:
         """Start to look up the pages of new requests in the store, and wait for the answers for `STORE_PROBE_S` at
@@ -210,8 +246,7 @@ class EngineLoop:
 
     def _receive(self, timeout_s: float) -> tuple[float, list[Event]]:
         """Wait for a message or report for `timeout_s` at most. Return the time and all new events."""
-        buffered = self._step_abort.take_buffered()
-        received = self._without_pings([*buffered, *self._parts.channel.recv(0.0 if buffered else timeout_s)])
+        received = self._without_pings(self._parts.channel.recv(timeout_s))
         now_s = self._parts.clock.now_s()
         events, replies = self._inbox.translate(received, now_s)
         for reply in replies:
@@ -221,12 +256,21 @@ class EngineLoop:
         events = [
             *self._parts.transport.poll(),
             *tier_reports,
+            *(() if self._parts.grammars is None else self._parts.grammars.poll()),
             *self._pending_events,
+            *self._role_change(),
             *events,
             *self._check_liveness(now_s),
         ]
         self._pending_events = []
         return now_s, events
+
+    def _role_change(self) -> list[Event]:
+        change = self._parts.roles.update(gateway.known_role for gateway in self._gateways)
+        if change is None:
+            return []
+        self._parts.reports.make_due()
+        return [change]
 
     def _without_pings(self, received: list[tuple[bytes, Inbound]]) -> list[tuple[bytes, Inbound]]:
         """Show each message of a peer to the transports, and answer pings."""
@@ -254,9 +298,13 @@ class EngineLoop:
         return bool(self._pending_events or self._in_flight)
 
     def idle_s(self) -> float:
-        """Return how long the loop may sleep without a message or report."""
-        if self.has_pending:
+        """Return how long the loop may sleep without a message, a report or the end of a step."""
+        if self._pending_events or self._may_follow:
             return 0.0
+        return max(0.0, self._next_due_s() - self._parts.clock.now_s())
+
+    def _next_due_s(self) -> float:
+        """Return the time of the next timer, report or check."""
         times = [
             self._parts.reports.due_at_s(self._gateways),
             self._parts.page_events.due_at_s(self._gateways),
@@ -264,7 +312,7 @@ class EngineLoop:
         ]
         if self._wake_at_s is not None:
             times.append(self._wake_at_s)
-        return max(0.0, min(times) - self._parts.clock.now_s())
+        return min(times)
 
     def _check_liveness(self, now_s: float) -> list[Event]:
         if now_s < self._next_check_s:
@@ -294,6 +342,9 @@ class EngineLoop:
             else:
                 assert self._parts.storage is not None
                 self._parts.storage.start(job)
+        for grammar_job in plan.grammar_jobs:
+            assert self._parts.grammars is not None
+            self._parts.grammars.start(grammar_job)
         # Check new peers at once: the death of a peer can be proved only if its lock file was opened while it was
         # alive.
         self._pending_events += self._dead_peers(plan.watched_epochs - self._watched_epochs)
@@ -301,54 +352,16 @@ class EngineLoop:
         self._wake_at_s = plan.wake_at_s
         self._report(plan, now_s)
 
-    def _compute(self, batch: Batch | None) -> None:
-        """Launch the batch, and read the oldest batch in flight if it is due."""
-        if batch is not None:
-            self._launch(batch)
-        may_wait = 1 if self._parts.overlap and batch is not None else 0
-        if len(self._in_flight) > may_wait:
-            self._pending_events += self._read(*self._in_flight.popleft())
-
     def _launch(self, batch: Batch) -> None:
-        launched: LaunchedStep | Exception
         self._step_abort.begin(batch)
-        with self._step_times.launching():
-            try:
-                launched = self._parts.runner.launch(batch)
-            except Exception as error:  # reported after the previous batch
-                launched = error
-        self._in_flight.append((batch, launched))
+        self._in_flight.launch(batch, self._parts.clock.now_s())
 
-    def _read(self, batch: Batch, launched: LaunchedStep | Exception) -> list[Event]:
-        try:
-            with self._step_times.reading():
-                if isinstance(launched, Exception):
-                    raise launched
-                sampled = launched.result()
-        except StepAborted as error:  # the aborts come first: the requests have not failed
-            aborts = [wire.Abort(request_id=request_id) for request_id in error.request_ids]
-            return [*aborts, StepFailed(step_id=batch.step_id, message=str(error))]
-        except EngineError:  # the runner cannot continue: a tensor-parallel rank has ended
-            raise
-        except Exception as error:  # any error of the model or device: these requests fail, the engine continues
-            logger.exception("step %d with %d tokens failed", batch.step_id, batch.num_tokens)
-            self._num_failed_steps += 1
-            self._num_failed_in_a_row += 1
-            if self._num_failed_in_a_row >= MAX_FAILED_STEPS_IN_A_ROW:
-                raise EngineError(
-                    f"{self._num_failed_in_a_row} steps in a row failed, the last with: {error}"
-                ) from error
-            return [StepFailed(step_id=batch.step_id, message=f"{type(error).__name__}: {error}")]
-        self._num_failed_in_a_row = 0
-        if sampled.invalid_rows:
-            self._num_failed_steps += 1
-            logger.error(
-                "step %d: %d of its %d requests have no valid token (NaN, infinity, or all tokens banned) and fail",
-                batch.step_id,
-                len(sampled.invalid_rows),
-                len(batch.items),
-            )
-        return [StepFinished(step_id=batch.step_id, sampled=sampled)]
+    def _read_if_done(self) -> list[Event]:
+        """Read the oldest step if it has ended, one step for each plan. A batch that may follow is launched first."""
+        events = [] if self._may_follow else self._in_flight.read_if_done(self._parts.clock.now_s())
+        if events:
+            self._may_follow = True
+        return events
 
     def _send_outputs(self, plan: Plan) -> None:
         """Send one message to each gateway with new tokens or endings."""
@@ -406,7 +419,7 @@ class EngineLoop:
         reports = self._parts.reports
         if plan.changed_pages:
             reports.on_pages_changed()
-            self._parts.page_events.record(plan.changed_pages)
+        self._parts.page_events.record(plan.changed_pages, plan.seen_in_store)
         for identity, events in self._parts.page_events.make(self._gateways, now_s):
             self._send(identity, events)
         if now_s < reports.due_at_s(self._gateways):
@@ -415,16 +428,19 @@ class EngineLoop:
             "undecodable_messages": float(self._parts.channel.num_undecodable),
             "refused_connections": float(self._parts.channel.num_refused),
             "unexpected_messages": float(self._parts.channel.num_unexpected + self._inbox.num_unexpected),
-            "failed_steps": float(self._num_failed_steps),
+            "failed_steps": float(self._in_flight.num_failed),
             "abandoned_steps": float(self._step_abort.num_aborted),
             **self._step_times.totals(),
             **({} if self._parts.mover is None else self._parts.mover.totals()),
             **({} if self._parts.storage is None else self._parts.storage.totals()),
+            **({} if self._parts.grammars is None else self._parts.grammars.totals()),
         }
         storage = None if self._parts.storage is None else self._parts.storage.status()
         status = self._parts.scheduler.status()
         draining = self._inbox.draining
-        for identity, report in reports.make(self._gateways, status, totals, now_s, storage, draining=draining):
+        for identity, report in reports.make(
+            self._gateways, status, totals, now_s, self._parts.roles, storage, draining=draining
+        ):
             self._send(identity, report)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import msgspec
 
 from kvist.errors import UNDECODABLE
+from kvist.request import Role
 from kvist.wire import EngineSpec
 
 DRAIN, STOP = b"drain", b"stop"
@@ -36,6 +37,8 @@ class Beat(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     turn_s: float  # duration of the loop's current iteration
     stalled_s: float  # time without progress
+    role: Role | None = None  # the present one: a restarted engine keeps it
+    place: str = ""  # where the loop hangs, if it makes no progress: "FUNCTION (FILE:LINE)"
 
 
 Announcement = Progress | Ready | StartFailed | Beat

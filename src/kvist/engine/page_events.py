@@ -6,23 +6,28 @@ flooded, and the engine spends a bounded time in each iteration. A piece of a li
 the piece and the later changes together are the truth about its pages.
 
 With the last piece of a list, and once a second, the sums of all pages go along, by which the gateway checks its own.
+
+Pages seen in the store go along as hints: they are in no list and no sum, and those that no message has room for are
+dropped.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import get_args
 
 import numpy as np
 
 from kvist import wire
 from kvist.engine.gateways import ConnectedGateway, Gateways
-from kvist.plan.plan import ChangedPages
+from kvist.plan.plan import ChangedPages, SeenInStore
 from kvist.wire import DIGEST_BYTES, MAX_DIGESTS
 
 MIN_INTERVAL_S = 0.05
 SUMS_INTERVAL_S = 1.0
+_MAX_HINTS = 8 * MAX_DIGESTS  # that wait for a message
 _PIECES_AT_ONCE = 8  # of changes, and of lists, in one call: about 1 ms each
 
 
@@ -76,6 +81,36 @@ class _TierLog:
         return changes
 
 
+class _HintLog:
+    """Hints about the store that are not sent yet. Mutable; owned by `PageEventLog`."""
+
+    def __init__(self) -> None:
+        self._found: dict[bytes, bool] = {}  # digest → whether the page was found, oldest first
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def record(self, seen: SeenInStore) -> None:
+        for digests, is_found in ((seen.found, True), (seen.missing, False)):
+            for digest in digests:
+                self._found.pop(digest, None)
+                self._found[digest] = is_found
+        while len(self._found) > _MAX_HINTS:
+            del self._found[next(iter(self._found))]
+
+    def take(self) -> wire.StoreHints | None:
+        """Return the oldest hints, as many as one field of a message has room for."""
+        if not self._found:
+            return None
+        some = dict(islice(self._found.items(), MAX_DIGESTS))
+        for digest in some:
+            del self._found[digest]
+        found = _joined({digest: None for digest, is_found in some.items() if is_found})
+        return wire.StoreHints(
+            found=found, missing=_joined({digest: None for digest, is_found in some.items() if not is_found})
+        )
+
+
 class PageEventLog:
     """Mutable; owned by the engine loop."""
 
@@ -83,9 +118,12 @@ class PageEventLog:
         """`list_pages` returns a piece of the list of all pages, by its number (`PageCache.list_pages`)."""
         self._list_pages = list_pages
         self._tiers = {tier: _TierLog(tier) for tier in get_args(wire.PageTier)}
+        self._hints = _HintLog()
         self._last_changes_s = self._last_sums_s = float("-inf")
 
-    def record(self, changed_pages: Sequence[ChangedPages]) -> None:
+    def record(self, changed_pages: Sequence[ChangedPages], seen_in_store: SeenInStore | None = None) -> None:
+        if seen_in_store is not None:
+            self._hints.record(seen_in_store)
         for changed in changed_pages:
             self._tiers[changed.tier].record(changed)
 
@@ -93,7 +131,7 @@ class PageEventLog:
         readers = [gateway.pages for gateway in gateways if gateway.pages is not None]
         if any(pages.wanted is not None for pages in readers):
             return float("-inf")
-        if any(self._tiers.values()):
+        if self._hints or any(self._tiers.values()):
             return self._last_changes_s + MIN_INTERVAL_S
         return self._last_sums_s + SUMS_INTERVAL_S if readers else float("inf")
 
@@ -102,9 +140,9 @@ class PageEventLog:
         if now_s < self.due_at_s(gateways):
             return
         readers = [gateway for gateway in gateways if gateway.pages is not None]
-        for changes in self._take_changes(now_s):
+        for changes, hints in self._take_changes(now_s):
             for gateway in readers:
-                yield _message(gateway, changes=changes)
+                yield _message(gateway, changes=changes, hints=hints)
         if any(self._tiers.values()):
             return  # a list follows all changes up to then
         num_left = _PIECES_AT_ONCE
@@ -118,13 +156,13 @@ class PageEventLog:
             for gateway in readers:
                 yield _message(gateway, sums=self._sums())
 
-    def _take_changes(self, now_s: float) -> Iterator[tuple[wire.TierChanges, ...]]:
+    def _take_changes(self, now_s: float) -> Iterator[tuple[tuple[wire.TierChanges, ...], wire.StoreHints | None]]:
         for _ in range(_PIECES_AT_ONCE):
-            changes = tuple(filter(None, (log.take() for log in self._tiers.values())))
-            if not changes:
+            changes, hints = tuple(filter(None, (log.take() for log in self._tiers.values()))), self._hints.take()
+            if not changes and hints is None:
                 return
             self._last_changes_s = now_s
-            yield changes
+            yield changes, hints
 
     def _listed(self, gateway: ConnectedGateway, num_pieces: int) -> Iterator[wire.ListedPages]:
         """Yield the pieces that the gateway asked for, `num_pieces` at most; the others are left for the next call."""
@@ -149,11 +187,13 @@ def _message(
     changes: tuple[wire.TierChanges, ...] = (),
     listed: tuple[wire.ListedPages, ...] = (),
     sums: tuple[wire.TierSum, ...] = (),
+    hints: wire.StoreHints | None = None,
 ) -> tuple[bytes, wire.PageEvents]:
     assert gateway.pages is not None
     sequence = gateway.pages.next_sequence
     gateway.pages.next_sequence += 1
-    return gateway.identity, wire.PageEvents(sequence=sequence, changes=changes, listed=listed, sums=sums)
+    events = wire.PageEvents(sequence=sequence, changes=changes, listed=listed, sums=sums, store=hints)
+    return gateway.identity, events
 
 
 def _joined(digests: dict[bytes, None]) -> bytes:

@@ -75,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         shutdown.loop = engine.loop
         announce(Ready(spec=engine.spec))
-        engine.watchdog.start(lambda turn_s, stalled_s: announce(Beat(turn_s=turn_s, stalled_s=stalled_s)))
+
+        def beat(turn_s: float, stalled_s: float, place: str) -> None:
+            announce(Beat(turn_s=turn_s, stalled_s=stalled_s, place=place, role=engine.loop.role))
+
+        engine.watchdog.start(beat)
         engine.loop.run()
     except EngineError as error:
         logger.error("the engine ends: %s", error.message)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from kvist import wire
 from kvist.engine.gateways import Gateways
+from kvist.engine.roles import RoleSwitch
 from kvist.kv.tiers.host import HostCounts
 from kvist.scheduler.status import SchedulerStatus
 
@@ -40,6 +41,7 @@ class LoadReports:
         status: SchedulerStatus,
         totals: dict[str, float],
         now_s: float,
+        roles: RoleSwitch,
         storage: wire.StorageStatus | None = None,
         *,
         draining: bool = False,
@@ -54,9 +56,12 @@ class LoadReports:
             num_owned_pages=status.pages.owned,
             num_in_flight_pages=status.pages.in_flight,
             service_s=status.service_s,
+            queue_wait_s=status.queue_wait_s,
             num_host_pages=_by_state(status.host_pages),
             storage=storage,
             draining=draining,
+            role=roles.role,
+            earlier_roles=roles.earlier_roles,
             totals={**status.totals, **totals},
         )
         for gateway in gateways:

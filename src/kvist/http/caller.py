@@ -7,14 +7,14 @@ scope, where `caller_of` reads it when a job is made. The key itself stays in th
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from starlette.types import Scope
 
 from kvist.errors import Unauthorized
-from kvist.fairness import CallerPath, caller_path
+from kvist.fairness import CallerPath, caller_path, weighted_name
 from kvist.http.asgi import header
 
 _SCOPE_KEY = "kvist.caller"
@@ -26,13 +26,15 @@ _TAG_BYTES = 4
 class Caller:
     key_id: str | None  # names an accepted API key, the same after every restart; None when no key is required
     connection: str  # the client's HOST:PORT
+    weight: int = 1  # of the API key
 
     @property
     def tag(self) -> str:
         """Return the opaque name by which engines serve callers in turn (fairness.py); it reveals no key or address."""
         host, _, port = self.connection.rpartition(":")
         host_id = blake2b(host.encode(), digest_size=_TAG_BYTES).hexdigest()
-        return f"{(self.key_id or '')[: 2 * _TAG_BYTES]}/{host_id}/{port}"
+        key = weighted_name((self.key_id or "")[: 2 * _TAG_BYTES], self.weight)
+        return f"{key}/{host_id}/{port}"
 
     @property
     def path(self) -> CallerPath:
@@ -42,8 +44,10 @@ class Caller:
 class ApiKeys:
     """The accepted API keys. Without any key, every request is accepted."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], weights: Sequence[int] = ()) -> None:
+        """`weights` of the keys, in their order; empty: every weight is 1."""
         self._ids = [_digest(key.encode()) for key in keys]
+        self._weights = dict(zip(self._ids, weights, strict=True)) if weights else {}
 
     def __bool__(self) -> bool:
         return bool(self._ids)
@@ -59,7 +63,8 @@ class ApiKeys:
             if not any(known) or scheme.lower() != b"bearer":
                 raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
             key_id = given_id
-        scope[_SCOPE_KEY] = Caller(key_id=key_id, connection=_connection(scope))
+        weight = self._weights.get(key_id or "", 1)
+        scope[_SCOPE_KEY] = Caller(key_id=key_id, connection=_connection(scope), weight=weight)
 
 
 def caller_of(scope: Scope) -> Caller:

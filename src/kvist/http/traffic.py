@@ -7,13 +7,15 @@ query string is not logged, because it may contain secrets.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.types import Scope
 
 from kvist.clock import Clock
-from kvist.metrics import GatewayMetrics
+from kvist.metrics import Histogram
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status: the client closed before the response began
 _SCOPE_KEY = "kvist.exchange"
@@ -48,15 +50,30 @@ def exchange_of(scope: Scope) -> Exchange:
     return exchange
 
 
+class TrafficMetrics(Protocol):
+    """The part of a server's metrics that its traffic writes."""
+
+    num_http_requests: Counter[tuple[str, str, str]]  # by method, path and status
+    num_refused_connections: int
+    loop_lag_s: Histogram
+
+
 class Traffic:
     def __init__(
-        self, metrics: GatewayMetrics, clock: Clock, *, paths: Collection[str], access_log: bool = True
+        self,
+        metrics: TrafficMetrics,
+        clock: Clock,
+        *,
+        paths: Collection[str],
+        polled: Collection[str] = (),
+        access_log: bool = True,
     ) -> None:
-        """`paths` become label values; all others are counted as "other"."""
+        """`paths` become label values; all others are counted as "other". `polled` are logged at DEBUG, as probes."""
         self._metrics = metrics
         self._clock = clock
         self._paths = frozenset(path for path in paths if "{" not in path)
         self._prefixes = [path.partition("{")[0] for path in paths if "{" in path]
+        self._polled = _POLLED_PATHS.union(polled)
         self._access_log = access_log
 
     def observe_loop_lag(self, by_s: float) -> None:
@@ -72,7 +89,7 @@ class Traffic:
         method, path = scope["method"], scope["path"]
         label = self._label(path)
         self._metrics.num_http_requests[method if method in _METHODS else "other", label, str(status)] += 1
-        is_poll = path in _POLLED_PATHS and status in _POLLED_STATUSES
+        is_poll = path in self._polled and status in _POLLED_STATUSES
         level = logging.DEBUG if is_poll else logging.INFO
         if not self._access_log or not logger.isEnabledFor(level):
             return

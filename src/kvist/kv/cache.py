@@ -10,7 +10,8 @@ With a host tier (tiers/host.py) a page may also be in host memory:
     open ─ grow ─ start_load: pages after the match, resident in the host tier ──► LoadPages ──loaded──► insert
 
 With a storage tier (tiers/storage.py) resident host pages are also stored, and `prefetch`, called before `open`,
-fetches pages from the store into the host tier. `start_load` then loads them like all other host pages.
+fetches pages from the store into the host tier. `start_load` then loads them like all other host pages; `load_early`
+loads pages that have come while the others are being fetched (scheduler/early_loads.py).
 
 Pages that are being backed up cannot be freed: the lease of the backup keeps its pin until the backup is reported, even
 if the lease is closed. Pages that are being loaded are IN_FLIGHT. A page evicted from one tier stays in the other.
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from kvist.kv.changes import PageChanges
 from kvist.kv.counters import CACHE_COUNTERS, HitCounters
@@ -83,6 +85,7 @@ class PageCache:
         self.storage = storage  # the scheduler passes the store's reports and the ends of prefetches to it
         self._hits = HitCounters()
         self._num_host_hits = self._num_host_misses = 0
+        self._early_pages: dict[int, int] = {}  # number of pages of each early load under way, by job id
 
     @property
     def page_size(self) -> int:
@@ -128,9 +131,9 @@ class PageCache:
 
     @property
     def num_reclaimable(self) -> int:
-        """The number of pages that are free or evictable, including (`write_back`) pages evictable after their
-        copies."""
-        num_free = self._ledger.num_free + self._tree.num_evictable
+        """The number of pages that are free or evictable, including pages evictable after copies under way: with
+        `write_back`, and of early loads."""
+        num_free = self._ledger.num_free + self._tree.num_evictable + sum(self._early_pages.values())
         return num_free if self._host is None else num_free + self._host.policy.num_pinned
 
     def waits_for_copies(self, lease: PageLease, num_tokens: int) -> bool:
@@ -216,18 +219,55 @@ class PageCache:
         first, last = pin.num_pages, min(len(token_ids), max_tokens) // self._page_size
         found = [] if self._host is None else self._use_host_pages(self._host, lease, token_ids, first, last)
         num_found = first + len(found)
-        self._hits.count(first, last - first)
+        num_early = lease.num_early_tokens // self._page_size
+        self._hits.count(first - num_early, last - first + num_early)
+        self._num_host_hits += num_early
         digest = found[-1].digest if found else pin.node.digest
         num_evicted = self._hits.num_evicted_before(self._digests_after(digest, token_ids, num_found, last))
         lease.num_ceiling_tokens = (num_found + num_evicted) * self._page_size
         if not found:
             return None
         assert self._host is not None
-        page_ids = lease.page_ids[first:num_found]
+        return self._begin_load(self._host, lease, found)
+
+    def _begin_load(self, host: _HostSide, lease: PageLease, found: list[HostPage]) -> int:
+        """Load pages into the pages of the lease after those in the tree; return the job's id."""
+        first = lease.pin.num_pages
+        page_ids = lease.page_ids[first : first + len(found)]
         self._ledger.move(lease.begin_transfer(page_ids), PageState.OWNED, PageState.IN_FLIGHT)
-        lease.num_fetched_tokens = sum(page.from_storage for page in found) * self._page_size
-        lease.num_loaded_tokens = len(found) * self._page_size - lease.num_fetched_tokens
-        return self._host.copies.begin_load(lease, found, page_ids)
+        return host.copies.begin_load(lease, found, page_ids)
+
+    def is_in_host(self, digests: Sequence[bytes], index: int) -> bool:
+        """Return whether there is a page with this index, and the host tier has it."""
+        page = self._host.tier.get(digests[index]) if self._host is not None and index < len(digests) else None
+        return page is not None and page.resident
+
+    def is_loading(self, digests: Sequence[bytes], index: int) -> bool:
+        """Return whether there is a page with this index, and a load of it is under way."""
+        if self._host is None or index >= len(digests):
+            return False
+        return self._host.copies.load_of(digests[index]) is not None
+
+    def has_room(self, num_reserved: int) -> bool:
+        """Return whether more than `num_reserved` pages are free or evictable."""
+        return self._ledger.num_free + self._tree.num_evictable > num_reserved
+
+    def load_early(self, lease: PageLease, digests: Sequence[bytes], *, num_reserved: int) -> int | None:
+        """Start to load pages that the host tier has after the lease's pages, for a request that is not admitted yet.
+
+        `digests` are those of the prompt's pages, from the first. Return the job id; None if the host tier has no
+        further page, or if not even one page is free or evictable beyond `num_reserved`. The lease then has its pages
+        after `loaded`, and is used for nothing else."""
+        assert self._host is not None
+        first = lease.pin.num_pages
+        num_free = self._ledger.num_free + self._tree.num_evictable - num_reserved
+        num_room = max(0, num_free + len(lease.page_ids) - first)
+        found = self._host.tier.match(islice(digests, first, first + num_room))
+        if not found or not self.grow(lease, (first + len(found)) * self._page_size):
+            return None
+        job_id = self._begin_load(self._host, lease, found)
+        self._early_pages[job_id] = len(found)
+        return job_id
 
     def _use_host_pages(
         self, host: _HostSide, lease: PageLease, token_ids: Sequence[int], first: int, last: int
@@ -257,11 +297,14 @@ class PageCache:
         return self._host.copies.load_of(next(self._digests_after(lease.pin.node.digest, token_ids, first, first + 1)))
 
     def loaded(self, event: PagesLoaded, token_ids: Sequence[int]) -> int:
-        """End a load that `start_load` began; return the number of tokens whose K/V the lease has now."""
+        """End a load of `start_load` or `load_early`; return the number of tokens whose K/V the lease has now."""
         assert self._host is not None
-        lease, num_pages = self._host.copies.loaded(event)
+        load = self._host.copies.loaded(event)
+        lease, num_pages = load.lease, len(load.pages)
+        self._early_pages.pop(event.job_id, None)
         self.end_transfer(lease)
         if event.ok:
+            lease.count_loaded(num_pages * self._page_size, load.num_fetched * self._page_size)
             self.insert(lease, token_ids, (lease.pin.num_pages + num_pages) * self._page_size)
         return lease.pin.num_pages * self._page_size
 

@@ -7,14 +7,15 @@ A page that was ever cached is in the tree, is in the host tier, or was evicted.
 the number of pages found in the tiers plus the number of leading pages after them whose digests are known here. The
 ceiling is exact until the first digest is forgotten, and a lower bound from then on.
 
-The table costs 16 MiB, one look-up for each evicted page (1.7 µs) and, at admission, one for each page of the ceiling
-that is missing in the tiers (0.9 µs). A row has 16 entries of 8 bytes of a digest, the newest first; the table has a
-fixed size, so no step waits for a resize. Rows fill unevenly: the first digest is forgotten when about 600,000 are
-known; of a million digests, one in 2,000 is forgotten.
+The table costs up to 16 MiB, one look-up for each evicted page (1.7 µs) and, at admission, one for each page of the
+ceiling that is missing in the tiers (0.9 µs). A row has 16 entries of 8 bytes of a digest, the newest first; the table
+has a fixed size, so no step waits for a resize. Rows fill unevenly: the first digest is forgotten when about 600,000
+are known; of a million digests, one in 2,000 is forgotten.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 
 MAX_DIGESTS = 1 << 21
@@ -59,7 +60,8 @@ class EvictionHistory:
 
     def clear(self) -> None:
         """Forget all digests, as if no page had ever been cached."""
-        self._table = bytearray(self._num_rows * _ROW_BYTES)
+        # Unlike a bytearray, takes memory only for the rows that are written.
+        self._table = mmap.mmap(-1, self._num_rows * _ROW_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def _row(self, digest: bytes) -> int:
         return hash(digest) % self._num_rows * _ROW_BYTES

@@ -1,12 +1,12 @@
 """Keys of pages: a page's tokens as bytes, and the digest that identifies the page in all processes.
 
-    digest_i = BLAKE3(tokens of page i as int32 little-endian, keyed with digest_{i-1})
-    digest_{-1} = BLAKE3(cache_salt, keyed with BLAKE3(namespace))
+    digest_i = SHA-256(digest_{i-1}, then the tokens of page i as int32 little-endian)
+    digest_{-1} = SHA-256(SHA-256(namespace), then cache_salt)
 
 A digest therefore identifies the whole prefix, not only one page's tokens, and pages of different models, layouts or
 salts never have the same digest. Tiers, stores and routers compare digests alone, and clients choose the tokens: 32
-bytes of BLAKE3 withstand an attacker who searches for two prompts with one digest
-(docs/adr/0012-digests-withstand-people.md).
+bytes of SHA-256 withstand an attacker who searches for two prompts with one digest
+(docs/adr/0012-digests-withstand-people.md, docs/adr/0027-digests-are-sha-256.md).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 
-from blake3 import blake3
-
-DIGEST_BYTES = 32  # the length of BLAKE3's digests and keys: each digest is the key of the next
+DIGEST_BYTES = 32
 _TOKEN_BYTES = 4
 _FIRST_PAGES_AT_ONCE = 4
 _PAGES_AT_ONCE = 64  # after the first pages: enough to amortise the call, few enough for the L1 CPU cache
@@ -57,12 +56,16 @@ def iter_page_keys(token_ids: Sequence[int], page_size: int, num_pages: int, fir
 
 def root_digest(namespace: str, cache_salt: str = "") -> bytes:
     """Return the digest that the first page's digest is chained to."""
-    return chain_digest(blake3(namespace.encode()).digest(), cache_salt.encode())
+    return chain_digest(sha256(namespace.encode()).digest(), cache_salt.encode())
 
 
 def chain_digest(parent_digest: bytes, page_key: bytes) -> bytes:
-    """Return the digest of the page with the tokens `page_key` after the prefix with `parent_digest`."""
-    return blake3(page_key, key=parent_digest).digest()
+    """Return the digest of the page with the tokens `page_key` after the prefix with `parent_digest`.
+
+    Raises ValueError for a parent of another length."""
+    if len(parent_digest) != DIGEST_BYTES:
+        raise ValueError(f"a digest has {DIGEST_BYTES} bytes, not {len(parent_digest)}")
+    return sha256(parent_digest + page_key).digest()
 
 
 def iter_page_digests(
@@ -76,12 +79,9 @@ def iter_page_digests(
 
 def chained_digests(digest: bytes, encoded: bytes, page_size: int) -> list[bytes]:
     """Return the digests of pages encoded by `encode_tokens`; `digest` is the digest of the page before them."""
-    page_bytes = page_size * _TOKEN_BYTES
-    digests: list[bytes] = []
-    for start in range(0, len(encoded), page_bytes):
-        digest = blake3(encoded[start : start + page_bytes], key=digest).digest()  # `chain_digest`, without its call
-        digests.append(digest)
-    return digests
+    # `chain_digest`, without its call: a gateway computes thousands of digests for one prompt
+    keys, hashed = struct.iter_unpack(f"{page_size * _TOKEN_BYTES}s", encoded), sha256
+    return [digest := hashed(digest + key).digest() for (key,) in keys]
 
 
 def page_digests(token_ids: Sequence[int], page_size: int, namespace: str, cache_salt: str = "") -> list[bytes]:

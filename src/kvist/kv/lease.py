@@ -25,6 +25,7 @@ class PageLease:
     num_ceiling_tokens: int = 0  # tokens that an infinite cache would have hit; set by `start_load`
     num_loaded_tokens: int = 0  # loaded from the host tier; does not include `num_fetched_tokens`
     num_fetched_tokens: int = 0  # loaded from the host tier after a fetch from the storage tier
+    num_early_tokens: int = 0  # a part of both: loaded before the lease was opened, and found in the tree
     is_closed: bool = False
     _in_flight: list[int] = field(default_factory=list, repr=False)
     _num_backups: int = 0  # backups under way that need the pin
@@ -55,6 +56,22 @@ class PageLease:
         own = self.page_ids[self.pin.num_pages :]
         self.page_ids = []  # a new list: a plan may still hold the old one
         return own
+
+    @property
+    def num_device_tokens(self) -> int:
+        """The number of cached tokens found in the device pool that were not loaded for this request."""
+        return self.num_cached_tokens - self.num_early_tokens
+
+    def count_loaded(self, num_tokens: int, num_fetched_tokens: int) -> None:
+        """Count tokens whose pages were loaded, some of them after a fetch from the storage tier."""
+        self.num_fetched_tokens += num_fetched_tokens
+        self.num_loaded_tokens += num_tokens - num_fetched_tokens
+
+    def take_over_counts(self, early: PageLease) -> None:
+        """Count the tokens that an early load has put into the device pool. The lease `early` pins them."""
+        self.num_fetched_tokens, self.num_loaded_tokens = early.num_fetched_tokens, early.num_loaded_tokens
+        self.num_early_tokens = early.num_fetched_tokens + early.num_loaded_tokens
+        assert self.num_early_tokens <= self.num_cached_tokens, "pages loaded early are pinned until they are matched"
 
     def begin_backup(self) -> None:
         self._num_backups += 1

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvist.wire import EngineSpec, PeerSpec, PoolAddress, interworks
+from kvist.protocol import interworks
+from kvist.wire import EngineSpec, PeerSpec, PoolAddress
 
 
 class Peer(Protocol):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvist.plan.grammars import GrammarCompiled
 from kvist.plan.tiers import TierReport
 from kvist.plan.transfers import PeerDied, TransferReport
-from kvist.request import SampledToken, TokenLogprobs
+from kvist.request import Mode, Role, SampledToken, TokenLogprobs
 from kvist.wire import SourceToTarget, TargetToSource, ToScheduler
 
 
@@ -29,6 +30,8 @@ class SampledTokens:
     invalid_rows: frozenset[int] = (
         frozenset()
     )  # rows without a valid token: NaN or infinite logits, or every token was banned
+    # by row: why its constraint cannot be followed any further; these rows have no valid token either
+    constraint_errors: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -72,5 +75,24 @@ class StepFailed:
     message: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleChanged:
+    """The engine's role, or the modes that it admits, are other ones from now on. Requests that run end as they are."""
+
+    role: Role
+    modes: frozenset[Mode]  # of new requests: those of the role, and of earlier roles that gateways still follow
+    usual_step_tokens: int | None = None  # as `SchedulerConfig.chunked_prefill_size`; None: as before
+
+
 StepReport = StepFinished | StepFailed
-Event = ToScheduler | TargetToSource | SourceToTarget | StepReport | TransferReport | PeerDied | TierReport
+Event = (
+    RoleChanged
+    | ToScheduler
+    | TargetToSource
+    | SourceToTarget
+    | StepReport
+    | TransferReport
+    | PeerDied
+    | TierReport
+    | GrammarCompiled
+)

@@ -15,6 +15,8 @@ from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.request import Role
 from kvist.router.addresses import HostRule, normal_url
+from kvist.router.balance import BalanceRules
+from kvist.router.balancer import Balancer
 from kvist.router.config import LinkOptions, MemberOptions, RouterConfig, RoutingOptions, WorkerUrls
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import Fleet
@@ -42,6 +44,7 @@ __all__ = [
 class RouterParts:
     dispatcher: Dispatcher
     members: Members
+    balancer: Balancer | None = None  # with --auto-balance
 
 
 def build_router(
@@ -54,9 +57,9 @@ def build_router(
 ) -> RouterParts:
     """Build a dispatcher, and the set of its workers: at first the workers named in the config.
 
-    The caller starts both inside the loop. Raises `ConfigError` for an invalid URL or a worker named twice. `transport`
-    fetches /server_info (None: the network). `api_key` is sent to the workers' HTTP servers. Workers with another
-    vocabulary than `tokenizer` are refused.
+    The caller starts both inside the loop. Raises `ConfigError` for an invalid URL, a worker named twice, and more
+    workers than allowed. `transport` fetches /server_info (None: the network). `api_key` is sent to the workers' HTTP
+    servers. Workers with another vocabulary than `tokenizer` are refused.
     """
     clock = MonotonicClock()
     registry = Registry(config, tokenizer)
@@ -71,10 +74,16 @@ def build_router(
         clock=clock,
     )
     urls = config.urls
+    num_named = len(urls.worker_urls) + len(urls.prefill) + len(urls.decode)
+    if num_named > config.members.max_workers:
+        raise ConfigError(f"{num_named} workers are named, and --max-workers is {config.members.max_workers}")
     for named, role in ((urls.worker_urls, None), (urls.prefill, Role.PREFILL), (urls.decode, Role.DECODE)):
         for url in map(normal_url, named):
             if registry.find(url) is not None:
                 raise ConfigError(f"the worker {url} is named twice")
             members.name_by_flag(url, role)
     dispatcher = Dispatcher(config=config, registry=registry, engines=fleet, clock=clock)
-    return RouterParts(dispatcher=dispatcher, members=members)
+    routing = config.routing
+    rules = BalanceRules(wait_s=routing.auto_balance_wait_s)
+    balancer = Balancer(registry, dispatcher, rules, clock) if routing.auto_balance else None
+    return RouterParts(dispatcher=dispatcher, members=members, balancer=balancer)

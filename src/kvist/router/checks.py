@@ -82,6 +82,8 @@ def fault_of_report(report: LoadReport) -> str | None:
 def fault_of_page_events(events: PageEvents) -> str | None:
     fields = [digests for changes in events.changes for digests in (changes.stored, changes.removed)]
     fields += [listed.digests for listed in events.listed]
+    if events.store is not None:
+        fields += [events.store.found, events.store.missing]
     if any(len(digests) % DIGEST_BYTES for digests in fields):
         return "digests of a wrong length"
     if len(fields) > _MAX_DIGEST_FIELDS:

@@ -65,6 +65,14 @@ class RoutingOptions:
         choices=(AUTO, NEVER),
         flag="routing-aggregate",
     )
+    auto_balance: bool = option(
+        False,
+        "switch workers between prefill and decode by the time that requests wait for each, and keep at least one of "
+        "each; for one router of a cluster",
+    )
+    auto_balance_wait_s: float = option(
+        2.0, "shorter waits for a role switch no worker (--auto-balance)", unit="seconds", minimum=0.1
+    )
     max_known_pages: int = option(
         16_777_216,
         "maximum number of different cached pages that routing knows, of all workers together; each worker has an "
@@ -99,6 +107,19 @@ class LinkOptions:
         5.0, "time limit for one GET /server_info request to a worker", unit="seconds", minimum=0.1
     )
     request_timeout_s: float = option(600.0, "time limit for one request", unit="seconds", minimum=0.1)
+    migration_limit: int = option(
+        3,
+        "how often in a row a request goes on at another worker after its worker has failed; tokens in between begin a "
+        "new row; 0: a failed worker fails its requests",
+        unit="times",
+        minimum=0,
+    )
+    migration_timeout_s: float = option(
+        5.0,
+        "how long a request waits for another worker after its worker has failed, before it ends with an error",
+        unit="seconds",
+        minimum=0.0,
+    )
     storage_timeout_s: float = option(
         90.0,
         "time limit for a request to /hicache/storage-backend, for all workers together; attaching a store may include "

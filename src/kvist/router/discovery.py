@@ -19,6 +19,7 @@ from kvist.errors import UNDECODABLE, Unavailable
 from kvist.wire import EngineHealth, EngineSpec
 
 SUSPENDED_S = 1.5  # without heartbeats, of which there are two a second
+_MAX_PLACE_CHARS = 200
 _MAX_ANSWER_BYTES = 16 << 20
 
 
@@ -67,10 +68,11 @@ async def find_engine(
         raise Unavailable(f"{url}/server_info does not match a Kvist worker: {error}") from error
     health = info.engine_health
     if info.engine is None:
-        problem, doing = (health.problem, health.doing) if health is not None else ("", "")
-        if problem:
-            raise Unavailable(f"the engine at {url} is down: {problem}")
-        raise Unavailable(f"the engine at {url} is starting" + (f": {doing}" if doing else ""))
+        if health is None:
+            raise Unavailable(f"{url} has no engine: it is a gateway, not a worker")
+        if health.problem:
+            raise Unavailable(f"the engine at {url} is down: {health.problem}")
+        raise Unavailable(f"the engine at {url} is starting" + (f": {health.doing}" if health.doing else ""))
     if health is not None and health.silent_s >= SUSPENDED_S:
         raise Unavailable(
             f"the engine at {url} has made no progress for {health.silent_s:.0f} s: the process is suspended"
@@ -78,6 +80,7 @@ async def find_engine(
     if health is not None and health.stalled_s >= stalled_s:
         raise Unavailable(
             f"the engine at {url} has made no progress for {health.stalled_s:.0f} s: the process is stopped or hangs"
+            + (f" in {health.place[:_MAX_PLACE_CHARS]}" if health.place else "")
         )
     return FoundEngine(endpoint=reachable_endpoint(url, info.engine.endpoint), health=health)
 

@@ -215,7 +215,7 @@ class Fleet:
             link.close()
 
     def _say_hello(self, worker: Worker) -> None:
-        self.send(worker, wire.Hello(gateway_id=self._gateway_id))
+        self.send(worker, wire.Hello(gateway_id=self._gateway_id, known_role=worker.present_role))
 
     @property
     def _stalled_s(self) -> float:
@@ -257,7 +257,8 @@ class Fleet:
             if worker.spec is not None:  # otherwise no Welcome has come, and no request was sent
                 self._events.on_outputs(worker, message)
         elif isinstance(message, wire.LoadReport):
-            self._registry.on_report(worker, message, now_s)
+            if self._registry.on_report(worker, message, now_s):
+                self._say_hello(worker)  # the engine learns that later requests follow the new role
         elif isinstance(message, wire.PageEvents):
             if not self._page_queue.put(worker, message):
                 worker.num_rejected_messages += 1

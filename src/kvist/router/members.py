@@ -17,7 +17,7 @@ from typing import Protocol
 from kvist.bounded_log import BoundedLog
 from kvist.channel import ClusterProof
 from kvist.clock import Clock, PauseMeter
-from kvist.errors import Forbidden, KvistError, Unavailable, UnknownWorker
+from kvist.errors import Forbidden, KvistError, Unavailable
 from kvist.request import Role
 from kvist.router.addresses import HostRule
 from kvist.router.membership import (
@@ -136,10 +136,7 @@ class Members:
 
     def url_of(self, name: str) -> str:
         """Return the URL of the worker with this URL or id. Raises `UnknownWorker`."""
-        for worker in self._registry.workers:
-            if name in (worker.url, worker.worker_id):
-                return worker.url
-        raise UnknownWorker(f"there is no worker {name[:200]!r}: GET /workers lists the workers")
+        return self._registry.named(name).url
 
     # ---------------------------------------------------------------- what follows
 
@@ -178,12 +175,12 @@ class Members:
                 urls = await discovery.read()
                 changes, num_left_out = self._membership.replace(discovery.source, urls)
                 self._follow(changes)
-                reason = f"{num_left_out} workers more than --max-workers allows" if num_left_out else ""
+                reason = f"--max-workers leaves out {num_left_out} of its workers" if num_left_out else ""
             except Unavailable as error:
-                reason = error.message
+                reason = f"{error.message}; its workers stay as they are"
                 self._failures[discovery.source] += 1
             if reason and reason != problem:
-                logger.warning("--discovery %s: %s; its workers stay as they are", discovery.source, reason)
+                logger.warning("--discovery %s: %s", discovery.source, reason)
             elif problem and not reason:
                 logger.info("--discovery %s is read again", discovery.source)
             problem = reason

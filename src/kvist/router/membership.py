@@ -90,7 +90,7 @@ class Membership:
         self._check_role(source, worker)
         if worker.url not in self._named and len(self._named) >= self._max_workers:
             raise Overloaded(
-                f"this gateway has {len(self._named)} workers, and takes no more: remove one, or raise --max-workers"
+                f"this gateway takes no more workers: --max-workers is {self._max_workers}; remove one, or raise it"
             )
         before = self._effective(worker.url)
         self._named.setdefault(worker.url, {})[source] = worker

@@ -1,8 +1,8 @@
-"""PURE: merges the chunks that two engines send for one request into one ordered stream.
+"""PURE: merges the chunks that engines send for one request into one ordered stream.
 
 Chunks carry the position of their first token. Early chunks wait, repeated tokens are dropped, and all tokens that the
-reader has not taken yet are returned as one chunk. Logprobs of the prompt wait for the first token: until then the
-request may still be retried elsewhere.
+reader has not taken yet are returned as one chunk. Logprobs of the prompt wait for the first token: until then another
+engine would send all of them again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvist.wire import TokenChunk
 
 
 class ChunkMerger:
-    """Merger of one request's chunks. Owned by one attempt; stores at most the tokens of one answer."""
+    """Merger of one stream's chunks. Owned by the stream; stores at most the tokens of one answer."""
 
     __slots__ = (
         "_early",
@@ -25,11 +25,13 @@ class ChunkMerger:
         "complete",
         "num_logprobs",
         "num_prompt_logprobs",
+        "token_ids",
     )
 
     def __init__(self, request_id: RequestId, first_position: int) -> None:
         self._request_id = request_id  # the client's id, set in the chunks that `take` returns
         self._next_position = first_position
+        self.token_ids: list[int] = []  # all tokens in order, from `first_position` on
         self._ready: list[TokenChunk] = []  # in order, not taken yet
         self._early: dict[int, TokenChunk] = {}  # by position
         self._prompt_logprobs: list[TokenLogprobs] = []  # not taken yet
@@ -40,6 +42,17 @@ class ChunkMerger:
     @property
     def has_ready(self) -> bool:
         return bool(self._ready)
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether tokens wait for earlier ones."""
+        return bool(self._early)
+
+    def restart(self) -> None:
+        """Prepare for the chunks of another attempt, which goes on after the last token in order."""
+        self._early.clear()
+        if not self.token_ids:
+            self._prompt_logprobs, self.num_prompt_logprobs = [], 0
 
     def push(self, chunk: TokenChunk) -> bool:
         """Add a chunk. Return whether tokens became ready."""
@@ -104,6 +117,7 @@ class ChunkMerger:
                 logprobs=chunk.logprobs[num_known:] if chunk.logprobs is not None else None,
             )
         self._next_position += len(chunk.token_ids)
+        self.token_ids += chunk.token_ids
         self._ready.append(chunk)
         if chunk.logprobs is not None:
             self.num_logprobs += sum(1 + len(one.top_logprobs) + len(one.requested_logprobs) for one in chunk.logprobs)

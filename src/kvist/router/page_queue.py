@@ -10,9 +10,9 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 
-from kvist.router.digest_table import SLOTS_PER_STORED_KEY
-from kvist.router.page_feed import PageFeed
-from kvist.router.prefix_index import PrefixIndex
+from kvist.page_index.digest_table import SLOTS_PER_STORED_KEY
+from kvist.page_index.page_feed import PageFeed
+from kvist.page_index.prefix_index import PrefixIndex
 from kvist.router.registry import Worker
 from kvist.wire import MAX_DIGESTS, PageEvents
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from kvist.page_index.page_runs import NOTHING_HELD, HeldPages
 from kvist.request import Role, WorkerId
-from kvist.router.page_runs import NOTHING_HELD, HeldPages
 from kvist.router.rates import Rates
 
 
@@ -23,8 +23,10 @@ class Reason(enum.Enum):
     UNIFIED = "unified"  # a unified worker serves it
     SPLIT = "split"  # a prefill and a decode worker
     HELD = "held"  # decode alone: it holds nearly the whole prompt
-    PREFILL_QUEUE = "prefill_queue"  # decode alone: the queues of the prefill workers take longer than the work
+    PREFILL_QUEUE = "prefill_queue"  # decode alone: a pair would be cheaper without the queue at its prefill worker
+    CHEAPER = "cheaper"  # decode alone: a pair would cost more even without a queue
     NO_PREFILL = "no_prefill"  # decode alone: no prefill worker can take the request
+    NO_DECODE = "no_decode"  # prefill alone: no decode worker can take the request
     SHORT_ANSWER = "short_answer"  # prefill alone
 
 
@@ -46,6 +48,7 @@ class WorkerView:
     num_known_pages: int  # cached there, by the index
     held: HeldPages = NOTHING_HELD  # the leading pages of the prompt that the worker has cached
     num_coming_tokens: int = 0  # the leading tokens of the prompt that the worker computes for other requests
+    served_session: bool = False  # it served the last request of the same session
     role: Role = Role.UNIFIED
     page_bytes: int = 0
     num_available_pages: int = 1 << 62  # in its device pool: free, or cached and perhaps not in use

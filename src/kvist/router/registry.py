@@ -14,21 +14,31 @@ import secrets
 from dataclasses import dataclass, field
 
 from kvist.bounded_log import BoundedLog
-from kvist.errors import ConfigError
+from kvist.errors import ConfigError, RequestError, UnknownWorker
 from kvist.fairness import CallerCounts, CallerPath
+from kvist.page_index.page_feed import KnownPages, PageFeed
+from kvist.page_index.page_runs import HeldPages
+from kvist.page_index.prefix_index import PrefixIndex
 from kvist.plan.compat import difference_of_pages
-from kvist.request import REQUEST_FIELDS, EngineRequest, Mode, RequestId, Role, WorkerId, fields_in_use
+from kvist.protocol import PROTOCOL_VERSION, interworks
+from kvist.request import (
+    MAX_SHORT_ANSWER,
+    PRIORITY,
+    REQUEST_FIELDS,
+    EngineRequest,
+    RequestId,
+    Role,
+    WorkerId,
+    fields_in_use,
+)
 from kvist.router.checks import fault_of_page_events, fault_of_report, fault_of_spec
 from kvist.router.coming_pages import ComingPages
 from kvist.router.config import RouterConfig
-from kvist.router.page_feed import PageFeed
-from kvist.router.page_runs import HeldPages
 from kvist.router.policy import WorkerView
-from kvist.router.prefix_index import PrefixIndex
 from kvist.router.rates import RateMeter
-from kvist.router.stream import KnownPages, WorkerSnapshot
-from kvist.service_time import SHORTEST_WAIT_S, retry_after_s
-from kvist.wire import PROTOCOL_VERSION, EngineSpec, ListPages, LoadReport, PageEvents, Welcome, interworks
+from kvist.router.stream import WorkerSnapshot
+from kvist.service_time import SHORTEST_WAIT_S, bounded_retry_after_s, retry_after_s
+from kvist.wire import EngineSpec, ListPages, LoadReport, PageEvents, Welcome
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +77,7 @@ class Worker:
     endpoint: str = ""  # where its engine is reached
     spec: EngineSpec | None = None
     load: LoadReport | None = None
+    present_role: Role | None = None  # of its engine, as last reported; None: the one of `spec`
     last_message_s: float = 0.0
     pages: PageFeed | None = None  # of its current process; None before the first Welcome, and while LOST
     unknown_fields: frozenset[str] = frozenset()  # of requests: its engine is older than this gateway
@@ -85,6 +96,8 @@ class Worker:
     @property
     def role(self) -> Role | None:
         """How the router uses the worker; None while that is unknown."""
+        if self.spec is not None and self.present_role not in (None, self.spec.role):
+            return self.present_role  # it was switched, which overrules the flags of router and worker
         if self.wanted_role is not None:
             return self.wanted_role
         return self.spec.role if self.spec is not None else None
@@ -98,12 +111,21 @@ class Worker:
         return num_tokens <= self.spec.max_model_len
 
     def admits_whole(self, max_tokens: int) -> bool:
-        """Return whether the worker's engine serves a whole request with an answer of this length."""
+        """Return whether the worker serves a whole request with an answer of this length beside workers of all
+        roles."""
         assert self.spec is not None
-        return self.spec.role.admits(Mode.FULL, max_tokens=max_tokens)
+        engine_role = self.present_role or self.spec.role
+        return engine_role is not Role.PREFILL or max_tokens <= MAX_SHORT_ANSWER
+
+    @property
+    def writes_alone(self) -> bool:
+        """Whether the worker's engine generates answers of any length without another worker."""
+        assert self.spec is not None
+        return self.spec.writes_alone
 
     def has_room_for(self, caller: CallerPath) -> bool:
         """Return whether the worker has a free place, or will displace a request of a caller with more requests there.
+        A worker that uses priorities decides about that itself: only the worker compares them.
 
         For the second case (scheduler/entry.py) slightly more requests than places may be under way to the worker."""
         assert self.spec is not None
@@ -112,7 +134,7 @@ class Worker:
             return True
         if len(self.in_flight) >= num_places + max(1, num_places // _OVERCOMMIT_DIVISOR):
             return False
-        return self.callers.displaced_by(caller) is not None
+        return self.spec.scheduling_policy == PRIORITY or self.callers.displaced_by(caller) is not None
 
     def retry_after_s(self) -> float:
         """Estimate the time until a place is free, from the last report and this gateway's requests."""
@@ -120,6 +142,8 @@ class Worker:
         if self.load is None:
             return SHORTEST_WAIT_S
         num_ahead = max(1, len(self.in_flight) - self.spec.max_running_requests, self.load.num_waiting)
+        if self.load.queue_wait_s and self.load.num_waiting:
+            return bounded_retry_after_s(self.load.queue_wait_s * num_ahead / self.load.num_waiting)
         return retry_after_s(self.load.service_s, num_ahead=num_ahead, num_served=self.load.num_running)
 
     def take(self, request_id: RequestId, num_tokens: int, caller: CallerPath) -> None:
@@ -140,7 +164,7 @@ class Worker:
             self.callers.remove(found.caller)
             self.coming.remove(request_id)
 
-    def view(self, held: HeldPages, *, num_coming_tokens: int = 0) -> WorkerView:
+    def view(self, held: HeldPages, *, num_coming_tokens: int = 0, served_session: bool = False) -> WorkerView:
         """Return the worker as a policy sees it; `held` are the prompt's pages there."""
         assert self.spec is not None
         load = self.load
@@ -153,6 +177,7 @@ class Worker:
             num_known_pages=0 if self.pages is None else self.pages.num_pages,
             held=held,
             num_coming_tokens=num_coming_tokens,
+            served_session=served_session,
             role=self.role or Role.UNIFIED,
             page_bytes=self.spec.page_bytes,
             num_available_pages=self.spec.num_pages if load is None else load.num_free_pages + load.num_cached_pages,
@@ -196,6 +221,17 @@ class Registry:
     def find(self, url: str) -> Worker | None:
         return self._workers.get(url)
 
+    def named(self, name: str | None) -> Worker:
+        """Return the worker with this URL or id; None: the only worker. Raises `UnknownWorker`, `RequestError`."""
+        if name is None and len(self._workers) == 1:
+            return self.workers[0]
+        if name is None:
+            raise RequestError(f"name one of the {len(self._workers)} workers (GET /workers)", param="worker")
+        for worker in self.workers:
+            if name in (worker.url, worker.worker_id):
+                return worker
+        raise UnknownWorker(f"there is no worker {name[:200]!r}: GET /workers lists the workers")
+
     def leave(self, worker: Worker) -> None:
         """Send the worker no new request."""
         worker.state, worker.problem = WorkerState.LEAVING, "removed from this gateway"
@@ -237,17 +273,25 @@ class Registry:
         worker.pages = PageFeed(self.index, spec.worker_id)
         logger.info("worker %s is ready: %s, epoch %s", spec.worker_id, spec.role, spec.epoch)
 
-    def on_report(self, worker: Worker, report: LoadReport, now_s: float) -> None:
+    def on_report(self, worker: Worker, report: LoadReport, now_s: float) -> bool:
+        """Handle a load report. Return whether the worker has another role from now on."""
         worker.last_message_s = now_s
         fault = fault_of_report(report)
         if fault is not None:
             self._reject(worker, f"the load report has {fault}")
-            return
+            return False
         worker.load = report
+        role_before, worker.present_role = worker.role, report.role
+        if worker.pages is not None:
+            self.index.set_store(worker.worker_id, "" if report.storage is None else report.storage.location)
         worker.meter.on_totals(report.totals)
         if report.draining and worker.state is WorkerState.READY:
             logger.info("worker %s is stopping and takes no new requests", worker.worker_id)
             worker.state, worker.problem = WorkerState.DRAINING, "it is stopping"
+        if worker.role is role_before:
+            return False
+        logger.info("worker %s is used for %s from now on, before for %s", worker.worker_id, worker.role, role_before)
+        return True
 
     def on_page_events(self, worker: Worker, events: PageEvents, now_s: float) -> ListPages | None:
         """Apply page events. Return the request to the worker that they make due, if any."""
@@ -303,7 +347,7 @@ class Registry:
 
     def _reset_reported_state(self, worker: Worker) -> None:
         self._forget_pages(worker)
-        worker.load = None
+        worker.load = worker.present_role = None
         worker.meter = RateMeter()
 
     def _forget_pages(self, worker: Worker) -> None:

@@ -1,4 +1,7 @@
-"""Chooses the workers for a request by applying a policy to the registry's workers. Changes no state."""
+"""Chooses the workers for a request by applying a policy to the registry's workers. PURE.
+
+A request that goes on elsewhere has an answer so far (`output_token_ids`): its pages are looked for like those of the
+prompt."""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ from dataclasses import dataclass, replace
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
 from kvist.fairness import CallerPath, caller_path
 from kvist.fit import limit_text, num_tokens_needed
-from kvist.request import EngineRequest, Mode, Role, WorkerId, fields_in_use
+from kvist.page_index.page_runs import NOTHING_HELD, HeldPages
+from kvist.page_index.prompt_digests import PromptDigests
+from kvist.request import MAX_SHORT_ANSWER, EngineRequest, Mode, Role, WorkerId, fields_in_use
 from kvist.router.config import NEVER, RouterConfig
 from kvist.router.handoff_ways import HandoffWay
-from kvist.router.page_runs import NOTHING_HELD, HeldPages
 from kvist.router.pairs import Pairs
 from kvist.router.policies import POLICIES
 from kvist.router.policy import FleetView, Prompt, Reason
-from kvist.router.prompt_digests import PromptDigests
 from kvist.router.registry import Registry, Worker, WorkerState
+from kvist.router.sessions import Sessions
 
 _AWAY = frozenset({WorkerState.LOST, WorkerState.DRAINING})
 _START = {
@@ -30,7 +34,8 @@ class Route:
     mode: Mode  # FULL, or PREFILL for a pair
     prefill: Worker
     decode: Worker  # the same worker with FULL
-    num_prompt_tokens_left: int  # still to compute at `prefill`, by the cached pages known here
+    token_ids: tuple[int, ...]  # of the prompt and of the answer so far
+    num_prompt_tokens_left: int  # of `token_ids`: still to compute at `prefill`, by the cached pages known here
     reason: Reason
     cost_ms: float | None = None  # by the policy's own measure, if it has one
     handoff: HandoffWay | None = None  # of a pair
@@ -99,6 +104,23 @@ class Candidates:
         )
 
 
+class _LookUp:
+    """A request for which workers are looked for, and what its routing depends on."""
+
+    __slots__ = ("num_cacheable_tokens", "request", "session_workers", "single", "token_ids")
+
+    def __init__(self, request: EngineRequest, session_workers: frozenset[WorkerId]) -> None:
+        sampling, output = request.sampling, request.output_token_ids
+        self.request = request
+        self.session_workers = session_workers
+        self.token_ids = (*request.prompt_token_ids, *output) if output else request.prompt_token_ids
+        # A request for at most one token needs no handoff: a prefill worker serves it alone.
+        self.single = sampling.max_tokens <= 1 and not output
+        # Tokens that are scored are computed, also where they are cached.
+        scores = sampling.prompt_logprobs is not None and not output
+        self.num_cacheable_tokens = max(0, sampling.prompt_logprobs_start - 1) if scores else len(self.token_ids)
+
+
 class Router:
     def __init__(self, config: RouterConfig, registry: Registry) -> None:
         self._config = config
@@ -106,6 +128,7 @@ class Router:
         self._pairs = Pairs(config.routing.handoff)
         self._policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         self._digests = PromptDigests()
+        self._sessions = Sessions()
 
     @property
     def num_remembered_chunks(self) -> int:
@@ -116,33 +139,47 @@ class Router:
         """Return whether the ready workers can serve a request with an answer of any length. They may be full."""
         ready = Candidates.of(self._registry, {WorkerState.READY}, frozenset())
         return ready.paired_by(self._pairs).has_route(single=False) or (
-            bool(ready.decode) and not ready.prefill and self._config.routing.aggregate != NEVER
+            self._config.routing.aggregate != NEVER
+            and (bool(ready.decode) or any(worker.writes_alone for worker in ready.prefill))
         )
 
-    def choose(self, request: EngineRequest, excluded: frozenset[Worker] = frozenset()) -> Route:
+    def remember(self, session: str, route: Route) -> None:
+        """Remember the workers of a session's request, for its next one."""
+        self._sessions.remember(session, route.prefill.worker_id, route.decode.worker_id)
+
+    def choose(
+        self,
+        request: EngineRequest,
+        excluded: frozenset[Worker] = frozenset(),
+        *,
+        session: str = "",
+        is_stored: bool = False,
+    ) -> Route:
         """Choose the workers for a request.
 
-        Raises `PromptTooLong` if no route can hold the request, `Unavailable` naming the missing role, the difference
-        between the workers of every pair, or the lost worker that could hold the request, `Overloaded` if the queues of
-        all suitable workers are full."""
+        `session`: see `Sessions`. `is_stored`: the pages of the prompt are in a store, so one worker is enough. Raises
+        `PromptTooLong` if no route can hold the request, `Unavailable` naming the missing role, the difference between
+        the workers of every pair, or the lost worker that could hold the request, `Overloaded` if the queues of all
+        suitable workers are full."""
+        look = _LookUp(request, self._sessions.last(session))
         ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
-        # A request for at most one token needs no handoff: a prefill worker serves it alone.
-        single = request.sampling.max_tokens <= 1 and not request.output_token_ids
+        single = look.single
         known = ready.that_know(request)
         alone = self._alone(request, known)
+        if is_stored and (writers := [each for each in alone if each.role is not Role.PREFILL]):
+            return self._choose_path(look, Candidates.only(writers))
         if not ready.has_route(single=single):
-            decode = [worker for worker in alone if worker.role is Role.DECODE]
-            if decode:
-                return self._choose_path(request, Candidates.only(decode), single=False)
+            if alone:
+                return self._choose_path(look, Candidates.only(alone))
             raise self._no_worker_error(ready)
         if not known.has_route(single=single):
             raise self._no_field_error(request, ready)
         able = self._able(known, single=single)
-        if not able.has_route(single=single):
-            raise self._no_pair_error(known)
         fit = self._able(able.that_fit(request), single=single)
         if not fit.has_route(single=single):
-            raise self._too_long_error(request, able)
+            if alone:  # no pair has a way to hand over, or none can hold the request
+                return self._choose_path(look, Candidates.only(alone))
+            raise self._too_long_error(request, able) if able.has_route(single=single) else self._no_pair_error(known)
         caller = caller_path(request.client)
         free = self._able(fit.with_room_for(caller), single=single)
         if not free.has_route(single=single):
@@ -151,35 +188,25 @@ class Router:
                 "the queues of all workers that could serve the request are full: retry later, or add workers",
                 retry_after_s=retry_after_s,
             )
-        return self._choose_path(request, free if single else free.with_alone(alone), single=single)
+        return self._choose_path(look, free if single else free.with_alone(alone))
 
     def _able(self, candidates: Candidates, *, single: bool) -> Candidates:
         """Keep the workers that can take part in a route. `single`: the request needs no handoff, so no partner."""
         return candidates if single else candidates.paired_by(self._pairs)
 
-    def choose_next(self, request: EngineRequest, excluded: frozenset[Worker]) -> Worker | None:
-        """Choose a worker that continues an answer, whose prompt another worker has computed; None if there is none."""
-        ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
-        free = ready.that_fit(request).with_room_for(caller_path(request.client))
-        workers = free.decode or free.unified
-        if not workers:
-            return None
-        held = self._held_pages(request, workers)
-        views = [worker.view(held.get(worker.worker_id, NOTHING_HELD)) for worker in workers]
-        path = self._policy.choose(Prompt(num_tokens=request.num_prompt_tokens), FleetView.of_workers(views))
-        return next(worker for worker in workers if worker.worker_id == path.decode.worker_id)
-
-    def _choose_path(self, request: EngineRequest, free: Candidates, *, single: bool) -> Route:
-        salt, token_ids = request.cache_salt, request.prompt_token_ids
+    def _choose_path(self, look: _LookUp, free: Candidates) -> Route:
+        salt, token_ids, single = look.request.cache_salt, look.token_ids, look.single
         workers = {worker.worker_id: worker for worker in free.all()}
-        held = self._held_pages(request, list(workers.values()))
+        held = self._held_pages(look, list(workers.values()))
         views = {
             worker_id: worker.view(
-                held.get(worker_id, NOTHING_HELD), num_coming_tokens=worker.coming.num_common_tokens(token_ids, salt)
+                held.get(worker_id, NOTHING_HELD),
+                num_coming_tokens=worker.coming.num_common_tokens(token_ids, salt),
+                served_session=worker_id in look.session_workers,
             )
             for worker_id, worker in workers.items()
         }
-        prompt = Prompt(num_tokens=request.num_prompt_tokens, num_cacheable_tokens=_most_cached(request))
+        prompt = Prompt(num_tokens=len(token_ids), num_cacheable_tokens=look.num_cacheable_tokens)
         pairs = free.prefill and free.decode and not single
         path = self._policy.choose(
             prompt,
@@ -193,33 +220,40 @@ class Router:
         )
         left = max(1, prompt.num_tokens - min(path.prefill.num_hit_tokens, prompt.num_cacheable_tokens))
         prefill, decode = (workers[worker_id] for worker_id in path.worker_ids)
+        writes_long = path.reason is Reason.SHORT_ANSWER and look.request.sampling.max_tokens > MAX_SHORT_ANSWER
         return Route(
             mode=Mode.FULL if path.is_alone else Mode.PREFILL,
             prefill=prefill,
             decode=decode,
+            token_ids=token_ids,
             num_prompt_tokens_left=left,
             handoff=None if path.is_alone else self._pairs.way(prefill, decode),
-            reason=path.reason,
+            reason=Reason.NO_DECODE if writes_long else path.reason,
             cost_ms=path.cost_ms,
         )
 
     def _alone(self, request: EngineRequest, candidates: Candidates) -> list[Worker]:
-        """Return the workers of pairs that can serve the whole request without a handoff."""
+        """Return the workers of pairs that can serve the whole request without a handoff. A prefill worker writes long
+        answers only where no other worker could."""
         if self._config.routing.aggregate == NEVER:
             return []
         whole, caller = num_tokens_needed(request, Mode.FULL), caller_path(request.client)
-        return [
+        able = [
             worker
             for worker in (*candidates.prefill, *candidates.decode)
-            if worker.admits_whole(request.sampling.max_tokens) and worker.holds(whole) and worker.has_room_for(caller)
+            if worker.holds(whole) and worker.has_room_for(caller)
         ]
+        short = [worker for worker in able if worker.admits_whole(request.sampling.max_tokens)]
+        if short or candidates.decode or candidates.unified:
+            return short
+        return [worker for worker in able if worker.writes_alone]
 
-    def _held_pages(self, request: EngineRequest, workers: Sequence[Worker]) -> dict[WorkerId, HeldPages]:
-        """Return the leading pages of the prompt that each worker holds."""
+    def _held_pages(self, look: _LookUp, workers: Sequence[Worker]) -> dict[WorkerId, HeldPages]:
+        """Return the leading pages of the prompt and the answer so far that each worker holds."""
         held: dict[WorkerId, HeldPages] = {}
         kinds = {(w.spec.namespace, w.spec.page_size) for w in workers if w.spec is not None}
         for namespace, page_size in kinds if self._registry.index.num_entries else ():
-            pieces = self._digests.pieces(request.prompt_token_ids, page_size, namespace, request.cache_salt)
+            pieces = self._digests.pieces(look.token_ids, page_size, namespace, look.request.cache_salt)
             held.update(self._registry.index.match(pieces))
         return held
 
@@ -278,9 +312,3 @@ class Router:
             f"the prompt has {num_prompt} tokens; the largest prefill worker ({reader.worker_id}) can hold {limit}, "
             f"and no unified worker can hold all {whole} tokens of the request"
         )
-
-
-def _most_cached(request: EngineRequest) -> int:
-    """Return how many prompt tokens need not be computed even if all are cached: scored tokens are computed."""
-    sampling = request.sampling
-    return request.num_prompt_tokens if sampling.prompt_logprobs is None else max(0, sampling.prompt_logprobs_start - 1)

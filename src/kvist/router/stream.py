@@ -5,10 +5,12 @@ Pure data types. router/dispatch.py creates them; server/ and metrics.py read th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvist.metrics import Histogram
+from kvist.page_index.page_feed import KnownPages
 from kvist.request import Role, WorkerId
 from kvist.router.handoff_ways import HandoffWay, Way, WayCause
 from kvist.router.policy import Reason
@@ -30,15 +32,7 @@ class StreamPart:
     cost_ms: float | None = None  # of the route, if the policy measures it
     handoff: HandoffWay | None = None  # of a pair
     stored: StoredPages | None = None  # of a handoff through the store, once prefill has ended
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownPages:
-    """The gateway's knowledge of the cached pages of one worker's process."""
-
-    num_pages: int = 0  # in the index, counted once in each tier
-    num_cut: int = 0  # left out since the pages were listed last
-    num_listings: Mapping[str, int] = field(default_factory=dict)  # by page_feed.Reason
+    num_failovers: int = 0  # times that the stream went on at other workers, because one had failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +65,22 @@ class Cancelled:
     )  # of the others: from the disconnect to the end at every worker
 
 
+@dataclass(slots=True, kw_only=True)
+class FailoverCounts:
+    """Counts of the streams whose worker failed. Mutable; owned by `Streams`."""
+
+    by_cause: Counter[str] = field(default_factory=Counter)  # failovers, by the code of the error before each
+    num_resumed: int = 0  # pauses after which a token arrived
+    num_failed: int = 0  # streams that ended because no worker went on with them
+    pause_s: Histogram = field(default_factory=Histogram)  # from the failure to the next token
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSnapshot:
     workers: tuple[WorkerSnapshot, ...]
     handoffs: Mapping[tuple[Way, WayCause], int] = field(default_factory=dict)  # number of requests
     cancelled: Cancelled = field(default_factory=Cancelled)
+    failovers: FailoverCounts = field(default_factory=FailoverCounts)
     num_routes: Mapping[Reason, int] = field(default_factory=dict)  # routes chosen so far, retries included
     num_index_entries: int = 0  # different pages that the index knows
     num_index_bytes: int = 0

@@ -19,6 +19,7 @@ from kvist.attention import attention_kind, build_attention
 from kvist.attention.backend import AttentionBackend, AttentionSizes, Captures
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ConfigError
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.kernels.shaping import TableSizes
 from kvist.kv.layout import PageLayout
 from kvist.memory.device_pool import DTYPES, DevicePool, PoolSize, RankPool, Room, available_host_bytes, plan_pool_size
@@ -57,6 +58,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     pool: PoolAddress | None  # the pool that all ranks share, on a CPU; None: each rank has its own
     rendezvous: str  # path of the file through which the ranks synchronise
     rank: int = 0
+    grammar_backend: str = "llguidance"
 
     @property
     def device(self) -> torch.device:
@@ -71,9 +73,12 @@ def build_runner(
     *,
     runtime_dir: Path | None = None,
     progress: LoadProgress | None = None,
+    grammars: GrammarCompiler | None = None,
+    grammar_backend: str = "llguidance",
 ) -> AnyRunner:
-    """Build the runner and start its followers. Raises `ConfigError` (or its subclass `ModelLoadError`) that names the
-    flag to change."""
+    """Build the runner and start its followers. `grammars` compiles the constraints of requests at rank 0; a follower
+    has its own compiler, with the backend `grammar_backend`. Raises `ConfigError` (or its subclass `ModelLoadError`)
+    that names the flag to change."""
     config = resolve_runner(options, limits, checkpoint, model_config)
     device = rank_device(config, 0)
     runtime_dir = user_runtime_dir(None if runtime_dir is None else str(runtime_dir))
@@ -88,6 +93,7 @@ def build_runner(
         num_pages=size.num_pages,
         pool=pool.address if config.tp > 1 and device.type == "cpu" else None,
         rendezvous=str(new_rendezvous_path(runtime_dir)),
+        grammar_backend=grammar_backend,
     )
     followers: FollowerProcesses | None = None
     rendezvous: Rendezvous | None = None
@@ -97,7 +103,9 @@ def build_runner(
             followers = FollowerProcesses(Path(spec.rendezvous))
             followers.start(specs)
             rendezvous = Rendezvous(spec.rendezvous, rank=0, size=config.tp, check=followers.check_alive)
-        runner = build_rank(checkpoint, model_config, spec, pool, rendezvous, progress, pool_reason=size.reason)
+        runner = build_rank(
+            checkpoint, model_config, spec, pool, rendezvous, progress, pool_reason=size.reason, grammars=grammars
+        )
     except BaseException as error:
         if followers is not None:
             followers.close(kill=True)
@@ -120,6 +128,7 @@ def build_rank(
     rendezvous: Rendezvous | None,
     progress: LoadProgress | None = None,
     pool_reason: str = "",
+    grammars: GrammarCompiler | None = None,
 ) -> AnyRunner:
     """Build the runner of one rank. With a `rendezvous` this is a collective: all ranks must call it."""
     config, device = spec.config, spec.device
@@ -143,7 +152,7 @@ def build_rank(
     if rendezvous is not None:
         rendezvous.put("pool", pool.address.location)
         rendezvous.barrier("loaded")
-    table = SlotTable(slot_table_sizes(model_config, config), device)
+    table = SlotTable(slot_table_sizes(model_config, config), device, grammars)
     if device.type != "cuda":
         return Runner(
             model=model,

@@ -13,7 +13,7 @@ All work is queued on one stream, so the pages of a step are written before thos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -53,14 +53,22 @@ class CudaBatch:
     tokens: Tensor  # int32, pinned
     logprobs: LogprobTensors | None
     scores: PromptScores | None
+    constraint_errors: Mapping[int, str]  # as in `SampledTokens`
     done: torch.cuda.Event
+    device: torch.device
 
     def is_done(self) -> bool:
         return bool(self.done.query())  # type: ignore[no-untyped-call]
 
+    def wait(self) -> None:
+        with torch.cuda.device(self.device):  # else a new thread would open a context on the first GPU
+            self.done.synchronize()  # without a timeout; engine/watchdog.py detects a stuck device
+
     def result(self) -> SampledTokens:
-        self.done.synchronize()  # without a timeout; engine/watchdog.py detects a stuck device
+        self.wait()
         sampled = sampled_tokens(self.tokens, self.logprobs)
+        if self.constraint_errors:
+            sampled = replace(sampled, constraint_errors=self.constraint_errors)
         return sampled if self.scores is None else replace(sampled, prompt_logprobs=self.scores.by_item())
 
 
@@ -120,7 +128,14 @@ class CudaRunner:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         self._previous = columns.persistent
-        return CudaBatch(tokens=tokens, logprobs=logprobs, scores=scores, done=done)
+        return CudaBatch(
+            tokens=tokens,
+            logprobs=logprobs,
+            scores=scores,
+            constraint_errors=self._table.matchers.errors([item.slot for item in batch.items if item.samples]),
+            done=done,
+            device=self.pool.tensor.device,
+        )
 
     def close(self) -> None:
         """Drop the graphs and the pool."""

@@ -23,6 +23,7 @@ from kvist.models import load_model_config
 from kvist.models.parallel import leave_tensor_parallel
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.build import RankSpec, build_rank, page_layout
+from kvist.runner.grammars import grammar_compiler
 from kvist.runner.runner import AnyRunner
 from kvist.runner.tp import Rendezvous, exit_with_rank_0, frames
 
@@ -58,7 +59,8 @@ def _build(spec: RankSpec) -> AnyRunner:
     else:
         pool = DevicePool.create(layout, spec.num_pages, device=spec.device, directory=Path(spec.rendezvous).parent)
     rendezvous = Rendezvous(spec.rendezvous, rank=spec.rank, size=spec.config.tp)
-    return build_rank(checkpoint, model_config, spec, pool, rendezvous)
+    grammars = grammar_compiler(spec.grammar_backend, checkpoint, model_config)
+    return build_rank(checkpoint, model_config, spec, pool, rendezvous, grammars=grammars)
 
 
 if __name__ == "__main__":

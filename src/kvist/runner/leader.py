@@ -4,9 +4,10 @@ Every rank has the same kind of runner and gets the same batches. All ranks samp
 same logits and the same rules, and each continues from its own tokens: a follower sends no answer and never waits for
 rank 0's host. `launch` sends the batch to the followers first, then launches it on rank 0.
 
-Collectives wait for every rank. Rank 0 therefore polls instead of blocking, and checks the followers meanwhile. If a
-rank has ended, or a step fails at rank 0 alone or exceeds the time limit, the ranks can never be in sync again: the
-error is an `EngineError`, and the engine must be restarted.
+Collectives wait for every rank. Rank 0 therefore polls instead of blocking, in the thread of engine/step_waiter.py, and
+checks the followers meanwhile. If a rank has ended, or a step fails at rank 0 alone or exceeds the time limit, the
+ranks can never be in sync again: the error is an `EngineError`, which every later call raises too, and the engine must
+be restarted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kvist.runner.batch_message import BatchEncoder
 from kvist.runner.runner import AnyRunner, LaunchedBatch
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
 
-_POLL_S = 20e-6  # the system sleeps for about 70 us; with steps planned ahead, this costs no time
+_POLL_S = 100e-6  # with steps planned ahead, this delays tokens and no step; each poll takes the lock of Python
 
 
 class Followers(Protocol):
@@ -49,7 +50,7 @@ class LeadingRunner:
         self._clock = clock or MonotonicClock()
         self._encoder = BatchEncoder()
         self._last: WatchedBatch | None = None  # the batch launched last
-        self._is_in_sync = True
+        self._failure: EngineError | None = None  # the first: the ranks are not in sync any more
 
     def launch(self, batch: Batch) -> LaunchedBatch:
         with self.keep_in_sync():
@@ -60,16 +61,24 @@ class LeadingRunner:
     @contextlib.contextmanager
     def keep_in_sync(self) -> Iterator[None]:
         """Guard a part of a step: after an exception inside, the ranks can never be in sync again."""
-        if not self._is_in_sync:
-            raise EngineError("the tensor-parallel ranks are not in sync any more. Restart the worker")
+        if self._failure is not None:
+            raise EngineError(self._failure.message) from self._failure
         try:
             yield
         except BaseException as error:
-            self._is_in_sync = False
+            failure = self._failure = self._failure or self._describe(error)
             if isinstance(error, EngineError) or not isinstance(error, Exception):
                 raise
-            self._followers.check_alive()  # raises with a more precise reason
-            raise EngineError(f"tensor-parallel rank 0 failed in a step: {error}. Restart the worker") from error
+            raise failure from error
+
+    def _describe(self, error: BaseException) -> EngineError:
+        if isinstance(error, EngineError):
+            return error
+        try:
+            self._followers.check_alive()
+        except EngineError as reason:  # more precise
+            return reason
+        return EngineError(f"tensor-parallel rank 0 failed in a step: {error}. Restart the worker")
 
     def is_done(self, launched: LaunchedBatch) -> bool:
         with self.keep_in_sync():
@@ -94,7 +103,7 @@ class LeadingRunner:
         if self._last is not None:
             with contextlib.suppress(EngineError):
                 self._last.wait()
-        if self._is_in_sync:
+        if self._failure is None:
             self._runner.close()
             self._followers.close()
         else:

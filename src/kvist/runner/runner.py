@@ -47,7 +47,11 @@ class LaunchedBatch(Protocol):
     """A batch that was launched."""
 
     def is_done(self) -> bool:
-        """Return whether `result` would return at once."""
+        """Return whether `result` would return at once. May raise the error that `result` raises."""
+
+    def wait(self) -> None:
+        """Wait until `is_done`. May be called by another thread, also while the batch is read. May raise the error that
+        `result` raises."""
 
     def result(self) -> SampledTokens:
         """Wait until the K/V of every token of the batch is in the pages, on all ranks, and return the sampled tokens.
@@ -74,6 +78,8 @@ class FinishedBatch:
 
     def is_done(self) -> bool:
         return True
+
+    def wait(self) -> None: ...
 
     def result(self) -> SampledTokens:
         return self.sampled
@@ -102,6 +108,7 @@ class Runner:
             return FinishedBatch(SampledTokens(token_ids=()))
         assert all(item.slot in self._table.open_slots for item in batch.items), "an item's slot is not open"
         with torch.inference_mode():
+            self._table.shaping.before_step(batch.items)
             inputs = build_inputs(batch.items, self._last_tokens, self._device)
             unfinished = begin(self.model, self._attention, inputs, self.between_layers)
             scored = ScoredRows.of(batch.items, self._table.scoring)
@@ -110,11 +117,13 @@ class Runner:
             if logits is None:
                 return FinishedBatch(SampledTokens(token_ids=(), prompt_logprobs=scores))
             slots = [item.slot for item in batch.items if item.samples]
-            self._table.shaping.before_step(batch.items)
             sampled = sample(logits, sampling_rows(batch.items, self._table), self._table.shaping.rows(slots))
         # 0 for a request that got no token: the request fails, and results computed from the 0 are dropped
         self._last_tokens[slots] = np.maximum(sampled.token_ids, 0)
-        return FinishedBatch(replace(sampled, prompt_logprobs=scores) if scores else sampled)
+        reasons = self._table.matchers.errors(slots) if sampled.invalid_rows else {}
+        if scores or reasons:
+            sampled = replace(sampled, prompt_logprobs=scores, constraint_errors=reasons)
+        return FinishedBatch(sampled)
 
     def close(self) -> None:
         """Drop the pool."""

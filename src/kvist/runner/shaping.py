@@ -2,7 +2,8 @@
 
     open:    bans, bias, penalties, bad words ──► the slot's rows of the tables; counts and recent tokens by replay of
              all tokens so far
-    step:    the bans that depend on the position (min_tokens), or on tokens that only the host knows (long bad words)
+    step:    the bans that depend on the position (min_tokens), or on tokens that only the host knows (long bad words,
+             constraints: matchers.py)
     chosen:  the device itself records the chosen tokens
 
 A request that starts again is replayed, so its tables are those of an uninterrupted request. On a GPU the writes are
@@ -30,6 +31,7 @@ from kvist.request import (
     SlotId,
     needs_known_token,
 )
+from kvist.runner.matchers import SlotMatchers
 
 Words = npt.NDArray[np.uint32]  # packed bits, one per token of the vocabulary
 
@@ -55,16 +57,19 @@ class _ChangingBans:
     suppress_until: int
     words: Sequence[tuple[int, ...]]  # bad words that do not fit into the tables
     history: list[int] | None  # all tokens so far; None: no ban depends on them
-    written: frozenset[int] = field(default_factory=frozenset)  # bans in the table beside `fixed`
+    has_constraint: bool
+    written: frozenset[int] = field(default_factory=frozenset)  # bans in the table beside `fixed`; not of a constraint
 
 
 class SlotShaping:
     """A `SlotState`: the tables, and the bans that may change. Mutable; owned by the slot table of one rank."""
 
-    def __init__(self, sizes: TableSizes, device: torch.device) -> None:
+    def __init__(self, sizes: TableSizes, device: torch.device, matchers: SlotMatchers | None = None) -> None:
+        """`matchers`: None if no request has a constraint."""
         self.tables = make_tables(sizes, device)
         self.flags = np.zeros(sizes.num_slots, dtype=np.int32)
         self._vocab_size = sizes.vocab_size
+        self._matchers = matchers or SlotMatchers(sizes.vocab_size, None)
         self._changing: dict[SlotId, _ChangingBans] = {}
 
     def open(self, start: StartRequest) -> None:
@@ -96,17 +101,26 @@ class SlotShaping:
         )
 
     def before_step(self, items: Iterable[BatchItem]) -> None:
-        """Write the bans of the tokens that the step samples, if they differ from those of the previous step."""
+        """Write the bans of the tokens that the step samples, if they differ from those of the previous step. Needs the
+        items of every step."""
         if not self._changing:
             return
+        changed: dict[SlotId, Words] = {}
         for item in items:
-            bans = self._changing.get(item.slot) if item.samples else None
+            bans = self._changing.get(item.slot)
             if bans is None:
                 continue
             if bans.history is not None:
                 assert item.token_ids, "the row of a request whose last token must be known has that token"
                 bans.history[item.start :] = item.token_ids
-            self._write_changing(item.slot, bans, item.end)
+            if bans.has_constraint:
+                self._matchers.advance(item)
+            if item.samples and (bits := self._bits_at(item, bans)) is not None:
+                changed[item.slot] = bits
+        if changed:
+            table = self.tables.banned
+            slots = _to_device(np.array(list(changed), dtype=np.int64), table.device)
+            table.index_copy_(0, slots, _to_device(np.stack(list(changed.values())).view(np.int32), table.device))
 
     def _open_bans(self, start: StartRequest) -> None:
         params = start.sampling
@@ -128,20 +142,32 @@ class SlotShaping:
                 suppress_until=start.suppress_until,
                 words=words,
                 history=list(start.token_ids) if on_tokens else None,
+                has_constraint=params.constraint is not None,
             )
 
-    def _write_changing(self, slot: SlotId, bans: _ChangingBans, position: int) -> None:
-        """Write the bans of the token at `position`."""
-        banned = set(bans.suppressed if position < bans.suppress_until else ())
+    def _bits_at(self, item: BatchItem, bans: _ChangingBans) -> Words | None:
+        """Return the bans of the token that the item samples; None if they are in the table already."""
+        suppressed = bans.suppressed if item.end < bans.suppress_until else ()
         history = bans.history or []
-        banned.update(word[-1] for word in bans.words if tuple(history[1 - len(word) :]) == word[:-1])
-        if banned != bans.written:
-            bits = bans.fixed.copy()
-            _ban(bits, banned)
-            _write(self.tables.banned[slot], bits.view(np.int32))
+        completing = {word[-1] for word in bans.words if tuple(history[1 - len(word) :]) == word[:-1]}
+        if not bans.has_constraint:
+            banned = completing.union(suppressed)
+            if item.end >= bans.suppress_until and bans.history is None:
+                del self._changing[item.slot]
+            if banned == bans.written:
+                return None
             bans.written = frozenset(banned)
-        if position >= bans.suppress_until and bans.history is None:
-            del self._changing[slot]
+            return _with_bans(bans.fixed, banned)
+        bits = _with_bans(bans.fixed | ~self._matchers.allowed(item.slot).view(np.uint32), completing)
+        without_end = _with_bans(bits, suppressed)
+        # A constraint that allows nothing but the end overrides `min_tokens`.
+        return bits if self._bans_all(without_end) else without_end
+
+    def _bans_all(self, bits: Words) -> bool:
+        whole, rest = divmod(self._vocab_size, 32)
+        if not bool((bits[:whole] == np.uint32(0xFFFFFFFF)).all()):
+            return False
+        return not rest or (int(bits[-1]) | (0xFFFFFFFF << rest)) & 0xFFFFFFFF == 0xFFFFFFFF
 
     def _write_bias(self, slot: SlotId, params: SamplingParams) -> None:
         ids = np.full(MAX_LOGIT_BIAS, -1, dtype=np.int32)
@@ -185,6 +211,12 @@ def _bans_except(allowed: Sequence[int], vocab_size: int) -> Words:
 def _ban(bits: Words, token_ids: Iterable[int]) -> None:
     ids = np.array(list(token_ids), dtype=np.int64)
     np.bitwise_or.at(bits, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+
+
+def _with_bans(bits: Words, token_ids: Iterable[int]) -> Words:
+    changed = bits.copy()
+    _ban(changed, token_ids)
+    return changed
 
 
 def _write(row: Tensor, values: npt.NDArray[np.generic]) -> None:

@@ -1,8 +1,8 @@
 """The requests that a rank knows between their start and their end, and the state that their next tokens depend on.
 
 Every rank keeps such a table: rank 0 and the followers, on CPUs and GPUs. All ranks get the same batches in the same
-order, so their tables are equal. Each concern (sampling, scored prompts, shaping) has a `SlotState`, indexed by slot;
-the state of a slot is undefined while the slot is closed.
+order, so their tables are equal. Each concern (sampling, scored prompts, constraints, shaping) has a `SlotState`,
+indexed by slot; the state of a slot is undefined while the slot is closed.
 
 The tokens that were sampled last are not here, but where the next step reads them (`Runner`, staging.py).
 """
@@ -14,10 +14,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.kernels.shaping import TableSizes
 from kvist.plan.batch import Batch, StartRequest
 from kvist.plan.slots import OpenSlots
 from kvist.request import SamplingParams, SlotId
+from kvist.runner.matchers import SlotMatchers
 from kvist.runner.prompt_scores import SlotScoring
 from kvist.runner.sampler import SamplingRow, hash_seeds, min_p_reach
 from kvist.runner.shaping import SlotShaping
@@ -66,12 +68,14 @@ class SlotSampling:
 class SlotTable:
     """Mutable; its one owner is the runner."""
 
-    def __init__(self, sizes: TableSizes, device: torch.device) -> None:
+    def __init__(self, sizes: TableSizes, device: torch.device, grammars: GrammarCompiler | None = None) -> None:
+        """`grammars` compiles the constraints of requests; None: constrained requests fail."""
         self.num_slots = sizes.num_slots
         self.sampling = SlotSampling(sizes.num_slots)
         self.scoring = SlotScoring()
-        self.shaping = SlotShaping(sizes, device)
-        self._states: tuple[SlotState, ...] = (self.sampling, self.scoring, self.shaping)
+        self.matchers = SlotMatchers(sizes.vocab_size, grammars)
+        self.shaping = SlotShaping(sizes, device, self.matchers)
+        self._states: tuple[SlotState, ...] = (self.sampling, self.scoring, self.matchers, self.shaping)
         self.open_slots = OpenSlots()
 
     def update(self, batch: Batch) -> None:

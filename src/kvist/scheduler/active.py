@@ -8,6 +8,7 @@
     WAITING ──► LOADING ──► RUNNING | GRANTED           its first pages are copied from the host tier
     WAITING ──► AWAITING_PAGES ──► WAITING              another request loads or computes its next pages
     FETCHING ──► WAITING                                before the queue: pages are fetched from the storage tier
+    COMPILING ──► FETCHING | WAITING                    before both: the constraint of the answer is compiled
 
 Every other state may change to ENDED. Each state has one container (states.py). This file makes no decisions.
 """
@@ -38,6 +39,7 @@ from kvist.wire import HandoffReport, PrefillPeer
 
 
 class RequestState(enum.Enum):
+    COMPILING = "compiling"  # without pages: waits for the grammar of its constraint; pages are fetched meanwhile
     FETCHING = "fetching"  # without pages: waits for pages from the store
     WAITING = "waiting"  # in the queue, without pages
     AWAITING_PAGES = "awaiting_pages"  # without pages: another request loads or computes its next pages
@@ -50,6 +52,7 @@ class RequestState(enum.Enum):
 
 
 TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    RequestState.COMPILING: frozenset({RequestState.FETCHING, RequestState.WAITING, RequestState.ENDED}),
     RequestState.FETCHING: frozenset({RequestState.WAITING, RequestState.ENDED}),
     RequestState.WAITING: frozenset(
         {
@@ -81,6 +84,7 @@ class ActiveRequest:
     mode: ClassVar[Mode] = Mode.FULL
 
     number: int  # in order of arrival: the request with the greatest number is the youngest
+    priority: int = 0  # a lower value is served first; 0 for all requests with the scheduling policy "fcfs"
     request: EngineRequest
     arrived_s: float
     eos_token_ids: InitVar[tuple[int, ...]]
@@ -104,6 +108,7 @@ class ActiveRequest:
     token_ids: list[int] = field(init=False)  # prompt and output tokens; without the first token of a PREFILL
     page_ids: Sequence[int] = field(init=False, default=())  # of the lease
     slot: SlotId = field(init=False)  # at the runner; unset in every state but RUNNING (slots.py)
+    urgency: tuple[int, int] = field(init=False)  # priority and number: lower is served first, and preempted last
     request_id: RequestId = field(init=False)
     caller: CallerPath = field(init=False)
     num_prompt: int = field(init=False)
@@ -117,6 +122,7 @@ class ActiveRequest:
 
     def __post_init__(self, eos_token_ids: tuple[int, ...]) -> None:
         request, sampling = self.request, self.request.sampling
+        self.urgency = self.priority, self.number
         self.request_id, self.sampling = request.request_id, sampling
         self.caller = caller_path(request.client)
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
@@ -203,8 +209,10 @@ class ActiveRequest:
         return self.sampling.max_tokens > 0
 
     def finish_reason(self, token_id: int, num_tokens: int) -> FinishReason | None:
-        """Return why `token_id`, as the last of `num_tokens` tokens, ends the answer; None if it does not."""
-        if token_id in self.stop_ids and self.emits_tokens and num_tokens > self.suppress_until:
+        """Return why `token_id`, as the last of `num_tokens` tokens, ends the answer; None if it does not. A constraint
+        that allows nothing but the end overrides `min_tokens`."""
+        may_end = num_tokens > self.suppress_until or self.sampling.constraint is not None
+        if token_id in self.stop_ids and self.emits_tokens and may_end:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_tokens >= self.max_len else None
 

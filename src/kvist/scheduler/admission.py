@@ -1,17 +1,20 @@
-"""Receives new requests: queues or refuses them, or lets them wait in FETCHING for pages from the store.
+"""Receives new requests: queues or refuses them, or lets them wait for a grammar (COMPILING), for pages (FETCHING).
 
 entry.py has the rules for refusing and displacing requests. batching.py and allocation.py take requests from the queue.
 """
 
 from __future__ import annotations
 
+from kvist.errors import InvalidConstraint
 from kvist.kv.cache import PageCache
+from kvist.plan.grammars import GrammarCompiled
 from kvist.request import Outcome, RequestId
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
 from kvist.scheduler.entry import Refusal, TokenRule, find_refusal, make_request, newest_waiting
 from kvist.scheduler.handoff.sides import Handoffs
+from kvist.scheduler.queue_wait import wait_before_s
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Abort, Submit
@@ -49,11 +52,18 @@ class Admission:
             self._cache,
             context_len=context.context_len,
             role=context.role,
+            modes=context.modes,
             eos_token_ids=context.config.eos_token_ids,
         )
         request = refusal or self._make_request(event)
         if not isinstance(request, ActiveRequest):
             self._refuse(event, *request)
+            return
+        wait_s, limit_s = wait_before_s(context, self._requests, request), self._max_wait_s
+        if wait_s is not None and wait_s > limit_s and not event.request.output_token_ids:  # a begun stream may wait
+            problem = f"requests that would take about {wait_s:.1f} s are queued before this one at this worker"
+            limit = f"the limit is {limit_s:g} s (--max-queue-wait-s)"
+            self._refuse(event, "overloaded", f"{problem}, and {limit}: retry later", wait_s=wait_s)
             return
         no_room = self._make_queue_room(request)
         if no_room is not None:
@@ -61,19 +71,38 @@ class Admission:
             return
         self._num_arrived += 1
         context.timers.set(TimerKind.QUEUE, request.request_id, context.now_s + context.config.queue_timeout_s)
-        waits = self._requests.fetching.open(request)
-        self._requests.arrive(request, RequestState.FETCHING if waits else RequestState.WAITING)
+        self._requests.fetching.open(request)
+        has_constraint = request.sampling.constraint is not None
+        self._requests.arrive(request, RequestState.COMPILING if has_constraint else self._state_for_pages(request))
         self._handoffs.on_arrived(request)
 
     def _make_request(self, event: Submit) -> ActiveRequest | Refusal:
         rule, context = self._needs_known_token, self._context
         return make_request(
             event,
+            context.config,
             number=self._num_arrived + 1,
             now_s=context.now_s,
-            eos_token_ids=context.config.eos_token_ids,
             needs_known_token=rule is not None and rule(event.request.sampling),
         )
+
+    def _state_for_pages(self, request: ActiveRequest) -> RequestState:
+        return RequestState.FETCHING if self._requests.fetching.is_awaited(request) else RequestState.WAITING
+
+    def on_grammar_compiled(self, event: GrammarCompiled) -> None:
+        """Queue the request, or fail it. A report is ignored if the request has ended, or has waited long enough."""
+        request = self._requests.compiling.get(event.request_id)
+        if request is None:
+            return
+        if event.error_code is not None:
+            self._handoffs.end(request, Outcome.FAILED, event.error_code, event.message)
+        else:
+            self._requests.move(request, self._state_for_pages(request))
+
+    def on_grammar_timeout(self, request_id: str) -> None:
+        request = self._requests.live[RequestId(request_id)]
+        error = InvalidConstraint.too_slow(self._context.config.grammar_compile_timeout_s)
+        self._handoffs.end(request, Outcome.FAILED, error.code, error.message)
 
     def on_abort(self, event: Abort) -> None:
         request = self._requests.live.get(event.request_id)
@@ -95,8 +124,13 @@ class Admission:
         self._requests.fetching.give_up(request)
         self._requests.move(request, RequestState.WAITING)
 
-    def _refuse(self, event: Submit, code: str, message: str) -> None:
-        self._endings.refuse(event.request.request_id, code, message)
+    @property
+    def _max_wait_s(self) -> float:
+        config = self._context.config
+        return config.queue_timeout_s if config.max_queue_wait_s is None else config.max_queue_wait_s
+
+    def _refuse(self, event: Submit, code: str, message: str, *, wait_s: float | None = None) -> None:
+        self._endings.refuse(event.request.request_id, code, message, wait_s=wait_s)
         self._handoffs.on_refused(event, code, message)
 
     def _make_queue_room(self, request: ActiveRequest) -> str | None:
@@ -107,12 +141,16 @@ class Admission:
         num_admitted_next = config.max_running_requests - requests.num_counted_as_running
         if requests.num_waiting < config.max_queued_requests + num_admitted_next:
             return None
-        caller = requests.unadmitted.displaced_by(request.caller)
-        other = None if caller is None else newest_waiting(caller, reversed(requests.live.values()))
+        loser = requests.unadmitted.displaced_by(request)
+        other = None if loser is None else newest_waiting(*loser, reversed(requests.live.values()))
         if other is None:
             most = config.max_queued_requests
             return f"the queue of this worker is full: {requests.num_waiting} requests wait, and the limit is {most}"
-        message = "removed from the full queue for a caller with fewer requests: retry later, or send fewer at once"
+        message = (
+            "removed from the full queue for a request of a lower `priority`: retry later"
+            if other.priority > request.priority
+            else "removed from the full queue for a caller with fewer requests: retry later, or send fewer at once"
+        )
         self._context.count("requests_displaced")
         self._handoffs.end(other, Outcome.FAILED, "overloaded", message)
         return None

@@ -1,10 +1,10 @@
 """Allocates pages to requests, and preempts requests when no page is left.
 
 A request gets the pages of all its known tokens when it leaves the queue, then a further page whenever its last page is
-full. When no page is left, the youngest request is preempted: first ungranted PREFILLs, then running requests, which
-are computed again later. A PREFILL with a Grant and a DECODE before its Done are never preempted: they hold a bounded
-number of pages for a bounded time, and a peer may access those pages. The oldest running request is never preempted, so
-at least one request always runs to its end.
+full. When no page is left, the least urgent request is preempted: the youngest of the highest `priority` value.
+Ungranted PREFILLs come first, then running requests, which are computed again later. A PREFILL with a Grant and a
+DECODE before its Done are never preempted: they hold a bounded number of pages for a bounded time, and a peer may
+access those pages. The most urgent running request is never preempted, so at least one request always runs to its end.
 
 Host tier: a request that leaves the queue with a part of its K/V in the host tier is LOADING, and in no batch, until
 the copy has ended. If the copy fails, those tokens are computed. Other requests do not wait for a LOADING request,
@@ -30,6 +30,7 @@ from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.pending import PendingSteps
 from kvist.scheduler.shared_prefix import SharedPrefixes
 from kvist.scheduler.states import Requests
+from kvist.scheduler.waiting import num_to_compute
 
 
 class Allocation(enum.Enum):
@@ -76,12 +77,14 @@ class Allocator:
         now."""
         lease = request.lease
         while not self._cache.grow(lease, num_tokens):
+            if self._requests.fetching.give_up_early_loads():
+                continue
             self.out_of_pages = True
             if self._cache.waits_for_copies(lease, num_tokens):
                 return False
-            victim = self._youngest_ungranted() or self._youngest_running()
+            victim = self._last_ungranted() or self._last_running()
             if victim is None:
-                return False  # the oldest request waits for the pages of handoffs, which end in a bounded time
+                return False  # the most urgent request waits for the pages of handoffs, which end in a bounded time
             if not self._preempt(victim) or victim is request:
                 return False
         return True
@@ -102,9 +105,9 @@ class Allocator:
         """Give the request a lease over all its tokens. One page is kept in reserve for each growing request, so that
         few requests are preempted."""
         cache, requests = self._cache, self._requests
-        reserve = len(requests.granted) + len(requests.loading) + requests.running.num_growing
+        reserve = self._num_reserved
         unchanged = self._last_failed_allocation == (request.ticket, cache.num_reclaimable - reserve)
-        if unchanged and (request.ungranted or self._youngest_ungranted() is None):
+        if unchanged and (request.ungranted or self._last_ungranted() is None):
             return Allocation.NO_PAGES  # matching a long prompt again in each step would cost more than it gains
         token_ids, max_cached = request.token_ids, request.max_cached_tokens
         lease = cache.open(token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
@@ -121,14 +124,17 @@ class Allocator:
             return Allocation.AWAITS_PAGES
         num_needed = -(-len(token_ids) // cache.page_size) - len(lease.page_ids)
         while (too_few := cache.num_reclaimable - num_needed < reserve) or not cache.grow(lease, len(token_ids)):
+            if requests.fetching.give_up_early_loads():
+                continue
             # with enough reclaimable pages, pending copies free them: no victim is needed
-            victim = self._youngest_ungranted() if too_few and not request.ungranted else None
+            victim = self._last_ungranted() if too_few and not request.ungranted else None
             if victim is None or not self._preempt(victim):
                 cache.close(lease)
                 self._last_failed_allocation = (request.ticket, cache.num_reclaimable - reserve) if too_few else None
                 return Allocation.NO_PAGES
         request.set_lease(lease)
         request.num_computed = request.num_planned = lease.num_cached_tokens
+        requests.fetching.hand_over(request, lease)
         load = cache.start_load(lease, token_ids, max_tokens=max_cached)
         requests.fetching.close(request)
         if load is None:
@@ -138,12 +144,36 @@ class Allocator:
         requests.move(request, RequestState.LOADING)
         return Allocation.LOADING
 
-    def finish_load(self, event: PagesLoaded) -> ActiveRequest:
-        """End a load; return its request, which may have ended meanwhile. If the copy failed, the tokens of its pages
-        are computed."""
-        request = self._loads.pop(event.job_id)
-        request.loading = False
-        request.num_computed = request.num_planned = self._cache.loaded(event, request.token_ids)
+    @property
+    def _num_reserved(self) -> int:
+        """The number of pages kept in reserve: one for each growing request."""
+        requests = self._requests
+        return len(requests.granted) + len(requests.loading) + requests.running.num_growing
+
+    def load_early(self) -> None:
+        """Load pages of requests that wait for the store, or have waited for it and are not admitted yet, without
+        taking the pages or places of other requests."""
+        requests = self._requests
+        num_places = self._context.config.max_running_requests - requests.num_counted_as_running
+        if not requests.fetching.may_load_early(has_place=num_places > 0):
+            return
+        queued = requests.fetching.queued()
+        num_others = len(requests.waiting) - len(queued)
+        num_tokens = requests.waiting.num_tokens - sum(num_to_compute(request) for request in queued)
+        requests.fetching.load_early(
+            num_reserved=self._num_reserved + num_tokens // self._cache.page_size + num_others,
+            max_requests=num_places - num_others,
+        )
+
+    def finish_load(self, event: PagesLoaded) -> ActiveRequest | None:
+        """End a load; return its request, which may have ended meanwhile; None for an early load. If the copy failed,
+        the tokens of its pages are computed."""
+        request = self._loads.pop(event.job_id, None)
+        if request is None:
+            self._requests.fetching.loaded_early(event)
+        else:
+            request.loading = False
+            request.num_computed = request.num_planned = self._cache.loaded(event, request.token_ids)
         for follower in self._followers.pop(event.job_id, ()):
             if follower.state is RequestState.AWAITING_PAGES:
                 self._requests.move(follower, RequestState.WAITING)
@@ -165,17 +195,17 @@ class Allocator:
         self._queue_released()  # nothing may run after this step, and then no step would release its followers
         return True
 
-    def _youngest_ungranted(self) -> ActiveRequest | None:
+    def _last_ungranted(self) -> ActiveRequest | None:
         running, computed = self._requests.running, self._requests.awaiting_transfer
         if not running.num_prefills and not len(computed):
             return None  # most engines run hundreds of requests and no PREFILL
         ungranted = [each for each in (*running, *computed) if each.ungranted]
-        return max(ungranted, key=lambda request: request.number, default=None)
+        return max(ungranted, key=lambda request: request.urgency, default=None)
 
-    def _youngest_running(self) -> ActiveRequest | None:
-        """Return the youngest running request that may be preempted; None if only one request grows. The request that
-        needs the page is not in the batch yet, and requests are added oldest first, so a younger one is not in it
-        either."""
+    def _last_running(self) -> ActiveRequest | None:
+        """Return the least urgent running request that may be preempted; None if only one request grows. The request
+        that needs the page is not in the batch yet, and requests are added most urgent first, so a less urgent one is
+        not in it either."""
         running = self._requests.running
         if running.num_growing <= 1:
             return None

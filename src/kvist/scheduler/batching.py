@@ -3,6 +3,9 @@
     running decodes (one token each) ──► running prompt chunks, oldest first ──► the head of the queue, and the next, …
                                      ──► the same for ungranted PREFILLs (whose Grant has not arrived)
 
+With the scheduling policy "priority", chunks and queue are merged: a request that waits goes before running prompts of
+a higher `priority` value.
+
 allocation.py decides which requests get pages, and which are preempted.
 
 Overlap: the next step is planned while a step is pending, as if the pending step were finished. A request that gets a
@@ -52,10 +55,15 @@ class Batcher:
 
     def on_pages_loaded(self, event: PagesLoaded) -> None:
         request = self._allocator.finish_load(event)
+        if request is None:
+            return
         if request.state is RequestState.ENDED:
             self._endings.release(request)
         else:
             self._start(request)
+
+    def load_early(self) -> None:
+        self._allocator.load_early()
 
     def plan(self) -> Batch | None:
         if self._pending.is_full:
@@ -71,7 +79,10 @@ class Batcher:
         for ungranted in (False, True):
             for request in prompts:
                 # the request may have been preempted in this loop
-                if request.ungranted is ungranted and self._allocator.may_run(request):
+                if request.ungranted is not ungranted:
+                    continue
+                budget = self._admit(ungranted, budget, items, step, before=request.priority)
+                if self._allocator.may_run(request):
                     budget -= self._add_chunk(request, budget, items, step)
             budget = self._admit(ungranted, budget, items, step)
         if not items:
@@ -82,14 +93,14 @@ class Batcher:
         return batch
 
     def _add_decodes(self, items: list[BatchItem], decodes: list[ActiveRequest]) -> list[ActiveRequest]:
-        """Add one token of each request that has exactly one token left to compute; return the other requests, oldest
-        first. A hot loop: it runs for every stream in every step."""
+        """Add one token of each request that has exactly one token left to compute; return the other requests, most
+        urgent first. A hot loop: it runs for every stream in every step."""
         page_size, step_id, deferred = self._page_size, self._pending.next_id, self._allocator.deferred_victims
         running, prefill = RequestState.RUNNING, Mode.PREFILL
         prompts: list[ActiveRequest] = []
         for request in list(self._requests.running):
             if request.state is not running or (deferred and request in deferred):
-                continue  # preempted by an older request
+                continue  # preempted by a more urgent request
             token_ids, start = request.token_ids, request.num_planned
             num_known = len(token_ids) - start  # 0: the pending step samples the token
             if num_known > 1 or request.mode is prefill:
@@ -160,13 +171,18 @@ class Batcher:
         self._num_logprobs_left -= max(0, num_scored) * per_token
         return end
 
-    def _admit(self, ungranted: bool, budget: int, items: list[BatchItem], step: PendingStep) -> int:
-        """Admit requests from the head of the queue while pages and budget are left; return the budget left."""
+    def _admit(
+        self, ungranted: bool, budget: int, items: list[BatchItem], step: PendingStep, *, before: int | None = None
+    ) -> int:
+        """Admit requests from the head of the queue while pages and budget are left; return the budget left. With
+        `before`, admit only requests of a lower priority value."""
         requests, allocator = self._requests, self._allocator
         most = self._context.config.max_running_requests
         while not allocator.out_of_pages and requests.num_counted_as_running < most:
             request = requests.waiting.head()
             if request is None or request.ungranted is not ungranted:
+                break
+            if before is not None and request.priority >= before:
                 break
             if budget <= 0 and not request.awaits_handoff:
                 break
@@ -194,7 +210,7 @@ class Batcher:
         context, lease = self._context, request.lease
         context.timers.cancel(TimerKind.QUEUE, request.request_id)
         request.num_cached_tokens = num_left = min(request.num_computed, request.num_prompt)
-        num_left = max(0, num_left - lease.num_cached_tokens)  # cached tokens beyond those found in the device pool
+        num_left = max(0, num_left - lease.num_device_tokens)  # cached tokens beyond those found in the device pool
         request.num_cached_host_tokens = min(lease.num_loaded_tokens, num_left)
         request.num_cached_storage_tokens = num_left - request.num_cached_host_tokens
         if not request.awaits_handoff:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvist.config import option
 from kvist.errors import ConfigError
+from kvist.request import FCFS, PRIORITY
 
 AUTO = "auto"
 
@@ -41,6 +42,20 @@ class SchedulerOptions:
         "overloaded",
         unit="requests",
         minimum=1,
+    )
+    max_queue_wait_s: float | None = option(
+        None,
+        "a request whose turn would come later than this is refused as overloaded at once. The wait is estimated from "
+        "the queued tokens ahead of the request and the measured rate. By default the limit is --queue-timeout-s",
+        unit="s",
+        minimum=0.001,
+    )
+    scheduling_policy: str = option(
+        FCFS,
+        "fcfs: callers are served in turn, and the requests of one caller in order of arrival; `priority` of a request "
+        "has no effect. priority: requests with a lower `priority` (default 0) are served first, and preempted last; "
+        "callers take turns among requests of equal priority",
+        choices=(FCFS, PRIORITY),
     )
     chunked_prefill_size: int | None = option(
         None,
@@ -109,6 +124,8 @@ class SchedulerConfig:
 
     max_running_requests: int
     max_queued_requests: int = _DEFAULTS.max_queued_requests
+    max_queue_wait_s: float | None = _DEFAULTS.max_queue_wait_s
+    scheduling_policy: str = _DEFAULTS.scheduling_policy
     chunked_prefill_size: int
     max_prefill_tokens: int
     overlap: bool = False
@@ -118,6 +135,7 @@ class SchedulerConfig:
     ack_timeout_s: float = _DEFAULTS.ack_timeout_s
     store_handoff_timeout_s: float = _DEFAULTS.store_handoff_timeout_s
     max_remembered_handoffs: int = _DEFAULTS.max_remembered_handoffs
+    grammar_compile_timeout_s: float = 10.0
     max_model_len: int = 4096  # prompt and answer together
     eos_token_ids: tuple[int, ...] = ()  # tokens that end an answer
 

@@ -42,6 +42,11 @@ SCHEDULER_COUNTERS = CounterGroup(
         ),
         Counter(name="generation_tokens", unit="tokens", text="output tokens produced"),
         Counter(name="preemptions", unit="requests", text="running requests preempted because no free page was left"),
+        Counter(
+            name="grammar_wait_seconds",
+            unit="seconds",
+            text="total time for which requests have waited for the grammar of their constraint",
+        ),
         Counter(name="requests_finished", unit="requests", text="requests that ended with all their tokens"),
         Counter(name="requests_failed", unit="requests", text="requests that ended with an error"),
         Counter(name="requests_aborted", unit="requests", text="requests aborted by their gateway"),

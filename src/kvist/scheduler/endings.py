@@ -12,9 +12,10 @@ from kvist.request import Outcome, RequestId
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.pending import PendingSteps
+from kvist.scheduler.queue_wait import queue_wait_s
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
-from kvist.service_time import retry_after_s
+from kvist.service_time import bounded_retry_after_s
 from kvist.wire import Ended, StoredPages
 
 _COUNTERS = {
@@ -53,10 +54,10 @@ class Endings:
         self._send(request.request_id, outcome, code, message, stored)
         self.release(request)
 
-    def refuse(self, request_id: RequestId, code: str, message: str) -> None:
-        """End a request that was never queued."""
+    def refuse(self, request_id: RequestId, code: str, message: str, *, wait_s: float | None = None) -> None:
+        """End a request that was never queued. `wait_s` is its wait in the queue, if that is why it is refused."""
         self._context.count("requests_refused")
-        self._send(request_id, Outcome.FAILED, code, message)
+        self._send(request_id, Outcome.FAILED, code, message, wait_s=wait_s)
 
     def release(self, request: ActiveRequest) -> None:
         """Release the pages of an ended request, unless a step, a load or a handoff still uses them."""
@@ -73,21 +74,20 @@ class Endings:
         code: str | None,
         message: str,
         stored: StoredPages | None = None,
+        wait_s: float | None = None,
     ) -> None:
         context, requests = self._context, self._requests
         context.count(_COUNTERS[outcome])
-        wait_s = None
+        retry_after_s = None
         if code == "overloaded":
-            num_waiting = requests.num_waiting
-            num_served = len(requests.live) - num_waiting
-            wait_s = retry_after_s(context.service_time.mean_s, num_ahead=num_waiting, num_served=num_served)
+            retry_after_s = bounded_retry_after_s(queue_wait_s(context, requests) if wait_s is None else wait_s)
         context.out.ended.append(
             Ended(
                 request_id=request_id,
                 outcome=outcome,
                 error_code=code,
                 message=message,
-                retry_after_s=wait_s,
+                retry_after_s=retry_after_s,
                 stored=stored,
             )
         )

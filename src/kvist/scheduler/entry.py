@@ -1,35 +1,44 @@
 """The rules for new requests: which requests are refused at once, and which request is displaced from a full queue.
 
-A full queue drops the newest waiting request of the caller with the most requests there, in favour of a caller with at
-least two fewer (fairness.py). A request that was ever admitted is not displaced: its client may have received a token.
+If a request in a full queue has a higher `priority` value than the new one, it is dropped. Otherwise the newest waiting
+request of the caller with the most requests there is dropped, in favour of a caller with at least two fewer
+(unadmitted.py). A request that was ever admitted is not displaced: its client may have received a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TypedDict
 
+from kvist.errors import Unavailable
 from kvist.fairness import CallerPath
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.cache import PageCache
-from kvist.request import EngineRequest, Mode, Role, SamplingParams
+from kvist.request import PRIORITY, EngineRequest, Mode, Role, SamplingParams
 from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest, RequestState, StoringRequest
+from kvist.scheduler.config import SchedulerConfig
 from kvist.wire import Submit
 
 Refusal = tuple[str, str]  # error code, message
 TokenRule = Callable[[SamplingParams], bool]  # whether all tokens must be known before the next one is planned
 
-_WITHOUT_PAGES = (RequestState.WAITING, RequestState.FETCHING, RequestState.AWAITING_PAGES)
+_WITHOUT_PAGES = (
+    RequestState.COMPILING,
+    RequestState.WAITING,
+    RequestState.FETCHING,
+    RequestState.AWAITING_PAGES,
+)
 
 _WRONG_MODE = {
     Role.UNIFIED: "does not take over pages. Send decode requests to a decode worker",
-    Role.PREFILL: "computes prompts and short answers. Send longer requests to the router",
+    Role.PREFILL: "does not take over pages. Send decode requests to a decode worker",
     Role.DECODE: "computes no prompts for other workers. Send the request to the router",
 }
 
 
 class _CommonFields(TypedDict):
     number: int
+    priority: int
     request: EngineRequest
     arrived_s: float
     eos_token_ids: tuple[int, ...]
@@ -37,12 +46,18 @@ class _CommonFields(TypedDict):
 
 
 def find_refusal(
-    event: Submit, cache: PageCache, *, context_len: int, role: Role, eos_token_ids: Sequence[int]
+    event: Submit,
+    cache: PageCache,
+    *,
+    context_len: int,
+    role: Role,
+    modes: Container[Mode],
+    eos_token_ids: Sequence[int],
 ) -> Refusal | None:
     """Return why the request can never run here; None if it can. `context_len`: the most tokens of one request."""
     request = event.request
-    if not role.admits(event.mode, max_tokens=request.sampling.max_tokens):
-        return "invalid_request", f"this worker has the role {role}: it {_WRONG_MODE[role]}"
+    if event.mode not in modes:  # retryable: the gateway may not know yet that the role was switched
+        return Unavailable.code, f"this worker has the role {role}: it {_WRONG_MODE[role]}"
     if not request.prompt_token_ids:
         return "invalid_request", "the prompt is empty"
     if request.output_token_ids and len(request.output_token_ids) >= request.sampling.max_tokens:
@@ -67,14 +82,15 @@ def _allows_no_token(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> 
 
 
 def make_request(
-    event: Submit, *, number: int, now_s: float, eos_token_ids: tuple[int, ...], needs_known_token: bool
+    event: Submit, config: SchedulerConfig, *, number: int, now_s: float, needs_known_token: bool
 ) -> ActiveRequest | Refusal:
     """Return the request, in the class of its mode, or the refusal of a message that lacks a field of that mode."""
     common = _CommonFields(
         number=number,
+        priority=event.request.priority if config.scheduling_policy == PRIORITY else 0,
         request=event.request,
         arrived_s=now_s,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=config.eos_token_ids,
         needs_known_token=needs_known_token,
     )
     if event.mode is Mode.FULL:
@@ -92,9 +108,16 @@ def make_request(
     return DecodeRequest(**common, handoff_id=event.handoff_id, prefill=event.prefill)
 
 
-def newest_waiting(caller: CallerPath, newest_first: Iterable[ActiveRequest]) -> ActiveRequest | None:
-    """Return the caller's newest request that was never admitted and holds no page."""
+def newest_waiting(priority: int, caller: CallerPath, newest_first: Iterable[ActiveRequest]) -> ActiveRequest | None:
+    """Return the caller's newest request of this priority that was never admitted and holds no page."""
     return next(
-        (r for r in newest_first if r.caller == caller and r.state in _WITHOUT_PAGES and not r.was_admitted),
+        (
+            request
+            for request in newest_first
+            if request.caller == caller
+            and request.priority == priority
+            and request.state in _WITHOUT_PAGES
+            and not request.was_admitted
+        ),
         None,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kvist.plan.batch import Batch
-from kvist.plan.plan import ChangedPages, Flush, Plan
+from kvist.plan.grammars import CompileGrammar
+from kvist.plan.plan import ChangedPages, Flush, Plan, SeenInStore
 from kvist.plan.tiers import TierJob
 from kvist.plan.transfers import StopWrites, ToSource, ToTarget, VerifyPages, WritePages
 from kvist.request import EpochId
@@ -23,6 +24,7 @@ class Outbox:
         self.flushes: list[Flush] = []
         self.messages: list[ToSource | ToTarget] = []
         self.transfers: list[WritePages | VerifyPages | StopWrites] = []
+        self.grammar_jobs: list[CompileGrammar] = []
 
     def to_source(self, endpoint: str, message: TargetToSource, *, repeated: bool = False) -> None:
         self.messages.append(ToSource(endpoint=endpoint, message=message, repeated=repeated))
@@ -37,6 +39,7 @@ class Outbox:
         tier_jobs: list[TierJob],
         watched_epochs: frozenset[EpochId],
         changed_pages: tuple[ChangedPages, ...],
+        seen_in_store: SeenInStore | None,
         wake_at_s: float | None,
     ) -> Plan:
         plan = Plan(
@@ -46,8 +49,10 @@ class Outbox:
             messages=tuple(self.messages),
             transfers=tuple(self.transfers),
             tier_jobs=tuple(tier_jobs),
+            grammar_jobs=tuple(self.grammar_jobs),
             watched_epochs=watched_epochs,
             changed_pages=changed_pages,
+            seen_in_store=seen_in_store,
             batch=batch,
             wake_at_s=wake_at_s,
         )

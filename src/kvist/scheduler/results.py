@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvist.errors import EngineError
+from kvist import errors
 from kvist.kv.cache import PageCache
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
 from kvist.request import Outcome, SampledToken
@@ -22,8 +22,8 @@ from kvist.wire import TokenChunk
 
 _INVALID_LOGITS = (
     "no token can be chosen: the model's output for this request is not a number (NaN or infinity), or its "
-    "`allowed_token_ids`, `bad_words` and `min_tokens` leave no token. If requests without these fields fail in the "
-    "same way, the weights or the device are damaged: check the model's files"
+    "`allowed_token_ids`, `bad_words`, `min_tokens` and constraint leave no token. If requests without these fields "
+    "fail in the same way, the weights or the device are damaged: check the model's files"
 )
 
 
@@ -71,7 +71,7 @@ class Results:
             if request.state is RequestState.ENDED:
                 self._endings.release(request)
             else:
-                self._handoffs.end(request, Outcome.FAILED, "engine_error", event.message)
+                self._handoffs.end(request, Outcome.FAILED, errors.StepFailed.code, event.message)
 
     def _apply(self, step: PendingStep, sampled: SampledTokens) -> None:
         """Apply a finished step: its K/V is in the pages."""
@@ -79,7 +79,7 @@ class Results:
         chunks = self._context.out.chunks
         num_chunks_before, num_tokenless_before = len(chunks), self._context.out.num_tokenless_chunks
         if sampled.invalid_rows:
-            self._fail_invalid_rows(step, sampled.invalid_rows)
+            self._fail_invalid_rows(step, sampled)
         assert sampled.num_rows == len(step.decodes) + sum(samples for *_, samples in step.chunks)
         computed, rows = step.chunks, sampled.rows(len(step.decodes))
         if sampled.num_tokens is None:
@@ -103,13 +103,16 @@ class Results:
         )
         self._context.count("generation_tokens", num_sent)
 
-    def _fail_invalid_rows(self, step: PendingStep, rows: frozenset[int]) -> None:
+    def _fail_invalid_rows(self, step: PendingStep, sampled: SampledTokens) -> None:
         """Fail the requests of these rows; the other rows of the step are valid. Pages that the step wrote for the
         failed requests are not inserted into the tree."""
         sampled_requests = [*step.decodes, *(request for request, _, samples in step.chunks if samples)]
-        for row in sorted(rows):
+        for row in sorted(sampled.invalid_rows):
             if sampled_requests[row].state is not RequestState.ENDED:
-                self._handoffs.end(sampled_requests[row], Outcome.FAILED, EngineError.code, _INVALID_LOGITS)
+                code, message = errors.EngineError.code, _INVALID_LOGITS
+                if (reason := sampled.constraint_errors.get(row)) is not None:
+                    code, message = errors.InvalidConstraint.code, reason
+                self._handoffs.end(sampled_requests[row], Outcome.FAILED, code, message)
 
     def _apply_decodes(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
         """Apply rows of one token. A hot loop: it runs for every stream in every step. `_append` handles rare cases."""

@@ -10,11 +10,11 @@ from kvist.request import Mode
 from kvist.scheduler.active import ActiveRequest
 from kvist.scheduler.slots import RequestSlots
 
-_number = attrgetter("number")
+_urgency = attrgetter("urgency")
 
 
 class Running:
-    """The requests in state RUNNING, oldest first. Mutable; its one owner is `Requests`."""
+    """The requests in state RUNNING, by priority, then oldest first. Mutable; its one owner is `Requests`."""
 
     def __init__(self, slots: RequestSlots) -> None:
         self._slots = slots
@@ -49,6 +49,6 @@ class Running:
 
     def _place(self, request: ActiveRequest) -> int:
         requests = self._requests
-        if not requests or requests[-1].number < request.number:
+        if not requests or requests[-1].urgency < request.urgency:
             return len(requests)
-        return bisect_left(requests, request.number, key=_number)
+        return bisect_left(requests, request.urgency, key=_urgency)

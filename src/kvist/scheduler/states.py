@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from kvist.fairness import CallerCounts
 from kvist.kv.cache import PageCache
 from kvist.request import RequestId
 from kvist.scheduler.active import TRANSITIONS, ActiveRequest, RequestState
+from kvist.scheduler.compiling import Compiling
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.fetching import Fetching
 from kvist.scheduler.running import Running
 from kvist.scheduler.slots import RequestSlots
+from kvist.scheduler.unadmitted import Unadmitted
 from kvist.scheduler.waiting import WaitingQueue
 
 _STARTED = (RequestState.RUNNING, RequestState.GRANTED)
@@ -63,7 +64,8 @@ class Requests:
     def __init__(self, context: SchedulerContext, cache: PageCache) -> None:
         self._context = context
         self.live: dict[RequestId, ActiveRequest] = {}  # all requests that have not ended, oldest first
-        self.unadmitted = CallerCounts()  # live requests that were never admitted, by caller
+        self.unadmitted = Unadmitted()  # live requests that were never admitted
+        self.compiling = Compiling(context)
         self.fetching = Fetching(context, cache)
         self.waiting = WaitingQueue()
         self.awaiting_pages = InOrder()
@@ -75,6 +77,7 @@ class Requests:
         self.awaiting_transfer = InOrder()
         self.ended = InOrder()  # with pages that a step, a load or a peer still uses
         self.by_state: Mapping[RequestState, Container] = {
+            RequestState.COMPILING: self.compiling,
             RequestState.FETCHING: self.fetching,
             RequestState.WAITING: self.waiting,
             RequestState.AWAITING_PAGES: self.awaiting_pages,
@@ -89,7 +92,8 @@ class Requests:
     @property
     def num_waiting(self) -> int:
         """The number of live requests without pages."""
-        return len(self.waiting) + len(self.fetching) + len(self.awaiting_pages) + len(self.suspended)
+        before = len(self.compiling) + len(self.fetching)
+        return before + len(self.waiting) + len(self.awaiting_pages) + len(self.suspended)
 
     @property
     def num_counted_as_running(self) -> int:
@@ -99,9 +103,9 @@ class Requests:
 
     def arrive(self, request: ActiveRequest, state: RequestState) -> None:
         """Put a new request into its first container."""
-        assert state in (RequestState.WAITING, RequestState.FETCHING)
+        assert state in (RequestState.WAITING, RequestState.FETCHING, RequestState.COMPILING)
         self.live[request.request_id] = request
-        self.unadmitted.add(request.caller)
+        self.unadmitted.add(request)
         request.state = state
         self.by_state[state].enter(request)
 
@@ -116,8 +120,9 @@ class Requests:
         if not request.was_admitted:
             if to in _STARTED:
                 request.admitted_s = self._context.now_s
+                self._context.drain_rate.left(request.num_tokens_on_arrival)
             if to in _STARTED or to is RequestState.ENDED:
-                self.unadmitted.remove(request.caller)
+                self.unadmitted.remove(request)
         self.by_state[to].enter(request)
 
     def forget(self, request: ActiveRequest) -> None:

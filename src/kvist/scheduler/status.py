@@ -16,4 +16,5 @@ class SchedulerStatus:
     pages: PageCounts
     totals: Mapping[str, float]  # SCHEDULER_COUNTERS, and the cache's CACHE_COUNTERS
     service_s: float | None = None  # recent mean time from admission to end; None: no request has ended yet
+    queue_wait_s: float | None = None  # how long the queue lasts at the measured rate; None: not measured yet
     host_pages: HostCounts | None = None  # None: there is no host tier

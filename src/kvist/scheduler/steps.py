@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvist.kv.cache import PageCache
-from kvist.plan.events import Event, StepFailed, StepFinished
+from kvist.plan.events import Event, RoleChanged, StepFailed, StepFinished
+from kvist.plan.grammars import GrammarCompiled
 from kvist.plan.plan import Flush, Plan
 from kvist.plan.tiers import (
     PagesBackedUp,
@@ -30,6 +31,7 @@ from kvist.scheduler.handoff.source import SourceSide
 from kvist.scheduler.handoff.stored import StoredHandoffs
 from kvist.scheduler.handoff.target import TargetSide
 from kvist.scheduler.pending import PendingSteps
+from kvist.scheduler.queue_wait import queue_wait_s
 from kvist.scheduler.results import Results
 from kvist.scheduler.states import Requests
 from kvist.scheduler.status import SchedulerStatus
@@ -52,7 +54,7 @@ def build_scheduler(
     planned, so that its steps do not overlap. None: no request needs this."""
     # the longest sequence whose K/V fits into an otherwise empty pool
     context_len = min(config.max_model_len, cache.num_pages * cache.page_size)
-    context = SchedulerContext(config=config, role=role, context_len=context_len)
+    context = SchedulerContext(config=config, role=role, modes=role.modes, context_len=context_len)
     requests = Requests(context, cache)
     pending = PendingSteps(overlap=config.overlap)
     endings = Endings(context, requests, cache, pending)
@@ -92,10 +94,12 @@ class Steps:
         self._flushing: dict[int, Flush] = {}  # by the id of the job to be reported before the flush is answered
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             Submit: admission.on_submit,
+            GrammarCompiled: admission.on_grammar_compiled,
             Abort: admission.on_abort,
             StepFinished: results.on_step_finished,
             StepFailed: results.on_step_failed,
             FlushCache: self._flush,
+            RoleChanged: context.on_role_changed,
             PagesLoaded: batcher.on_pages_loaded,
             PagesBackedUp: cache.backed_up,
             PagesForgotten: lambda event: context.out.flushes.append(self._flushing.pop(event.job_id)),
@@ -105,6 +109,7 @@ class Steps:
             store_events = (PagesFound, PagesFetched, PagesStored, StorageAttached)
             self._handlers |= dict.fromkeys(store_events, cache.storage.on_event)
         self._on_timer: dict[TimerKind, Callable[[str], None]] = {
+            TimerKind.COMPILED: admission.on_grammar_timeout,
             TimerKind.QUEUE: admission.on_queue_timeout,
             TimerKind.PREFETCH: admission.on_prefetch_timeout,
             **handoffs.timer_handlers(),
@@ -115,6 +120,7 @@ class Steps:
         context = self._context
         context.now_s = now_s
         context.step_count += 1
+        context.drain_rate.begin(now_s)
         for event in events:
             self._handlers[type(event)](event)
         self._handoffs.stored.end_settled()
@@ -124,11 +130,14 @@ class Steps:
             self._on_timer[kind](key)
         self._admission.queue_fetched()
         batch = self._batcher.plan() if with_batch else None
+        self._batcher.load_early()
+        context.drain_rate.end(has_queue=len(self.requests.unadmitted) > 0)
         return context.out.take(
             batch=batch,
             tier_jobs=self._cache.plan_jobs(),
             watched_epochs=self._handoffs.watched_epochs,
             changed_pages=self._cache.take_changed_pages(),
+            seen_in_store=None if self._cache.storage is None else self._cache.storage.take_seen(),
             wake_at_s=context.timers.next_at_s(),
         )
 
@@ -142,6 +151,7 @@ class Steps:
             num_waiting=num_waiting,
             pages=self._cache.counts(),
             service_s=self._context.service_time.mean_s,
+            queue_wait_s=queue_wait_s(self._context, self.requests),
             host_pages=self._cache.host_counts(),
             totals={**self._context.totals, **self._cache.totals()},
         )

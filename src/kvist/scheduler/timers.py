@@ -7,6 +7,7 @@ import heapq
 
 
 class TimerKind(enum.Enum):
+    COMPILED = "compiled"  # a request waits for the grammar of its constraint
     QUEUE = "queue"  # a request waits for its first admission
     PREFETCH = "prefetch"  # a request waits for a prefetch from the store
     GRANT = "grant"  # prefill waits for the Grant

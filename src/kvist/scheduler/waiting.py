@@ -1,8 +1,9 @@
-"""The queue of requests without pages, with two priorities. In each priority, callers take turns (fairness.py).
+"""The queue of requests without pages: two classes, in each class the priorities, in each priority turns of callers.
 
-The low priority is for ungranted PREFILLs (their Grant has not arrived), which are served only when the high priority
-is empty. A preempted request was admitted before and needs no second turn: it returns to the head of its priority, in
-front of younger ones.
+The second class is for ungranted PREFILLs (their Grant has not arrived), which are served only when the first class is
+empty. In a class, requests with a lower `priority` value are served first; with the scheduling policy "fcfs" all have
+the same. Among requests of equal priority, callers take turns (fairness.py). A preempted request was admitted before
+and needs no second turn: it returns to the head of its priority, in front of younger ones.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ _number = attrgetter("number")
 _ADMITTED = frozenset({RequestState.LOADING, RequestState.RUNNING, RequestState.GRANTED})
 
 
-class _Priority:
+class _Line:
+    """The waiting requests of one class and priority."""
+
     def __init__(self) -> None:
         self._returned: list[ActiveRequest] = []  # oldest first
         self._turns: FairQueue[ActiveRequest] = FairQueue(_number)
-
-    def __iter__(self) -> Iterator[ActiveRequest]:
-        yield from self._returned
-        yield from self._turns
 
     def add(self, request: ActiveRequest) -> None:
         if request.was_admitted:
@@ -45,48 +44,71 @@ class _Priority:
             self._turns.remove(request.caller, request)
 
 
+class _Class:
+    """Lines by priority. A line stays while it has requests: clients may choose any number as a priority."""
+
+    def __init__(self) -> None:
+        self._lines: dict[int, _Line] = {}
+        self._priorities: list[int] = []  # of all lines, ascending
+
+    def add(self, request: ActiveRequest) -> None:
+        line = self._lines.get(request.priority)
+        if line is None:
+            line = self._lines[request.priority] = _Line()
+            insort(self._priorities, request.priority)
+        line.add(request)
+
+    def head(self) -> ActiveRequest | None:
+        return self._lines[self._priorities[0]].head() if self._priorities else None
+
+    def remove(self, request: ActiveRequest, *, takes_turn: bool) -> None:
+        line = self._lines[request.priority]
+        line.remove(request, takes_turn=takes_turn)
+        if line.head() is None:
+            del self._lines[request.priority]
+            del self._priorities[bisect_left(self._priorities, request.priority)]
+
+
 class WaitingQueue:
     """The requests in state WAITING. Mutable; its one owner is `Requests`."""
 
     def __init__(self) -> None:
-        self._priorities = (_Priority(), _Priority())
-        self._priority_of: dict[ActiveRequest, _Priority] = {}
+        self._classes = (_Class(), _Class())
+        self._class_of: dict[ActiveRequest, _Class] = {}
         self._num_pushes = 0
         self.num_tokens = 0  # to be computed here for the waiting requests
 
     def __len__(self) -> int:
-        return len(self._priority_of)
+        return len(self._class_of)
 
     def __iter__(self) -> Iterator[ActiveRequest]:
-        return iter(self._priority_of)
+        return iter(self._class_of)
 
     def enter(self, request: ActiveRequest) -> None:
         self._push(request)
-        self.num_tokens += _num_to_compute(request)
+        self.num_tokens += num_to_compute(request)
 
     def leave(self, request: ActiveRequest) -> None:
         """Remove the request. If it was admitted, its caller has had its turn; `request.state` is the new state."""
-        self._priority_of.pop(request).remove(request, takes_turn=request.state in _ADMITTED)
-        self.num_tokens -= _num_to_compute(request)
+        self._class_of.pop(request).remove(request, takes_turn=request.state in _ADMITTED)
+        self.num_tokens -= num_to_compute(request)
 
     def requeue(self, request: ActiveRequest) -> None:
-        """Queue the request with its present priority: its Grant has arrived."""
-        self._priority_of.pop(request).remove(request, takes_turn=False)
+        """Queue the request in its present class: its Grant has arrived."""
+        self._class_of.pop(request).remove(request, takes_turn=False)
         self._push(request)
 
     def head(self) -> ActiveRequest | None:
-        for priority in self._priorities:
-            if (request := priority.head()) is not None:
-                return request
-        return None
+        granted, ungranted = self._classes
+        return granted.head() or ungranted.head()
 
     def _push(self, request: ActiveRequest) -> None:
         self._num_pushes += 1
         request.ticket = self._num_pushes
-        priority = self._priority_of[request] = self._priorities[request.ungranted]
-        priority.add(request)
+        chosen = self._class_of[request] = self._classes[request.ungranted]
+        chosen.add(request)
 
 
-def _num_to_compute(request: ActiveRequest) -> int:
+def num_to_compute(request: ActiveRequest) -> int:
     """Return the number of tokens that this engine will compute: none if prefill computes the prompt."""
     return 0 if request.awaits_handoff else len(request.token_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 from urllib.parse import parse_qsl
 
@@ -12,13 +12,15 @@ from starlette.types import Receive, Scope, Send
 from kvist import __version__, metrics
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import DetokenizeRequest, TokenizeRequest
+from kvist.checking.sampling import check_num_lists, check_token_ids, token_lists
 from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.http.asgi import JSON_TYPE, Headers, send_bytes, send_json
+from kvist.request import Role
 from kvist.router.stream import WorkerSnapshot
 from kvist.server.gateway import GatewayContext
 from kvist.server.pairs import pair_infos
-from kvist.server.sampling import check_num_lists, check_token_ids, token_lists
 from kvist.server.storage_names import decode_store, field_of, named_status
+from kvist.server.tools import offered_tools
 from kvist.server.worker_metrics import pages_by_state
 from kvist.wire import FlushCache, Flushed, FlushTier, StorageAnswer, StorageCommand
 
@@ -64,8 +66,7 @@ class Admin:
             health = self._gateway.own_health()
             if health is not None and health.doing:
                 raise Unavailable(f"not ready: {health.doing}")
-            problems = [f"{w.worker_id}: {w.problem or w.state}" for w in self._workers() if not w.alive]
-            raise Unavailable("not ready" + (f" ({'; '.join(problems)})" if problems else ": no worker has joined yet"))
+            raise Unavailable(f"not ready{_missing(self._workers())}")
         await send_json(send, {"status": "ready", **self._instance()})
 
     def _instance(self) -> dict[str, str]:
@@ -90,7 +91,7 @@ class Admin:
         texts, param, add_special_tokens = request.prompt, "prompt", True
         if request.messages is not None:
             param, add_special_tokens = "messages", False
-            texts = gateway.chat_prompt(request.messages, request)
+            texts = gateway.chat_prompt(request.messages, request, offered_tools(request, tokenizer))
         if request.add_special_tokens is not None:
             add_special_tokens = request.add_special_tokens
         several = isinstance(texts, list)
@@ -183,6 +184,20 @@ class Admin:
 
     def _workers(self) -> tuple[WorkerSnapshot, ...]:
         return self._gateway.dispatcher.snapshot().workers
+
+
+def _missing(workers: Sequence[WorkerSnapshot]) -> str:
+    """Return what a gateway that cannot serve waits for."""
+    if not workers:
+        return ": no worker has joined yet"
+    problems = [f"{worker.worker_id}: {worker.problem or worker.state}" for worker in workers if not worker.alive]
+    if problems:
+        return f" ({'; '.join(problems)})"
+    roles = {worker.role for worker in workers}
+    for role in (Role.PREFILL, Role.DECODE):
+        if role not in roles:
+            return f": no {role.value} worker has joined yet"
+    return ": no prefill worker can hand pages over to a decode worker (`pairs` in /server_info has the reasons)"
 
 
 def _flush_query(scope: Scope) -> tuple[FlushTier | None, Headers]:

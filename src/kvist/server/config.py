@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from kvist.config import check_api_key, option
 from kvist.errors import ConfigError
+from kvist.fairness import MAX_WEIGHT
 
 TENANT_NONE, TENANT_API_KEY = "none", "api-key"
 
@@ -31,6 +32,19 @@ class ServerConfig:
         "KEY', except to /, /health and /ready. A router sends the first one to its workers. Other users can read a "
         "command line: KVIST_API_KEY is safer",
         secret=True,
+    )
+    api_key_weights: tuple[int, ...] = option(
+        (),
+        "weights of the API keys, in the order of --api-key: while requests wait, a key of weight 4 gets four turns "
+        "and four places for one of a key of weight 1. By default all weights are 1",
+        minimum=1,
+        maximum=MAX_WEIGHT,
+    )
+    max_inflight_per_key: int | None = option(
+        None,
+        "maximum number of answers generated at once for one API key; further requests of the key get 429. By default "
+        "only --max-concurrent-requests and the key's share of it are limits",
+        minimum=1,
     )
     tenant_by: str = option(
         TENANT_NONE,
@@ -85,6 +99,7 @@ class ServerConfig:
         "at once",
         unit="s",
         minimum=0,
+        aliases=("drain-timeout-s",),
     )
     drain_grace_s: float = option(
         0.0,
@@ -108,6 +123,18 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for key in self.api_key:
             check_api_key(key)
+        if self.api_key_weights and len(self.api_key_weights) != len(self.api_key):
+            raise ConfigError(
+                f"--api-key-weights has {len(self.api_key_weights)} weights for {len(self.api_key)} API keys: give one "
+                "weight for each --api-key, in the same order",
+                param="api_key_weights",
+            )
+        if self.max_inflight_per_key is not None and not self.api_key:
+            raise ConfigError(
+                "--max-inflight-per-key needs API keys, and no key is set: add --api-key, or limit all callers "
+                "together with --max-concurrent-requests",
+                param="max_inflight_per_key",
+            )
         if self.tenant_by == TENANT_API_KEY and not self.api_key:
             raise ConfigError(
                 "--tenant-by api-key needs an API key to identify tenants, and no key is set: add --api-key",

@@ -17,15 +17,17 @@ from kvist.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from kvist.clock import Clock
 from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
 from kvist.fit import Limit, limit_text
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.http.asgi import cancel_on_disconnect, read_body
 from kvist.http.caller import Caller, caller_of
 from kvist.http.work import INLINE_BYTES, BodyBudget, WorkPool
 from kvist.metrics import GatewayMetrics
-from kvist.request import Role
+from kvist.request import PRIORITY, Role
 from kvist.server.admission import Admission
 from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import EngineClient
 from kvist.server.lifecycle import Lifecycle
+from kvist.server.tools import CallHistory, OfferedTools
 from kvist.text import PromptEncoder, SamplingDefaults, Tokenizer, encode_up_to
 from kvist.wire import EngineHealth, EngineSpec
 
@@ -34,8 +36,8 @@ T = TypeVar("T")
 _MAX_CHARS_PER_TOKEN = 256  # no supported vocabulary has longer tokens; a far too long text is refused untokenised
 _MAX_TOKENS_SHOWN = 1 << 18  # a model with a larger context raises this limit
 _MAX_JOB_TOKENS = 1 << 20  # prompt tokens that one request may send to engines, counted once for each answer
-_TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt"})
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt", "tools"})
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,8 @@ class GatewayContext:
     work: WorkPool
     bodies: BodyBudget
     lifecycle: Lifecycle
+    grammars: GrammarCompiler | None  # set if `generates`
+    grammar_timeout_s: float
 
     @property
     def generates(self) -> bool:
@@ -101,6 +105,10 @@ class GatewayContext:
             text=limit_text(spec.max_model_len, spec.num_pages, spec.page_size),
             num_tokens_offline=max((each.max_model_len for each in away if each is not None), default=0),
         )
+
+    def honours_priority(self) -> bool:
+        """Return whether the workers serve requests with a lower `priority` first."""
+        return self._spec().scheduling_policy == PRIORITY
 
     def max_tokens_shown(self) -> int:
         """Return the limit of /tokenize and /detokenize. A client can also measure a text that is too long for the
@@ -186,13 +194,17 @@ class GatewayContext:
         """Raise `RequestError` when the prompts of one request, counted once for each answer, have too many tokens."""
         _check_job_tokens(num_tokens, self.limit(), param)
 
-    def chat_prompt(self, messages: Sequence[ChatMessage], request: ChatRequest | TokenizeRequest) -> str:
-        """Render the messages with the model's chat template and the template fields of the request. Raises
+    def chat_prompt(
+        self, messages: Sequence[ChatMessage], request: ChatRequest | TokenizeRequest, tools: OfferedTools
+    ) -> str:
+        """Render the messages and tools with the model's chat template and the template fields of the request. Raises
         `RequestError` that names the faulty message, and `PromptTooLong`."""
         options = _template_options(request)
         for name in _TEMPLATE_OWN_NAMES & options.keys():
             where = f"chat_template_kwargs.{name}"
             raise RequestError(f"`{where}` cannot be set: the request has a field for it", param=where)
+        if tools.for_template:
+            options["tools"] = list(tools.for_template)
         tokenizer = self.require_tokenizer()
         template = tokenizer.chat_template
         if template is None:
@@ -206,7 +218,10 @@ class GatewayContext:
             raise PromptTooLong(
                 f"the messages have {num_chars} characters; this server holds {limit.text}", param="messages"
             )
-        plain = [_plain_message(message, f"messages[{index}]", tokenizer) for index, message in enumerate(messages)]
+        history = CallHistory(tokenizer.protect)
+        plain = [
+            _plain_message(message, f"messages[{index}]", tokenizer, history) for index, message in enumerate(messages)
+        ]
         continues = bool(request.continue_final_message)
         if continues and request.add_generation_prompt:
             message = "`continue_final_message` continues the last turn and `add_generation_prompt` opens a new turn"
@@ -239,7 +254,7 @@ def _template_options(request: ChatRequest | TokenizeRequest) -> dict[str, objec
     return options | (request.chat_template_kwargs or {})
 
 
-def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer) -> dict[str, object]:
+def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer, history: CallHistory) -> dict[str, object]:
     if message.role not in _ROLES:
         known = ", ".join(_ROLES)
         raise UnsupportedField(f"`{where}.role` is {message.role!r}; supported: {known}", param=f"{where}.role")
@@ -251,12 +266,13 @@ def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer) -> di
     if reasoning is not None:  # vLLM's and SGLang's names: templates read one of the two
         reasoning = tokenizer.protect(reasoning)
         plain |= {"reasoning": reasoning, "reasoning_content": reasoning}
-    return plain
+    return plain | history.fields_of(message, where)
 
 
 def _num_chars(message: ChatMessage) -> int:
     content = message.content or ""
     texts = [content] if isinstance(content, str) else [part.text or "" for part in content]
+    texts += [call.function.arguments for call in message.tool_calls or ()]
     return sum(map(len, texts)) + len(message.reasoning or message.reasoning_content or "")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,14 +29,18 @@ _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and the 
 class EngineClient(Protocol):
     """The interface between the server and the router (implemented by router/dispatch.py)."""
 
-    def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
-        """Stream the tokens of one request. Raises `KvistError`. `aclose()` aborts the request at every engine."""
+    def generate(self, request: EngineRequest, *, session: str = "") -> AsyncGenerator[StreamPart, None]:
+        """Stream the tokens of one request. Raises `KvistError`. `aclose()` aborts the request at every engine.
+        `session`: a name that requests with a common prefix share, as a hint for routing; "": none."""
 
     def ready(self) -> bool:
         """Return whether a token can be generated now."""
 
     def model(self) -> EngineSpec | None:
         """Return the model that the workers serve, or None while no worker is ready."""
+
+    async def ask_worker(self, name: str | None, command: Command, answer_type: type[AnswerT]) -> AnswerT:
+        """Send the command to the worker with this URL or id (None: the only one), and return its answer."""
 
     async def ask_workers(self, command: Command, answer_type: type[AnswerT]) -> dict[WorkerId, AnswerT]:
         """Send the command, with a new `call_id`, to every worker and return the answers by worker."""
@@ -66,22 +70,30 @@ class ChoiceState:
         index: int,
         repeats_prompt: bool,
         tokenizer: Tokenizer,
+        session: str = "",
         stops: Sequence[str] = (),
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
         max_kept_logprobs: int = 0,
+        shown_special: Collection[str] = (),
     ) -> None:
         """`stops` take effect after `min_tokens` of the request, like its stop tokens. `max_kept_logprobs` limits the
-        logprobs in `logprobs`, top logprobs included; 0 keeps none."""
+        logprobs in `logprobs`, top logprobs included; 0 keeps none. `shown_special`: special tokens that the text has
+        in any case."""
         self.request = request
+        self.session = session
         self.index = index
         self.repeats_prompt = repeats_prompt  # another choice already counts this prompt in `usage`
         marks = special_token_marks(stops, tokenizer.special_token_pattern) if skip_special_tokens else {}
-        self._marks = {tokenizer.special_tokens[token]: mark for token, mark in marks.items()}
+        in_text = dict(zip(shown_special, shown_special, strict=True)) | marks
+        self._marks = {tokenizer.special_tokens[token]: text for token, text in in_text.items()}
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, skip_special_tokens=skip_special_tokens, marks=self._marks
         )
-        self._stops = StopMatcher(stops, marks=marks, include_match=include_stop_str_in_output) if stops else None
+        self._stops = None
+        if stops:
+            include = include_stop_str_in_output
+            self._stops = StopMatcher(stops, marks=marks, shown=shown_special, include_match=include)
         self._shows_stop_token = include_stop_str_in_output
         self._counts_chars = request.sampling.num_logprobs is not None
         self._max_kept_logprobs = max_kept_logprobs
@@ -100,6 +112,7 @@ class ChoiceState:
         self.prefill_worker: str | None = None
         self.decode_worker: str | None = None
         self.route: dict[str, object] = {}  # why these workers
+        self.num_failovers = 0
         self.handoff: HandoffReport | None = None
         self.handoff_way: HandoffWay | None = None
         self.stored: StoredPages | None = None
@@ -115,7 +128,12 @@ class ChoiceState:
         chunk = part.chunk
         if self.prefill_worker is None and self.request.sampling.prompt_logprobs is not None:
             self._keep_prompt_logprobs(chunk)
-        if self.prefill_worker is None or chunk.handoff is not None or chunk.num_cached_tokens is not None:
+        if (
+            self.prefill_worker is None
+            or chunk.handoff is not None
+            or chunk.num_cached_tokens is not None
+            or part.num_failovers != self.num_failovers
+        ):
             self._remember_route(part)
         if chunk.finish_reason is not None or self._stops is not None or self._counts_chars:
             return self._absorb_each(chunk)
@@ -196,7 +214,9 @@ class ChoiceState:
 
     def _remember_route(self, part: StreamPart) -> None:
         self.prefill_worker, self.decode_worker = part.prefill_worker, part.decode_worker
-        self.handoff_way, self.stored = part.handoff, part.stored
+        self.num_failovers = part.num_failovers
+        if part.handoff is not None or not self.num_failovers:  # one worker alone may have gone on after a handoff
+            self.handoff_way, self.stored = part.handoff, part.stored
         cost_ms = None if part.cost_ms is None else round(part.cost_ms, 3)
         self.route = {"reason": part.reason.value, "cost_ms": cost_ms}
         if part.chunk.handoff is not None:
@@ -257,13 +277,13 @@ async def _run(
     dispatcher: EngineClient, choice: ChoiceState, metrics: GatewayMetrics, clock: Clock
 ) -> AsyncGenerator[Delta, None]:
     start_s = clock.now_s()
-    async with contextlib.aclosing(dispatcher.generate(choice.request)) as parts:
+    async with contextlib.aclosing(dispatcher.generate(choice.request, session=choice.session)) as parts:
         async for part in parts:
             delta = choice.absorb(part)
             now_s = clock.now_s()
             if choice.last_token_s is not None:
                 metrics.inter_token_latency_s.observe(now_s - choice.last_token_s)
-                if choice.handoff is not None and choice.second_token_gap_s is None:
+                if choice.handoff is not None and choice.second_token_gap_s is None and not choice.num_failovers:
                     choice.second_token_gap_s = now_s - choice.last_token_s
                     metrics.second_token_s.observe(choice.second_token_gap_s)
             else:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from kvist.api.decoding import IGNORED
 from kvist.api.schemas import SamplingFields
-from kvist.errors import RequestError
-from kvist.http.caller import Caller
-from kvist.request import EngineRequest, RequestId, SamplingParams
-from kvist.server.gateway import GatewayContext
-from kvist.server.generation import ChoiceState
-from kvist.server.requested_logprobs import MAX_KEPT_LOGPROBS, RequestedLogprobs
-from kvist.server.sampling import (
+from kvist.checking.constraints import RequestedConstraint
+from kvist.checking.requested_logprobs import MAX_KEPT_LOGPROBS, RequestedLogprobs
+from kvist.checking.sampling import (
     MAX_SEED,
     FieldNames,
     num_choices,
+    require,
     salt_digest,
     sampling_params,
+    session_digest,
     stop_ids,
     stop_strings,
 )
-from kvist.server.shaping import shaping
+from kvist.checking.shaping import shaping
+from kvist.errors import RequestError
+from kvist.http.asgi import Headers
+from kvist.http.caller import Caller
+from kvist.request import MAX_PRIORITY, EngineRequest, RequestId, SamplingParams
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState
 from kvist.text import SamplingDefaults
 
 
@@ -43,16 +48,34 @@ class JobSpec:
     names: FieldNames
     seed: int | None  # of the first answer to each prompt; each further answer has the next seed. None: drawn at random
     cache_salt: str | None
+    session_id: str | int | None
+    prompt_cache_key: str | int | None
+    priority: int
     min_tokens: int | None
     logprobs: RequestedLogprobs
+    constraint: RequestedConstraint | None = None
     defaults: SamplingDefaults  # for fields that the request does not set
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    shown_special: Collection[str] = ()  # special tokens that the text of an answer has in any case
     keeps_logprobs: bool = True  # until the end of the answer; False for a stream that sends each logprob once
 
 
 def new_job_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def checked_priority(gateway: GatewayContext, priority: int | None, headers: Headers) -> tuple[int, Headers]:
+    """Return the priority, 0 by default, and the headers. They name the field if it has no effect at the workers.
+    Raises `RequestError` for a priority out of range."""
+    if not priority:
+        return 0, headers
+    require(abs(priority) <= MAX_PRIORITY, "priority", f"must be from -{MAX_PRIORITY} to {MAX_PRIORITY}", priority)
+    if gateway.honours_priority():
+        return priority, headers
+    names = [value for name, value in headers if name == IGNORED]
+    others = [each for each in headers if each[0] != IGNORED]
+    return 0, [*others, (IGNORED, b", ".join([*names, b"priority"]))]
 
 
 def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
@@ -63,6 +86,7 @@ def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
     gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in spec.prompts), names.inside + "n")
     tokenizer, stops = gateway.require_tokenizer(), stop_strings(spec.fields.stop, names)
     salt = salt_digest(spec.cache_salt, gateway.tenant(spec.caller))
+    session = session_digest(spec.session_id, spec.prompt_cache_key, salt)
     max_kept_logprobs = _max_kept_logprobs(spec, num_repeats)
     first_seed = gateway.draw_seed() if spec.seed is None else spec.seed
     choices: list[ChoiceState] = []
@@ -74,10 +98,12 @@ def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
                 prompt_token_ids=prompt.token_ids,
                 sampling=msgspec.structs.replace(sampling, seed=(first_seed + repeat) % MAX_SEED),
                 cache_salt=salt,
+                priority=spec.priority,
                 client=spec.caller.tag,
             )
             choice = ChoiceState(
                 request,
+                session=session,
                 index=index,
                 repeats_prompt=repeat > 0,
                 tokenizer=tokenizer,
@@ -85,6 +111,7 @@ def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
                 skip_special_tokens=spec.skip_special_tokens,
                 include_stop_str_in_output=spec.include_stop_str_in_output,
                 max_kept_logprobs=max_kept_logprobs,
+                shown_special=spec.shown_special,
             )
             choices.append(choice)
     return choices
@@ -104,6 +131,8 @@ def _samplings(gateway: GatewayContext, spec: JobSpec) -> list[SamplingParams]:
         names=names,
     )
     changes |= spec.logprobs.params()
+    if spec.constraint is not None:
+        changes["constraint"] = spec.constraint.constraint
     samplings = [
         sampling_params(
             spec.fields,

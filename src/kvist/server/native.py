@@ -8,19 +8,9 @@ import msgspec
 
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import NativeRequest, NativeSampling
-from kvist.errors import RequestError
-from kvist.fit import Limit
-from kvist.http.caller import Caller
-from kvist.request import TokenLogprobs
-from kvist.server.config import StreamForm
-from kvist.server.gateway import GatewayContext
-from kvist.server.generation import ChoiceState, Delta
-from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
-from kvist.server.logprobs import LogprobEntries
-from kvist.server.reporting import report
-from kvist.server.requested_logprobs import of_native
-from kvist.server.respond import Job
-from kvist.server.sampling import (
+from kvist.checking.constraints import requested_constraint
+from kvist.checking.requested_logprobs import of_native
+from kvist.checking.sampling import (
     FieldNames,
     check_seed,
     check_shown_id,
@@ -31,6 +21,17 @@ from kvist.server.sampling import (
     shows_stop,
     token_lists,
 )
+from kvist.errors import RequestError
+from kvist.fit import Limit
+from kvist.http.caller import Caller
+from kvist.request import TokenLogprobs
+from kvist.server.config import StreamForm
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState, Delta
+from kvist.server.jobs import JobSpec, TokenizedPrompt, checked_priority, make_choices, new_job_id
+from kvist.server.logprobs import LogprobEntries
+from kvist.server.reporting import report
+from kvist.server.respond import Job
 from kvist.text import SamplingDefaults, Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128  # SGLang's
@@ -49,6 +50,8 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     token_lists, batched, param = _prompts(gateway, request, fields, salt)
     limit = gateway.limit()
     prompts = [_limited(limit, fields, token_ids, param) for token_ids in token_lists]
+    priority, headers = checked_priority(gateway, request.priority, headers)
+    constraint = requested_constraint(fields, _WHERE)
     spec = JobSpec(
         caller=caller,
         job_id=new_job_id("gen"),
@@ -57,8 +60,12 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
         names=_names(param),
         seed=check_seed(fields.sampling_seed, _WHERE + "sampling_seed"),
         cache_salt=request.cache_salt,
+        session_id=request.session_id,
+        prompt_cache_key=request.prompt_cache_key,
+        priority=priority,
         min_tokens=fields.min_new_tokens,
         keeps_logprobs=not request.stream or gateway.config.stream_form is not StreamForm.INCREMENTAL,
+        constraint=constraint,
         logprobs=of_native(request, token_lists, gateway.vocab_size()),
         defaults=SamplingDefaults(),  # as in SGLang: the model's defaults are for chats and completions only
         skip_special_tokens=fields.skip_special_tokens is not False,
@@ -72,7 +79,7 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
         stream_form=gateway.config.stream_form,
         rid=check_shown_id(request.rid, "rid"),
     )
-    return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
+    return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers, constraint=constraint)
 
 
 def _logprob_entries(request: NativeRequest, tokenizer: Tokenizer) -> LogprobEntries | None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import ChatRequest, CompletionRequest
-from kvist.errors import RequestError
-from kvist.fit import Limit
-from kvist.http.caller import Caller
-from kvist.server.gateway import GatewayContext
-from kvist.server.generation import ChoiceState
-from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
-from kvist.server.openai_format import ChatFormat, CompletionFormat, Envelope
-from kvist.server.requested_logprobs import RequestedLogprobs, of_chat, of_completion
-from kvist.server.respond import Job
-from kvist.server.sampling import (
+from kvist.checking.constraints import RequestedConstraint, requested_constraint
+from kvist.checking.requested_logprobs import RequestedLogprobs, of_chat, of_completion
+from kvist.checking.sampling import (
     FieldNames,
     check_seed,
     check_token_ids,
@@ -25,6 +18,16 @@ from kvist.server.sampling import (
     shows_stop,
     token_lists,
 )
+from kvist.errors import RequestError
+from kvist.fit import Limit
+from kvist.http.caller import Caller
+from kvist.server.answer_parts import AnswerParsing
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState
+from kvist.server.jobs import JobSpec, TokenizedPrompt, checked_priority, make_choices, new_job_id
+from kvist.server.openai_format import AnswerFields, ChatFormat, CompletionFormat, Envelope
+from kvist.server.respond import Job
+from kvist.server.tools import offered_tools
 from kvist.text import Tokenizer
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -38,22 +41,21 @@ def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     request, headers = _CHAT.decode(body)
     gateway.check_model(request.model)
     logprobs = of_chat(request, gateway.vocab_size())
-    text = gateway.chat_prompt(request.messages, request)
+    tools = offered_tools(request, tokenizer)
+    text = gateway.chat_prompt(request.messages, request, tools)
+    parsing = AnswerParsing.of(request, tools, tokenizer, text)
+    constraint = requested_constraint(request, "")
     salt = salt_digest(request.cache_salt, gateway.tenant(caller))
     prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages", salt=salt)
     default = gateway.sampling_defaults.max_new_tokens
     prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default)]
     job_id = new_job_id("chatcmpl")
-    choices = _choices(gateway, request, caller, prompts, job_id, logprobs)
+    priority, headers = checked_priority(gateway, request.priority, headers)
+    shown = parsing.formats.special_among(tokenizer.special_tokens) if parsing is not None else ()
+    choices = _choices(gateway, request, caller, prompts, job_id, logprobs, priority, constraint, shown)
     envelope = Envelope.of(gateway, request, job_id, "chat.completion")
-    form = ChatFormat(
-        envelope,
-        tokenizer,
-        logprobs=bool(request.logprobs),
-        token_ids=bool(request.return_token_ids),
-        num_prompt_logprobs=request.prompt_logprobs,
-    )
-    return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
+    form = ChatFormat(envelope, tokenizer, _answer_fields(request, logprobs=bool(request.logprobs)), parsing=parsing)
+    return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers, constraint=constraint)
 
 
 def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
@@ -62,21 +64,22 @@ def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     request, headers = _COMPLETION.decode(body)
     gateway.check_model(request.model)
     logprobs = of_completion(request, gateway.vocab_size())
+    constraint = requested_constraint(request, "")
     salt = salt_digest(request.cache_salt, gateway.tenant(caller))
     prompt_ids, limit = _prompt_token_ids(gateway, request, salt), gateway.limit()
     prompts = [_prompt(limit, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS) for token_ids in prompt_ids]
     job_id = new_job_id("cmpl")
-    choices = _choices(gateway, request, caller, prompts, job_id, logprobs)
+    priority, headers = checked_priority(gateway, request.priority, headers)
+    choices = _choices(gateway, request, caller, prompts, job_id, logprobs, priority, constraint)
     envelope = Envelope.of(gateway, request, job_id, "text_completion")
-    form = CompletionFormat(
-        envelope,
-        tokenizer,
-        logprobs=request.logprobs is not None,
-        token_ids=bool(request.return_token_ids),
-        num_prompt_logprobs=request.prompt_logprobs,
-        echoes=_echoes(request, tokenizer, choices),
-    )
-    return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers)
+    fields = _answer_fields(request, logprobs=request.logprobs is not None)
+    form = CompletionFormat(envelope, tokenizer, fields, echoes=_echoes(request, tokenizer, choices))
+    return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers, constraint=constraint)
+
+
+def _answer_fields(request: ChatRequest | CompletionRequest, *, logprobs: bool) -> AnswerFields:
+    token_ids, num_prompt_logprobs = bool(request.return_token_ids), request.prompt_logprobs
+    return AnswerFields(logprobs=logprobs, token_ids=token_ids, num_prompt_logprobs=num_prompt_logprobs)
 
 
 def _echoes(request: CompletionRequest, tokenizer: Tokenizer, choices: Sequence[ChoiceState]) -> list[str]:
@@ -146,6 +149,9 @@ def _choices(
     prompts: list[TokenizedPrompt],
     job_id: str,
     logprobs: RequestedLogprobs,
+    priority: int,
+    constraint: RequestedConstraint | None,
+    shown_special: Collection[str] = (),
 ) -> list[ChoiceState]:
     asked = request.stream_options
     if asked is not None and not request.stream and (asked.include_usage or asked.continuous_usage_stats):
@@ -158,11 +164,16 @@ def _choices(
         names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
         seed=check_seed(request.seed),
         cache_salt=request.cache_salt,
+        session_id=request.session_id,
+        prompt_cache_key=request.prompt_cache_key,
+        priority=priority,
         min_tokens=request.min_tokens,
         logprobs=logprobs,
+        constraint=constraint,
         defaults=gateway.sampling_defaults,
         keeps_logprobs=not request.stream,
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop_str_in_output=shows_stop(request),
+        shown_special=shown_special,
     )
     return make_choices(gateway, spec)

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from kvist.api.schemas import ChatRequest, CompletionRequest, KvistOptions, StreamOptions
+from kvist.checking.sampling import check_shown_id
 from kvist.clock import unix_time_s
 from kvist.errors import RequestError
 from kvist.request import TokenLogprobs
+from kvist.server.answer_parts import AnswerParsing, AnswerParts
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta
 from kvist.server.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs, prompt_offsets
 from kvist.server.reporting import report, usage, usage_so_far
-from kvist.server.sampling import check_shown_id
 from kvist.text import Tokenizer
 
 _json = msgspec.json.Encoder().encode
@@ -81,25 +82,22 @@ def _shown_id(request: ChatRequest | CompletionRequest, job_id: str) -> str:
     return job_id
 
 
+class AnswerFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields beside the text that a request asks for, in each answer."""
+
+    logprobs: bool
+    token_ids: bool
+    num_prompt_logprobs: int | None = None  # vLLM's `prompt_logprobs`, which no stream has
+
+
 class _Format:
     """The format shared by chats and completions."""
 
-    def __init__(
-        self,
-        envelope: Envelope,
-        tokenizer: Tokenizer,
-        *,
-        logprobs: bool,
-        token_ids: bool,
-        num_prompt_logprobs: int | None = None,
-    ) -> None:
-        """`num_prompt_logprobs`: vLLM's `prompt_logprobs`, which no stream has."""
+    def __init__(self, envelope: Envelope, tokenizer: Tokenizer, fields: AnswerFields) -> None:
         self._envelope = envelope
-        self._num_prompt_logprobs = num_prompt_logprobs
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._token_ids = token_ids
-        self._only_text = not logprobs and not token_ids and not envelope.continuous_usage
+        self._fields = fields
+        self._only_text = not fields.logprobs and not fields.token_ids and not envelope.continuous_usage
         self._ends: dict[int, tuple[bytes, bytes, bytes]] = {}  # by choice: before, after, after plain text
         self._num_sent: dict[int, int] = {}  # tokens sent so far, by choice; counted for continuous usage
 
@@ -115,21 +113,21 @@ class _Format:
         rest: dict[str, object] = {"logprobs": None, "finish_reason": None}
         if delta.finished:
             rest |= _ending(choice)
-        if self._token_ids:
+        if self._fields.token_ids:
             rest["token_ids"] = delta.token_ids
             if first:
                 rest["prompt_token_ids"] = choice.request.prompt_token_ids
         return rest
 
     def _whole_ids(self, choice: ChoiceState) -> dict[str, object]:
-        if not self._token_ids:
+        if not self._fields.token_ids:
             return {}
         return {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
 
     def _prompt_logprobs(self, choice: ChoiceState) -> dict[str, object]:
-        if self._num_prompt_logprobs is None:
+        if self._fields.num_prompt_logprobs is None:
             return {}
-        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, choice, self._num_prompt_logprobs)}
+        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, choice, self._fields.num_prompt_logprobs)}
 
 
 def _ending(choice: ChoiceState) -> dict[str, object]:
@@ -146,6 +144,14 @@ def _ending(choice: ChoiceState) -> dict[str, object]:
 class ChatFormat(_Format):
     _CHUNK = "chat.completion.chunk"
 
+    def __init__(
+        self, envelope: Envelope, tokenizer: Tokenizer, fields: AnswerFields, *, parsing: AnswerParsing | None = None
+    ) -> None:
+        """`parsing`: how answers are divided; None: the whole text is content."""
+        super().__init__(envelope, tokenizer, fields)
+        self._parsing = parsing
+        self._parts: dict[int, AnswerParts] = {}  # of streams, by choice
+
     def event(self, choice: ChoiceState, delta: Delta) -> bytes:
         ends = self._ends.get(choice.index)
         first, opening = ends is None, b""
@@ -155,12 +161,19 @@ class ChatFormat(_Format):
             role = b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
             opening = before + role + self._end(choice, after, 0)
         before, after, after_text = ends
-        if not delta.finished and self._only_text:
+        if not delta.finished and self._only_text and self._parsing is None:
             return b"".join((opening, before, b'{"content":', _json(delta.text), after_text))
         rest = self._rest(choice, delta, first=first)
-        if self._logprobs:
+        if self._fields.logprobs:
             rest["logprobs"] = {"content": self._content_logprobs(choice, delta.token_ids, delta.logprobs)}
-        content = {"content": delta.text} if delta.text else {}
+        content: dict[str, object] = {"content": delta.text} if delta.text else {}
+        if self._parsing is not None:
+            if choice.index not in self._parts:
+                self._parts[choice.index] = AnswerParts(self._parsing)
+            parts = self._parts[choice.index]
+            content = parts.delta(delta.text, finished=delta.finished)
+            if delta.finished:
+                rest["finish_reason"] = parts.finish_reason(choice.finish_reason)
         end = self._end(choice, after, len(delta.token_ids))
         return b"".join((opening, before, _json(content), b",", _json(rest)[1:-1], end))
 
@@ -178,13 +191,19 @@ class ChatFormat(_Format):
 
     def _answer(self, choice: ChoiceState) -> dict[str, object]:
         logprobs = None
-        if self._logprobs:
+        if self._fields.logprobs:
             logprobs = {"content": self._content_logprobs(choice, choice.token_ids, choice.logprobs)}
+        message: dict[str, object] = {"content": choice.text}
+        ending = _ending(choice)
+        if self._parsing is not None:
+            parts = AnswerParts(self._parsing)
+            message = parts.whole(choice.text)
+            ending["finish_reason"] = parts.finish_reason(choice.finish_reason)
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": {"role": "assistant", **message, "refusal": None},
             "logprobs": logprobs,
-            **_ending(choice),
+            **ending,
             **self._whole_ids(choice),
         }
 
@@ -218,19 +237,10 @@ class _PendingTokens:
 
 class CompletionFormat(_Format):
     def __init__(
-        self,
-        envelope: Envelope,
-        tokenizer: Tokenizer,
-        *,
-        logprobs: bool,
-        token_ids: bool,
-        num_prompt_logprobs: int | None = None,
-        echoes: Sequence[str] = (),
+        self, envelope: Envelope, tokenizer: Tokenizer, fields: AnswerFields, *, echoes: Sequence[str] = ()
     ) -> None:
         """`echoes` has, by choice, the prompt with which its text begins; empty when `echo` is off."""
-        super().__init__(
-            envelope, tokenizer, logprobs=logprobs, token_ids=token_ids, num_prompt_logprobs=num_prompt_logprobs
-        )
+        super().__init__(envelope, tokenizer, fields)
         self._echoes = echoes
         self._pending: dict[int, _PendingTokens] = {}  # with logprobs
 
@@ -245,7 +255,7 @@ class CompletionFormat(_Format):
         if not delta.finished and self._only_text:
             return before + _json(text) + after_text  # an event is sent for every token, even without text
         rest = self._rest(choice, delta, first=first)
-        if self._logprobs:
+        if self._fields.logprobs:
             rest["logprobs"] = self._logprobs_of(choice, delta)
         end = self._end(choice, after, len(delta.token_ids))
         return b"".join((before, _json(text), b",", _json(rest)[1:-1], end))
@@ -258,7 +268,7 @@ class CompletionFormat(_Format):
 
     def _answer(self, choice: ChoiceState) -> dict[str, object]:
         logprobs = None
-        if self._logprobs:
+        if self._fields.logprobs:
             everything = Delta(
                 choice.text, tuple(choice.token_ids), tuple(choice.logprobs), True, tuple(choice.text_offsets)
             )

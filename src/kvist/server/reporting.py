@@ -49,6 +49,7 @@ def _report_one(choice: ChoiceState) -> dict[str, object]:
         "prefill_worker": choice.prefill_worker,
         "decode_worker": choice.decode_worker,
         "route": choice.route,
+        "failovers": choice.num_failovers,
         "cached_tokens": choice.num_cached_tokens,
         "seed": choice.request.sampling.seed,
         "handoff": None

@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 from starlette.types import Receive, Send
 
+from kvist.checking.constraints import RequestedConstraint
 from kvist.errors import EngineError, KvistError, Timeout
 from kvist.fairness import CallerPath, caller_path
 from kvist.http.asgi import JSON_TYPE, ClientDisconnected, Headers, cancel_on_disconnect, error_object, send_bytes
@@ -56,6 +57,7 @@ class Job:
     format: Format
     stream: bool
     headers: Headers = ()  # in addition to those of every response
+    constraint: RequestedConstraint | None = None  # of every choice
 
     @property
     def caller(self) -> CallerPath:

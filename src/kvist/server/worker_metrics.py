@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvist.engine.counters import COUNTER_BY_NAME
+from kvist.pool_status import WatchedPool
 from kvist.router.members import MemberCounts
-from kvist.router.stream import ClusterSnapshot
+from kvist.router.stream import ClusterSnapshot, FailoverCounts
 from kvist.wire import LoadReport
 
 _STORAGE_GAUGES = (
@@ -22,6 +23,40 @@ _STORAGE_GAUGES = (
     ("quarantined_pages", "pages of the host tier that a hung call to the store may still read or write"),
     ("stored_bytes", "bytes in the store, from all workers that use it"),
 )
+
+
+_POOL_GAUGES = (
+    ("capacity_bytes", "memory of all stores of the page pool, as its master counts it"),
+    ("used_bytes", "of that memory, bytes that hold pages"),
+    ("ssd_capacity_bytes", "limits of all SSDs of the page pool"),
+    ("ssd_used_bytes", "bytes of pages on the SSDs of the page pool"),
+    ("keys", "pages in the page pool"),
+    ("keys_in_memory", "pages with a copy in memory"),
+    ("keys_on_ssd", "pages with a copy on an SSD"),
+    ("stores", "stores of the page pool that are alive"),
+    ("hot_copies", "copies made of pages that many readers want, since the master started"),
+    ("moved_copies", "copies moved away from stores that were drained, since the master started"),
+    ("evicted_keys", "pages evicted from memory, since the master started"),
+    ("failed_allocations", "pages refused because no store had room, since the master started"),
+)
+
+
+def pool_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
+    """Yield the figures of each page pool once, from the worker that has asked its master last."""
+    pools: dict[str, WatchedPool] = {}
+    for worker in snapshot.workers:
+        tier = None if worker.load is None else worker.load.storage
+        pool = None if tier is None else tier.pool
+        if tier is not None and pool is not None and pool.age_s is not None:
+            before = pools.get(tier.location)
+            if before is None or before.age_s is None or pool.age_s < before.age_s:
+                pools[tier.location] = pool
+    for name, text in _POOL_GAUGES:
+        gauge = GaugeMetricFamily(f"kvist:storage_pool_{name}", text, labels=["pool"])
+        for location, pool in sorted(pools.items()):
+            count = getattr(pool.status, name if name.endswith("_bytes") else f"num_{name}")
+            gauge.add_metric([location], float(count))
+        yield gauge
 
 
 def pages_by_state(load: LoadReport | None) -> dict[str, int]:
@@ -55,6 +90,24 @@ def member_families(counts: MemberCounts) -> Iterator[Metric]:
     for source, count in sorted(counts.discovery_failures.items()):
         failures.add_metric([source], count)
     yield from (announcements, refused, failures)
+
+
+def _failover_families(counts: FailoverCounts) -> Iterator[Metric]:
+    failovers = CounterMetricFamily(
+        "kvist:failovers",
+        "requests that were sent to other workers because a worker had failed, by the code of its error",
+        labels=["cause"],
+    )
+    for cause, count in sorted(counts.by_cause.items()):
+        failovers.add_metric([cause], count)
+    yield failovers
+    yield CounterMetricFamily(
+        "kvist:resumed_streams", "pauses by a failover after which a token came", counts.num_resumed
+    )
+    yield CounterMetricFamily(
+        "kvist:unresumed_streams", "requests that ended because no worker went on with them", counts.num_failed
+    )
+    yield counts.pause_s.family("failover_pause_seconds", "time from the failure of a worker to the next token")
 
 
 def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
@@ -136,13 +189,15 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
             totals[name].add_metric(label_values, value)
     routes = CounterMetricFamily(
         "kvist:routes",
-        "routes chosen, by reason: unified, split (two workers), held, prefill_queue and no_prefill (decode alone), "
-        "short_answer (prefill alone)",
+        "routes chosen, by reason: unified, split (two workers), held, prefill_queue, cheaper and no_prefill (decode "
+        "alone), short_answer and no_decode (prefill alone)",
         labels=["reason"],
     )
     for why, count in snapshot.num_routes.items():
         routes.add_metric([why.value], count)
+    yield from pool_families(snapshot)
     yield routes
+    yield from _failover_families(snapshot.failovers)
     yield GaugeMetricFamily(
         "kvist:cancelled_requests_held",
         "cancelled requests that at least one worker has not ended yet",

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import WorkerRequest
 from kvist.channel import PROOF_HEADER
-from kvist.errors import Forbidden, RequestError, UnknownWorker
+from kvist.errors import RequestError, UnknownWorker
 from kvist.http.asgi import header, send_json
 from kvist.http.caller import own_key
 from kvist.request import Role
@@ -26,7 +26,7 @@ from kvist.router.members import MemberCounts
 from kvist.router.membership import Announcement
 from kvist.router.stream import WorkerSnapshot
 from kvist.server.gateway import GatewayContext
-from kvist.server.web_pages import is_local
+from kvist.server.operations import require_operator, sender_of
 
 _DECODER = BodyDecoder(WorkerRequest)
 _ROLES: dict[str | None, Role | None] = {None: None, "regular": None, "prefill": Role.PREFILL, "decode": Role.DECODE}
@@ -64,9 +64,9 @@ class Workers:
             return
         members = self._require_members()
         request, ignored = await self._gateway.prepare(scope, receive, _DECODER.decode)
-        sender = _sender(scope)
+        sender = sender_of(scope)
         if request.instance is None:
-            self._check_operator(sender)
+            require_operator(self._gateway.config, scope)
             role = _role(request.worker_type)
             url = members.add(request.url, role, sender=sender, api_key=request.api_key or own_key(scope))
         else:
@@ -88,10 +88,10 @@ class Workers:
         if scope["method"] != "DELETE":
             await send_json(send, self._find(name))
             return
-        members, sender = self._require_members(), _sender(scope)
+        members, sender = self._require_members(), sender_of(scope)
         instance = parse_qs(scope["query_string"].decode("latin-1")).get("instance")
         if instance is None:
-            self._check_operator(sender)
+            require_operator(self._gateway.config, scope)
             name = members.remove(name, sender=sender)
         else:
             members.withdraw(name, _instance(instance[0]), sender=sender, proof=_proof(scope))
@@ -111,19 +111,6 @@ class Workers:
         if self._members is None:
             raise RequestError("this server is a worker: send the request to its router (kvist router)")
         return self._members
-
-    def _check_operator(self, sender: str) -> None:
-        """Raise `Forbidden` for a client on another host, unless API keys distinguish the operator from strangers."""
-        if not self._gateway.config.api_key and not is_local(sender):
-            raise Forbidden(
-                f"{sender} may not change the workers of a gateway without an API key: start the gateway with "
-                "--api-key, or send the request on its own host"
-            )
-
-
-def _sender(scope: Scope) -> str:
-    host, _ = scope.get("client") or ("127.0.0.1", 0)
-    return str(host)
 
 
 def _proof(scope: Scope) -> str:

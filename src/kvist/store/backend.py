@@ -9,8 +9,9 @@ Every store guarantees to its caller:
 
 - `get` returns byte for byte the page that was put under that key in that namespace, or a miss;
 - a damaged page, a full store or a failed disk leads to a miss or to a page that is not stored, and is counted; it
-  never leads to an exception. An exception is a bug, and opens the circuit breaker. Only opening a store raises,
-  `StoreError` or `ConfigError`; errors of other libraries are translated, with `param` set to the option to change;
+  never leads to an exception. `StoreUnreachable` says that no call can succeed now; any other exception is a bug. Both
+  open the circuit breaker. Opening a store raises `StoreError` or `ConfigError`; errors of other libraries are
+  translated, with `param` set to the option to change;
 - the least recently used page is evicted first, and of the pages of one call the last page: callers pass the pages of a
   prefix in order, and later pages are useless without the earlier ones;
 - a call never evicts pages that the same call has stored or found: if not all pages fit, the first pages stay;
@@ -29,12 +30,13 @@ import contextlib
 import errno
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from kvist.door import Given
+from kvist.pool_status import WatchedPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,7 @@ class StoreContext:
     namespace: str  # see kv.layout.namespace
     page_bytes: int
     host_memory: HostMemory | None = None  # None: there is no pool; pages may be anywhere
+    advertised_host: str = "127.0.0.1"  # the address of this host for other hosts
     secret_path: Path | None = None  # the file with the store's secret; None: the store has a secret of its own
 
 
@@ -83,11 +86,15 @@ class StoreStats:
     num_written: int = 0
     num_refused: int = 0  # not stored, because too few pages could be evicted
     num_evicted: int = 0
+    watched_pool: Callable[[], WatchedPool] | None = None  # the state now of the pool behind the store; never waits
 
 
 class PageStore(Protocol):
     """A store of pages. Several threads may call the methods at once. A page is `page_bytes` contiguous bytes; the
     caller passes `row.data` for a row of a numpy array."""
+
+    max_threads: int | None
+    """More threads than this in each direction, reading and writing, make the store no faster; None: no such limit."""
 
     def exists(self, keys: Sequence[bytes]) -> int:
         """Return how many leading keys are stored. Only a hint: before `get`, a page may be evicted or found
@@ -100,6 +107,9 @@ class PageStore(Protocol):
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
         """Store the missing pages, up to the first page that cannot be stored. Return how many leading pages are stored
         now."""
+
+    def probe(self) -> None:
+        """Return if the store answers: `get` and `put` may succeed now. Raises `StoreUnreachable` if it does not."""
 
     def stats(self) -> StoreStats: ...
 
@@ -138,6 +148,8 @@ class Tally:
         except OSError as error:
             self.error(error)
 
-    def stats(self, stored_bytes: int) -> StoreStats:
+    def stats(self, stored_bytes: int, watched_pool: Callable[[], WatchedPool] | None = None) -> StoreStats:
         with self._lock:
-            return StoreStats(stored_bytes=stored_bytes, errors=dict(self._errors), **self._counts)
+            return StoreStats(
+                stored_bytes=stored_bytes, errors=dict(self._errors), watched_pool=watched_pool, **self._counts
+            )

@@ -1,18 +1,18 @@
-"""The circuit breaker of a store: a store that hangs or raises is not called for a while. Each store has its own.
+"""The circuit breaker of a store: a store that hangs or fails is not called for a while. Each store has its own.
 
-    closed ──a call hangs or raises──► open: no call ──pause──► half open: one call is tried
-       ▲                                    ▲─────────the call hangs or raises──────┤
-       └──────────────────────────the call returns in time──────────────────────────┘
+    closed ──a call hangs or raises──► open: no call ──pause──► half open: the store is probed
+       ▲                                    ▲──────the probe hangs or raises──────┤
+       └────────────────────────the probe returns in time─────────────────────────┘
 
-While the breaker is not closed, a call is admitted only if no other call is being tried. A call that returns too late
-does not close the breaker: the store may hang again at once.
+Only a probe finds out whether the store answers again, so no request waits for a store that does not. A call that
+returns too late does not close the breaker: the store may hang again at once.
 """
 
 from __future__ import annotations
 
 import enum
 
-PAUSE_S = 5.0  # between two tries of a store that hangs
+PAUSE_S = 5.0  # between two probes of a store that hangs
 
 
 class BreakerState(enum.Enum):
@@ -33,9 +33,14 @@ class CircuitBreaker:
             return BreakerState.CLOSED
         return BreakerState.HALF_OPEN if is_tried and now_s >= self._retry_at_s else BreakerState.OPEN
 
-    def admits(self, now_s: float, *, is_tried: bool) -> bool:
-        """Return whether the store may be called now."""
-        return self._retry_at_s is None or (now_s >= self._retry_at_s and not is_tried)
+    @property
+    def is_closed(self) -> bool:
+        """Return whether the store may be called."""
+        return self._retry_at_s is None
+
+    def needs_probe(self, now_s: float, *, is_tried: bool) -> bool:
+        """Return whether the store should be probed now."""
+        return self._retry_at_s is not None and now_s >= self._retry_at_s and not is_tried
 
     def on_failure(self, now_s: float) -> None:
         """Open the breaker: a call has raised, or hangs."""

@@ -4,9 +4,11 @@
                              └──cannot be opened, or detached meanwhile──► DETACHED
 
 Opening a store may scan a disk, so it is done in a separate thread; the store named by the flags is opened before the
-engine is ready. The scheduler receives a `StorageAttached` event when a store is attached, and when it is detached.
-After `DETACH_TIMEOUT_S` the control stops waiting for the calls of a detached store; their host pages stay in flight
-until the calls return. mover.py copies the pages. This file does not know the kinds of stores.
+engine is ready. If that store cannot be reached, the engine serves without it, and opening is tried again every
+`RETRY_S` until it succeeds, or a client detaches the store or attaches another. The scheduler receives a
+`StorageAttached` event when a store is attached, and when it is detached. After `DETACH_TIMEOUT_S` the control stops
+waiting for the calls of a detached store; their host pages stay in flight until the calls return. mover.py copies the
+pages. This file does not know the kinds of stores.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import msgspec
 from kvist import wire
 from kvist.clock import Clock
 from kvist.door import Given
-from kvist.errors import ConfigError, Conflict, KvistError, RequestError, StoreError
+from kvist.errors import ConfigError, Conflict, KvistError, RequestError, StoreError, StoreUnreachable
 from kvist.plan.tiers import StorageAttached, StoreJob, StoreReport
 from kvist.store import STORES
 from kvist.store.backend import PageStore, StoreContext, StoreOptions, StoreStats
@@ -32,6 +34,7 @@ from kvist.store.config import PREFIX, StorageConfig
 from kvist.store.mover import StoreMover
 
 DETACH_TIMEOUT_S = 5.0
+RETRY_S = 5.0  # between two tries to open the store of the flags
 MAX_HUNG_STORES = 2  # detached stores with a hung call, or that hang while being opened; each keeps threads and pages
 _GB = 10**9
 
@@ -55,12 +58,21 @@ _Caller = tuple[bytes, str]  # (gateway, id of its call)
 class _Opening:
     """A store that is being opened. Mutable; its thread sets `outcome`, the loop sets `abandoned`, under `lock`."""
 
-    def __init__(self, choice: StoreChoice, caller: _Caller) -> None:
+    def __init__(self, choice: StoreChoice, caller: _Caller | None) -> None:
         self.choice = choice
-        self.caller = caller
+        self.caller = caller  # None: the store of the flags
         self.outcome: tuple[PageStore, StoreStats] | KvistError | None = None
         self.abandoned = False
         self.lock = threading.Lock()
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """The store of the flags, which could not be opened yet. Mutable; owned by the control."""
+
+    choice: StoreChoice
+    problem: str
+    next_try_s: float
 
 
 @dataclass(slots=True)
@@ -90,6 +102,7 @@ class StorageControl:
         self._wakeup = wakeup
         self._clock = clock
         self._attached: StoreChoice | None = None
+        self._awaited: _Awaited | None = None
         self._opening: _Opening | None = None
         self._abandoned: list[_Opening] = []
         self._detaching: _Detaching | None = None
@@ -97,12 +110,16 @@ class StorageControl:
         self._answers: list[tuple[bytes, wire.StorageAnswer]] = []
 
     def open_configured(self) -> None:
-        """Open and attach the store named by the flags, if any. Raises `ConfigError` if this fails."""
+        """Open and attach the store named by the flags, if any; a store that cannot be reached now, later. Raises
+        `ConfigError` if the store can never be opened."""
         if self._config.hicache_storage_backend is None:
             return
         try:
             choice = self._resolve_choice(wire.AttachStore())  # only the flags
-            self._attach(choice, *self._open(choice))
+            try:
+                self._attach(choice, *self._open(choice))
+            except StoreUnreachable as error:
+                self._await(choice, error)
         except KvistError as error:
             param = PREFIX + (error.param or "backend")
             raise ConfigError(f"--{param.replace('_', '-')}: {error.message}", param=param) from error
@@ -114,6 +131,7 @@ class StorageControl:
         """Return the events since the last call."""
         reports = self._mover.poll()
         self._end_opening()
+        self._try_awaited()
         self._end_detaching()
         events, self._events = self._events, []
         return [*reports, *events]
@@ -138,7 +156,7 @@ class StorageControl:
         return answers
 
     def status(self, note: str = "") -> wire.StorageStatus:
-        chosen = self._attached or (None if self._opening is None else self._opening.choice)
+        chosen = self._attached or next((each.choice for each in (self._opening, self._awaited) if each), None)
         stats = self._mover.stats()
         return wire.StorageStatus(
             backend=None if chosen is None else chosen.backend,
@@ -149,7 +167,8 @@ class StorageControl:
             num_quarantined_pages=self._mover.num_quarantined_pages(),
             stored_bytes=0 if stats is None else stats.stored_bytes,
             errors=self._mover.errors(),
-            note=note,
+            note=note or ("" if self._awaited is None else self._awaited.problem),
+            pool=None if stats is None or stats.watched_pool is None else stats.watched_pool(),
             location="" if chosen is None else f"{chosen.backend}:{chosen.options.location}",
         )
 
@@ -170,7 +189,7 @@ class StorageControl:
             self._answer(caller)
         elif self._attached is not None:
             raise Conflict(f"{self._attached.options} is attached already: detach it first (DELETE)", param="backend")
-        elif self._opening is not None or self._detaching is not None:
+        elif self._is_opening_for_client() or self._detaching is not None:
             raise Conflict("a store is being attached or detached: try again later", param="backend")
         elif self._mover.num_detached() + self._num_hung_opens() >= MAX_HUNG_STORES:
             raise Conflict(
@@ -178,13 +197,33 @@ class StorageControl:
                 param="backend",
             )
         else:
-            opening = self._opening = _Opening(choice, caller)
-            threading.Thread(target=self._open_in_thread, args=(opening,), name="kvist-store-open", daemon=True).start()
+            if self._opening is not None:
+                self._abandon(self._opening)
+            self._begin_opening(choice, caller)
+
+    def _begin_opening(self, choice: StoreChoice, caller: _Caller | None) -> None:
+        opening = self._opening = _Opening(choice, caller)
+        threading.Thread(target=self._open_in_thread, args=(opening,), name="kvist-store-open", daemon=True).start()
+
+    def _await(self, choice: StoreChoice, error: KvistError) -> None:
+        """Try again later to open the store of the flags."""
+        if self._awaited is None or self._awaited.problem != error.message:
+            logger.warning("storage tier: %s; serving without it, next try in %g s", error.message, RETRY_S)
+        self._awaited = _Awaited(choice, error.message, self._clock.now_s() + RETRY_S)
+
+    def _try_awaited(self) -> None:
+        awaited = self._awaited
+        if awaited is None or self._opening is not None or self._detaching is not None:
+            return
+        if self._clock.now_s() >= awaited.next_try_s:
+            self._begin_opening(awaited.choice, None)
 
     def _begin_detach(self, caller: _Caller) -> None:
+        self._awaited = None
         if self._opening is not None:
             self._abandon(self._opening)
-            self._refuse(self._opening.caller, Conflict("the store was detached while it was being opened"))
+            if self._opening.caller is not None:
+                self._refuse(self._opening.caller, Conflict("the store was detached while it was being opened"))
             self._opening = None
         if self._attached is not None:
             logger.info("storage tier: %s is detached", self._attached.options)
@@ -201,13 +240,15 @@ class StorageControl:
         opening = self._opening
         if opening is None or opening.outcome is None:
             return
-        self._opening = None
-        if isinstance(opening.outcome, KvistError):
-            error = opening.outcome
-            self._refuse(opening.caller, RequestError(error.message, param=error.param or "backend"))
+        self._opening, caller, outcome = None, opening.caller, opening.outcome
+        if not isinstance(outcome, KvistError):
+            self._attach(opening.choice, *outcome)
+            if caller is not None:
+                self._answer(caller)
+        elif caller is None:
+            self._await(opening.choice, outcome)
         else:
-            self._attach(opening.choice, *opening.outcome)
-            self._answer(opening.caller)
+            self._refuse(caller, RequestError(outcome.message, param=outcome.param or "backend"))
 
     def _end_detaching(self) -> None:
         detaching = self._detaching
@@ -222,7 +263,7 @@ class StorageControl:
     def _attach(self, choice: StoreChoice, store: PageStore, stats: StoreStats) -> None:
         logger.info("storage tier: %s, %.2f GB in use", choice.options, stats.stored_bytes / _GB)
         self._mover.attach(store, stats)
-        self._attached = choice
+        self._attached, self._awaited = choice, None
         self._events.append(StorageAttached(attached=True))
 
     def _resolve_choice(self, request: wire.AttachStore) -> StoreChoice:
@@ -276,12 +317,15 @@ class StorageControl:
             if opening.outcome is not None and not isinstance(opening.outcome, KvistError):
                 opening.outcome[0].close()
 
+    def _is_opening_for_client(self) -> bool:
+        return self._opening is not None and self._opening.caller is not None
+
     def _num_hung_opens(self) -> int:
         self._abandoned = [each for each in self._abandoned if each.outcome is None]
         return len(self._abandoned)
 
     def _state(self) -> str:
-        if self._opening is not None:
+        if self._opening is not None or (self._awaited is not None and self._detaching is None):
             return "attaching"
         if self._detaching is not None:
             return "detaching"

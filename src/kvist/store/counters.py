@@ -37,9 +37,15 @@ STORE_COUNTERS = CounterGroup(
             text="store calls that raised an unexpected exception: a bug in the store",
         ),
         Counter(
+            name="storage_unreachable_calls",
+            unit="calls",
+            text="store calls and probes that found that the store, or its master, does not answer",
+        ),
+        Counter(
             name="storage_unasked_jobs",
             unit="jobs",
-            text="lookups, reads and writes skipped because the store hangs (its circuit breaker is open)",
+            text="lookups, reads and writes skipped because the store hangs or cannot be reached (its circuit breaker "
+            "is open)",
         ),
         Counter(
             name="storage_broken_pages",

@@ -6,8 +6,8 @@
            <hash>/<first byte of the key>/<key>.page                 header (4 KiB), then the page's bytes
                                           <key>.<random>.new         being written; renamed when complete
 
-The folder `<hash>` is for one namespace and one secret. Every page has a seal, a keyed BLAKE3 of its header and bytes:
-a page written without the secret is not accepted. Only regular files of this user are read.
+The folder `<hash>` is for one namespace and one secret, and every page has a seal (seal.py): a page written without the
+secret is not accepted. Only regular files of this user are read.
 
 A page file appears by a rename, so a reader finds the whole page or none. Two writers of one key write the same bytes,
 and the last rename wins. Nothing is synced to disk: after a power loss, an incomplete page has a wrong seal and is a
@@ -25,25 +25,20 @@ import logging
 import math
 import os
 import secrets
-import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from blake3 import blake3
-
 from kvist.clock import Clock, MonotonicClock, unix_time_ns
-from kvist.errors import ConfigError, StoreError
+from kvist.errors import ConfigError, StoreError, StoreUnreachable
 from kvist.kv.keys import DIGEST_BYTES
 from kvist.own_files import is_own_file, own_folder
 from kvist.store.backend import StoreContext, StoreStats, Tally
 from kvist.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_with_folder
-from kvist.store.secret import has_secret, keep_secret, page_key, read_secret, secret_of
+from kvist.store.seal import PageSeals
+from kvist.store.secret import has_secret, keep_secret, read_secret, secret_of
 
-_HEADER_BYTES = 4096
-_MAGIC, _VERSION = b"kvist-kv", 2
-_HEADER = struct.Struct("<8sIQ16s32s")  # magic, version, page_bytes, folder, key; then the seal, then the namespace
-_FOLDER_BYTES = 16
+_HEADER_BYTES = 4096  # that of seal.py, then the namespace
 _TOUCH_NS = 60 * 10**9  # the mtime of a page in use is updated at most once a minute: an update is a disk write
 _STEP_NS = 1000  # each page of a call is dated this much earlier than the page before it
 _SUSPEND_S = 5.0
@@ -54,6 +49,8 @@ logger = logging.getLogger(__name__)
 class FileStore:
     """A `PageStore` in a folder. Raises `ConfigError` if no page fits, `StoreError` if the folder cannot be written."""
 
+    max_threads: int | None = None
+
     def __init__(self, folder: Path, context: StoreContext, *, capacity_bytes: int, clock: Clock | None = None) -> None:
         if capacity_bytes < context.page_bytes:
             raise ConfigError(
@@ -61,7 +58,6 @@ class FileStore:
                 "raise its size",
                 param="size",
             )
-        self._page_bytes = context.page_bytes
         self._file_bytes = _HEADER_BYTES + context.page_bytes
         self._namespace = context.namespace.encode()
         self._root = folder.absolute()
@@ -74,10 +70,8 @@ class FileStore:
             self._budget = DiskBudget(self._root, capacity_bytes, self._tally)
             with self._budget.exclusive():
                 self._own_secret = None if secret else secret_of(self._root)
-            key = page_key(secret or self._own_secret or b"", context.namespace)
-            self._names_key, self._seal_key = blake3(b"names", key=key).digest(), blake3(b"seals", key=key).digest()
-            self._folder_id = blake3(self._namespace, key=self._names_key).digest(length=_FOLDER_BYTES)
-            self._folder = str(self._root / self._folder_id.hex())
+            self._seals = PageSeals(context, secret or self._own_secret)
+            self._folder = str(self._root / self._seals.space.hex())
             own_folder(self._folder)
             tempfile.TemporaryFile(dir=self._folder).close()  # raises if the folder is not writable
         except OSError as error:
@@ -117,6 +111,14 @@ class FileStore:
             num_stored += 1
         return num_stored
 
+    def probe(self) -> None:
+        try:
+            os.lstat(self._folder)
+        except FileNotFoundError:
+            return  # the next put creates the folder again
+        except OSError as error:
+            raise StoreUnreachable(f"the file store in {self._root} cannot be read: {error.strerror}") from error
+
     def stats(self) -> StoreStats:
         stored_bytes = 0
         with self._tally.tolerating():
@@ -134,10 +136,7 @@ class FileStore:
         return f"{self._folder}/{name[:2]}/{name}{PAGE_SUFFIX}"
 
     def _header(self, key: bytes, page: memoryview) -> bytes:
-        assert page.nbytes == self._page_bytes
-        fields = _HEADER.pack(_MAGIC, _VERSION, self._page_bytes, self._folder_id, key)
-        seal = blake3(fields, key=self._seal_key).update(page).digest()
-        return (fields + seal + self._namespace)[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
+        return (self._seals.header(key, page) + self._namespace)[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
 
     def _stat(self, path: str) -> os.stat_result | None:
         """Return the file's status; None if the file is missing, incomplete or another user's."""

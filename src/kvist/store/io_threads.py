@@ -6,8 +6,9 @@
 Reads do not wait for writes, because requests wait for reads only. Every job gets exactly one report, with 0 pages
 after a failure. A store that hangs must not block the engine: a call that takes longer than the deadline, or that
 raises, opens the circuit breaker (breaker.py), and waiting jobs are reported at once. A hung call occupies its thread,
-and keeps its slots in quarantine (quarantine.py), until it returns; then it is reported. A try of the half-open breaker
-needs an idle thread, so a store that never answers occupies at most its threads and the slots of their jobs.
+and keeps its slots in quarantine (quarantine.py), until it returns; then it is reported. While the breaker is open, the
+store is only probed, from a reading thread. A probe needs an idle thread, so a store that never answers occupies at
+most its threads and the slots of their jobs.
 
     StoreThreads ──stop──► no new calls ──the last call returns──► the store is closed
 """
@@ -25,13 +26,13 @@ from typing import Any, Protocol
 
 from kvist.clock import Clock
 from kvist.cores import num_usable_cores
-from kvist.errors import StoreError
+from kvist.errors import StoreError, StoreUnreachable
 from kvist.memory.host_pool import HostPool
 from kvist.plan.tiers import PIECE_PAGES, FetchPages, FindPages, StorePages
 from kvist.store.backend import PageStore, StoreStats
 from kvist.store.breaker import BreakerState, CircuitBreaker
 from kvist.store.counters import STORE_COUNTERS
-from kvist.store.quarantine import CallsUnderWay, Job, StoreCall
+from kvist.store.quarantine import CallsUnderWay, Job, Probe, StoreCall
 
 _COUNTED = {FindPages: "storage_find", FetchPages: "storage_read", StorePages: "storage_write"}
 
@@ -90,7 +91,7 @@ class WorkerQueue:
     def __init__(self, has_work: Condition, num_threads: int) -> None:
         self.num_threads = num_threads
         self.has_work = has_work  # on the store's lock
-        self.waiting: deque[Job] = deque()  # bounded by the pages that the cache allows in flight
+        self.waiting: deque[Job | Probe] = deque()  # bounded by the pages that the cache allows in flight
         self.calls = CallsUnderWay()
 
 
@@ -105,8 +106,11 @@ class StoreThreads:
         self._pages = io.host.tensor.numpy()  # [num_pages, page_bytes] uint8
         self._io = io
         self._lock = io.threads.make_lock()
-        self._reads = WorkerQueue(io.threads.make_condition(self._lock), io.threads.num_readers)
-        self._writes = WorkerQueue(io.threads.make_condition(self._lock), io.threads.num_writers)
+        num_readers, num_writers = (
+            min(number, store.max_threads or number) for number in (io.threads.num_readers, io.threads.num_writers)
+        )
+        self._reads = WorkerQueue(io.threads.make_condition(self._lock), num_readers)
+        self._writes = WorkerQueue(io.threads.make_condition(self._lock), num_writers)
         self._queues = (self._reads, self._writes)
         self._breaker = CircuitBreaker()
         self._stopped = False
@@ -121,7 +125,7 @@ class StoreThreads:
     def start(self, job: Job) -> None:
         queue = self._writes if isinstance(job, StorePages) else self._reads
         with self._lock:
-            admitted = self._admits(queue)
+            admitted = self._breaker.is_closed
             if admitted:
                 queue.waiting.append(job)
                 queue.has_work.notify()
@@ -132,7 +136,7 @@ class StoreThreads:
 
     def cancel(self, job_id: int) -> None:
         with self._lock:
-            cancelled = [job for job in self._reads.waiting if job.job_id == job_id]
+            cancelled = [job for job in self._reads.waiting if not isinstance(job, Probe) and job.job_id == job_id]
             for job in cancelled:
                 self._reads.waiting.remove(job)
         self._report_unasked(cancelled)
@@ -146,6 +150,7 @@ class StoreThreads:
         self._report_unasked(dropped)
 
     def check_deadlines(self, now_s: float) -> None:
+        """Open the breaker for calls that hang, and probe the store after the pause."""
         dropped: list[Job] = []
         with self._lock:
             for call in [each for queue in self._queues for each in queue.calls.quarantine(now_s, self._io.deadline_s)]:
@@ -156,6 +161,10 @@ class StoreThreads:
                     _describe(call.job),
                     self._io.deadline_s,
                 )
+            has_idle_thread = len(self._reads.calls) < self._reads.num_threads  # a thread that hangs would not probe
+            if has_idle_thread and not self._stopped and self._breaker.needs_probe(now_s, is_tried=self._is_tried()):
+                self._reads.waiting.append(Probe())
+                self._reads.has_work.notify()
         self._report_unasked(dropped)
 
     def breaker(self) -> BreakerState:
@@ -181,14 +190,6 @@ class StoreThreads:
 
     # ------------------------------------------------------------ the breaker; callers hold the lock
 
-    def _admits(self, queue: WorkerQueue) -> bool:
-        now_s = self._io.clock.now_s()
-        if self._breaker.state(now_s, is_tried=False) is BreakerState.CLOSED:
-            return True
-        # A try needs an idle thread: a thread that hangs would never run the job.
-        has_idle_thread = len(queue.calls) < queue.num_threads
-        return has_idle_thread and self._breaker.admits(now_s, is_tried=self._is_tried())
-
     def _is_tried(self) -> bool:
         return any(queue.waiting or queue.calls.some_in_time for queue in self._queues)
 
@@ -200,7 +201,7 @@ class StoreThreads:
         return dropped
 
     def _drop_waiting(self) -> list[Job]:
-        dropped = [job for queue in self._queues for job in queue.waiting]
+        dropped = [job for queue in self._queues for job in queue.waiting if not isinstance(job, Probe)]
         for queue in self._queues:
             queue.waiting.clear()
         return dropped
@@ -210,14 +211,14 @@ class StoreThreads:
     def _serve(self, queue: WorkerQueue) -> None:
         while (call := self._next_call(queue)) is not None:
             started_s = call.started_s
-            num_pages, has_raised = 0, False
+            num_pages, failure = 0, None
             try:
                 num_pages = self._run_job(call)
-            except Exception:  # the thread must survive a failed job, and the job must be answered
-                logger.exception("storage tier: %s failed", _describe(call.job))
-                has_raised = True
-            self._report_unasked(self._finish_call(queue, call, num_pages, started_s, has_raised))
-            self._io.report(call.job, num_pages, call.answered and not has_raised)
+            except Exception as error:  # the thread must survive a failed job, and the job must be answered
+                failure = error
+            self._report_unasked(self._finish_call(queue, call, num_pages, started_s, failure))
+            if not isinstance(call.job, Probe):
+                self._io.report(call.job, num_pages, call.answered and failure is None)
         with self._lock:
             self._num_threads -= 1
             is_last = self._num_threads == 0
@@ -237,6 +238,9 @@ class StoreThreads:
     def _run_job(self, call: StoreCall) -> int:
         """Return the number of leading pages that are found, or fetched into their slots, or stored."""
         job, num_done = call.job, 0
+        if isinstance(job, Probe):
+            self._store.probe()
+            return 0
         assert max(call.slots, default=0) < len(self._pages), "a page outside the pool"
         persistent = self._io.host.persistent if isinstance(job, FetchPages) else None
         if persistent is not None:
@@ -270,19 +274,25 @@ class StoreThreads:
         return num_pages
 
     def _finish_call(
-        self, queue: WorkerQueue, call: StoreCall, num_pages: int, started_s: float, has_raised: bool
+        self, queue: WorkerQueue, call: StoreCall, num_pages: int, started_s: float, failure: Exception | None
     ) -> list[Job]:
         """Count the call. If it opens the breaker, return the waiting jobs, which the caller must report."""
-        name = _COUNTED[type(call.job)]
         with self._lock:
             now_s = self._io.clock.now_s()
             queue.calls.end(call)
-            self._counts[f"{name}s"] += 1
-            self._counts[f"{name}_seconds"] += now_s - started_s
-            if call.slots:
-                self._counts[f"{name}_bytes"] += num_pages * self._pages.shape[1]
-            if has_raised:
-                self._counts["storage_raised_calls"] += 1
+            if not isinstance(call.job, Probe):
+                name = _COUNTED[type(call.job)]
+                self._counts[f"{name}s"] += 1
+                self._counts[f"{name}_seconds"] += now_s - started_s
+                if call.slots:
+                    self._counts[f"{name}_bytes"] += num_pages * self._pages.shape[1]
+            if failure is not None:
+                if isinstance(failure, StoreUnreachable):
+                    self._counts["storage_unreachable_calls"] += 1
+                    logger.warning("storage tier: %s; the breaker opens", failure.message)
+                else:
+                    self._counts["storage_raised_calls"] += 1
+                    logger.error("storage tier: %s failed", _describe(call.job), exc_info=failure)
                 return self._open_breaker(now_s)
             if not call.hangs and self._breaker.on_success(now_s):
                 logger.info("storage tier: the store answers again; the breaker is closed")
@@ -293,5 +303,7 @@ class StoreThreads:
             self._io.report(job, 0, False)
 
 
-def _describe(job: Job) -> str:
+def _describe(job: Job | Probe) -> str:
+    if isinstance(job, Probe):
+        return "a probe of the store"
     return f"{type(job).__name__} of {len(job.digests)} pages"

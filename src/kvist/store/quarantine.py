@@ -14,18 +14,23 @@ from kvist.plan.tiers import FetchPages, FindPages, StorePages
 Job = FindPages | FetchPages | StorePages
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A call that finds out whether the store answers. No request waits for it."""
+
+
 @dataclass(slots=True, eq=False)
 class StoreCall:
     """A job that a thread is running. Mutable; owned by the thread, except `hangs`, which the engine loop sets."""
 
-    job: Job
+    job: Job | Probe
     started_s: float  # when the current call of the store began: a long job makes several calls
     hangs: bool = False  # the call took longer than the deadline
     answered: bool = False  # the store has answered for every page of the job
 
     @property
     def slots(self) -> tuple[int, ...]:
-        return () if isinstance(self.job, FindPages) else self.job.host_slots
+        return () if isinstance(self.job, FindPages | Probe) else self.job.host_slots
 
 
 class CallsUnderWay:
@@ -40,7 +45,7 @@ class CallsUnderWay:
     def __iter__(self) -> Iterator[StoreCall]:
         return iter(self._calls)
 
-    def begin(self, job: Job, now_s: float) -> StoreCall:
+    def begin(self, job: Job | Probe, now_s: float) -> StoreCall:
         call = StoreCall(job, now_s)
         self._calls[call] = None
         return call

@@ -19,6 +19,7 @@ import enum
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -27,6 +28,7 @@ from kvist.engine.config import EngineConfig
 from kvist.engine.messages import DRAIN, STOP, Beat, Progress, Ready, StartFailed, decode_line
 from kvist.errors import ConfigError, EngineError, KvistError, Timeout, WorkerLost, error_from_wire
 from kvist.memory.runtime_dir import remove_leftovers, runtime_dir
+from kvist.request import Role
 from kvist.wire import EngineHealth, EngineSpec
 
 FIRST_RESTART_WAIT_S = 0.5
@@ -50,6 +52,7 @@ class EngineProcess:
         self._clock = MonotonicClock()
         now_s = self._clock.now_s()
         self._last_beat_s, self._beat = now_s, Beat(turn_s=0.0, stalled_s=0.0)
+        self.present_role: Role | None = None  # None: not reported yet
         self._pauses = PauseMeter(now_s, max_interval_s=2 * CHECK_INTERVAL_S)
         self._reader = asyncio.create_task(self._read_messages(), name="engine's beats")
 
@@ -93,7 +96,7 @@ class EngineProcess:
         self._last_beat_s += self._pauses.measure_s(now_s)
         silent_s = now_s - self._last_beat_s
         turn_s, stalled_s = self._beat.turn_s + silent_s, self._beat.stalled_s + silent_s
-        return EngineHealth(turn_s=turn_s, stalled_s=stalled_s, silent_s=silent_s)
+        return EngineHealth(turn_s=turn_s, stalled_s=stalled_s, silent_s=silent_s, place=self._beat.place)
 
     def drain(self) -> None:
         """Request that the engine takes no new request and ends after its last request."""
@@ -115,6 +118,7 @@ class EngineProcess:
             match decode_line(line):
                 case Beat() as beat:
                     self._beat, self._last_beat_s = beat, self._clock.now_s()
+                    self.present_role = beat.role
                 case None:
                     logger.warning("the engine printed %r", line)
 
@@ -260,6 +264,8 @@ class EngineSupervisor:
             self._engine = None
             self.spec = None
             await asyncio.shield(engine.stop())
+            if engine.present_role is not None:  # the next process goes on in the role of this one
+                self._config = replace(self._config, present_role=engine.present_role)
 
     async def _watch(self, engine: EngineProcess) -> str:
         """Wait until the engine has ended; kill it if it makes no progress. Return how the engine ended."""

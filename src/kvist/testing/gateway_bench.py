@@ -15,8 +15,9 @@ import httpx
 import msgspec
 
 from kvist.request import Role
-from kvist.server.app import TrafficMiddleware, build_app
+from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
+from kvist.server.middleware import TrafficMiddleware
 from kvist.testing.clocks import FakeClock
 from kvist.testing.scripted_dispatcher import ScriptedDispatcher
 from kvist.testing.tokenizers import byte_tokenizer

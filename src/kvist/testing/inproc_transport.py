@@ -11,7 +11,7 @@ from kvist.errors import Unavailable
 from kvist.plan.transfers import TransferReport, VerifyPages, WritePages
 from kvist.request import EpochId, HandoffId
 from kvist.transfer.host_pages import HostPages, Pages
-from kvist.transfer.jobs import TransferJobs
+from kvist.transfer.jobs import TransferJobs, in_groups
 from kvist.wire import PoolAddress
 
 INPROC = "inproc"
@@ -46,7 +46,10 @@ class InprocTransport:
         assert address.transport == INPROC
         self._directory = directory
         self._wakeup = wakeup
-        self._jobs = TransferJobs(address=address, pages=HostPages(pages), open_peer=self._open_peer, wakeup=wakeup)
+        own = HostPages(pages)
+        self._jobs = TransferJobs(
+            address=address, pages=own, copies=in_groups(own), open_peer=self._open_peer, wakeup=wakeup
+        )
         directory.publish(EpochId(address.location), pages)
 
     @property

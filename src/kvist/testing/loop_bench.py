@@ -10,15 +10,18 @@ Time stands still except where a fake says otherwise. Everything runs in the thr
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kvist import wire
 from kvist.channel.engine import Inbound, Outbound
-from kvist.engine.loop import EngineLoop, LoopParts, StepRunner, Storage
+from kvist.engine.in_flight import LaunchedStep, StepRunner
+from kvist.engine.loop import EngineLoop, LoopParts, Storage
 from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
+from kvist.engine.roles import RoleSwitch
 from kvist.kv.pages import PageCounts
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens
@@ -49,7 +52,7 @@ class FakeChannel:
     """The engine's sockets. A test puts messages in with `deliver`, and reads what was sent in `sent` and `to_peers`.
 
     Mutable; a test may set the public fields. Peers in `unreachable` (gateways by address, engines by endpoint) take no
-    message. With `sleeps`, a `recv` without messages advances the clock by its timeout."""
+    message. With `sleeps`, a `recv` advances the clock by its timeout, or only to the next message or wakeup."""
 
     def __init__(self, clock: FakeClock, order: list[str] | None = None) -> None:
         self.num_undecodable = self.num_unexpected = self.num_refused = 0
@@ -59,6 +62,7 @@ class FakeChannel:
         self.timeouts: list[float] = []  # of every recv
         self.num_wakeups = 0
         self.sleeps = False
+        self.next_wakeup_s: Callable[[], float] = lambda: float("inf")
         self._clock = clock
         self._order = order if order is not None else []
         self._coming: list[tuple[float, bytes, Inbound]] = []
@@ -67,13 +71,18 @@ class FakeChannel:
         """Let the message arrive at the first `recv` from `at_s` on."""
         self._coming.append((at_s, identity, message))
 
+    @property
+    def next_message_s(self) -> float:
+        return min((at_s for at_s, _, _ in self._coming), default=float("inf"))
+
     def recv(self, timeout_s: float) -> list[tuple[bytes, Inbound]]:
         self.timeouts.append(timeout_s)
+        if self.sleeps:
+            now_s = self._clock.now_s()
+            self._clock.advance(max(0.0, min(now_s + timeout_s, self.next_message_s, self.next_wakeup_s()) - now_s))
         now_s = self._clock.now_s()
         arrived = [(identity, message) for at_s, identity, message in self._coming if at_s <= now_s]
         self._coming = [each for each in self._coming if each[0] > now_s]
-        if self.sleeps and not arrived:
-            self._clock.advance(timeout_s)
         return arrived
 
     def send(self, identity: bytes, message: Outbound) -> bool:
@@ -146,11 +155,96 @@ class FakeLaunched:
     def __init__(self, result: Callable[[], SampledTokens], fails: bool, error: Exception) -> None:
         self._result, self._fails, self._error = result, fails, error
 
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None: ...
+
     def result(self) -> SampledTokens:
         sampled = self._result()
         if self._fails:
             raise self._error
         return sampled
+
+
+class DeviceHangs(BaseException):
+    """The loop waits for ever for a `FakeDevice`."""
+
+
+class FakeDevice:
+    """A runner whose device computes beside the loop, one step after the other, as a GPU does. Its time is that of the
+    clock; `step_s` returns the duration of a step. Samples token 9 for every row.
+
+    Mutable; the test's. `ends` has the end of each step by its id. `hangs`: no further step ends, and a wait for one
+    raises `DeviceHangs`. `fails`: every call for a step raises."""
+
+    def __init__(self, clock: FakeClock, step_s: Callable[[Batch], float]) -> None:
+        self.order: list[str] = []  # launches and reads
+        self.batches: list[Batch] = []
+        self.ends: dict[int, float] = {}
+        self.hangs = False
+        self.fails = False
+        self._steps: deque[FakeStep] = deque()  # launched, not read
+        self._clock, self._step_s = clock, step_s
+        self._free_s = 0.0  # when the device has ended all steps
+
+    def launch(self, batch: Batch) -> FakeStep:
+        self.batches.append(batch)
+        self.order.append(f"launch {batch.step_id}")
+        self._free_s = max(self._free_s, self._clock.now_s()) + self._step_s(batch)
+        self.ends[batch.step_id] = self._free_s
+        self._steps.append(FakeStep(self, batch, self._free_s))
+        return self._steps[-1]
+
+    def watch(self, step: LaunchedStep) -> None:
+        assert step is self._steps[-1], "each step is watched when it is launched"
+
+    def next_end_s(self) -> float:
+        """Return when the loop is woken next by the end of a step, as by `engine.step_waiter`."""
+        now_s = self._clock.now_s()
+        ends = (step.end_s for step in self._steps if step.end_s > now_s)
+        return float("inf") if self.hangs else next(ends, float("inf"))
+
+    @property
+    def computes(self) -> bool:
+        """Whether the oldest step that was not read is still computed."""
+        return bool(self._steps) and not self.is_done(self._steps[0])
+
+    def wait(self, step: FakeStep) -> None:
+        if self.hangs:
+            raise DeviceHangs
+        self._clock.advance(max(0.0, step.end_s - self._clock.now_s()))
+
+    def is_done(self, step: FakeStep) -> bool:
+        return not self.hangs and self._clock.now_s() >= step.end_s
+
+    def read(self, step: FakeStep) -> SampledTokens:
+        self.order.append(f"read {step.batch.step_id}")
+        assert self._steps.popleft() is step, "steps are read in the order of their launches"
+        if self.fails:
+            raise RuntimeError("an illegal memory access")
+        assert self.is_done(step), "the loop would wait for the device"
+        return SampledTokens(token_ids=[9] * sum(item.samples for item in step.batch.items))
+
+
+@dataclass(frozen=True, slots=True)
+class FakeStep:
+    """A step of a `FakeDevice`."""
+
+    device: FakeDevice
+    batch: Batch
+    end_s: float
+
+    def is_done(self) -> bool:
+        if self.device.fails:
+            raise RuntimeError("an illegal memory access")
+        return self.device.is_done(self)
+
+    def wait(self) -> None:
+        self.device.wait(self)
+
+    def result(self) -> SampledTokens:
+        return self.device.read(self)
 
 
 class SlowRunner:
@@ -243,6 +337,10 @@ class FakeStorage:
         return {}
 
 
+def _computed_at_launch(_step: LaunchedStep) -> None:
+    raise AssertionError("a step of this runner has ended when it is launched")
+
+
 class LoopBench:
     """The loop with fakes around it; a real scheduler or another runner may take the place of a fake.
 
@@ -255,18 +353,22 @@ class LoopBench:
         overlap: bool = False,
         storage: Storage | None = None,
         scheduler: Scheduler | None = None,
-        runner: StepRunner | None = None,
+        runner: StepRunner | FakeDevice | None = None,
         transport: Transport | None = None,
+        channel: FakeChannel | None = None,
         clock: FakeClock | None = None,
         gateway_timeout_s: float = 10.0,
     ) -> None:
         self.order: list[str] = []
         self.clock = clock or FakeClock(100.0)
-        self.channel = FakeChannel(self.clock, self.order)
+        self.channel = channel or FakeChannel(self.clock, self.order)
         self.scheduler, self.runner, self.transport = ScriptedScheduler(), FakeRunner(self.order), FakeTransport()
+        if isinstance(runner, FakeDevice):
+            self.channel.next_wakeup_s, self.channel.sleeps = runner.next_end_s, True
         self.cached_pages: list[wire.ListedPages] = [wire.ListedPages(tier="device", first_piece=0)]  # by piece
+        spec = spec or make_spec()
         parts = LoopParts(
-            spec=spec or make_spec(),
+            spec=spec,
             scheduler=scheduler or self.scheduler,
             runner=runner or self.runner,
             channel=self.channel,
@@ -275,7 +377,9 @@ class LoopBench:
             page_events=PageEventLog(list_pages=lambda piece: self.cached_pages[piece]),
             clock=self.clock,
             gateway_timeout_s=gateway_timeout_s,
+            watch_step=runner.watch if isinstance(runner, FakeDevice) else _computed_at_launch,
             storage=storage,
+            roles=RoleSwitch(spec.role),
             overlap=overlap,
         )
         self.loop = EngineLoop(parts)

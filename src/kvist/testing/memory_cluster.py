@@ -24,6 +24,7 @@ import msgspec
 
 from kvist import wire
 from kvist.channel.engine import Inbound
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.kv.tiers.prefetch import PrefetchConfig
 from kvist.models.decoder import CausalLM
 from kvist.request import EngineRequest, EpochId, FinishReason, Outcome, RequestId, Role, TokenLogprobs
@@ -31,6 +32,7 @@ from kvist.store.config import StorageConfig
 from kvist.testing.clocks import FakeClock
 from kvist.testing.memory_engine import GATEWAY, EngineShape, MemoryEngine
 from kvist.testing.specs import make_peer, submit_decode, submit_full, submit_prefill, submit_stored, submit_storing
+from kvist.testing.tiny_model import tiny_grammars
 
 GIVE_UP_S = 60.0  # of real time: generous, for busy machines
 StorageAction = Literal["status", "attach", "detach"]
@@ -49,6 +51,7 @@ class ShapeFields(TypedDict, total=False):
     overlap: bool
     queue_timeout_s: float
     transports: str
+    grammars: GrammarCompiler | None
 
 
 @dataclass
@@ -86,7 +89,7 @@ class MemoryCluster:
         self.engines: list[MemoryEngine] = []
         self.streams: dict[str, Stream] = {}
         self.storage_answers: dict[str, wire.StorageAnswer] = {}
-        self._default = EngineShape(overlap=overlap)
+        self._default = EngineShape(overlap=overlap, grammars=tiny_grammars())
         self._woken = threading.Event()
         self._model = model
         self._runtime_dir = runtime_dir

@@ -16,10 +16,14 @@ from kvist import wire
 from kvist.attention import build_attention
 from kvist.channel.engine import Inbound, Outbound
 from kvist.clock import Clock
-from kvist.engine.assembly import make_storage
+from kvist.engine.assembly import make_storage, store_context
+from kvist.engine.grammar_jobs import GrammarJobs
+from kvist.engine.in_flight import LaunchedStep
 from kvist.engine.loop import EngineLoop, LoopParts
 from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
+from kvist.engine.roles import RoleSwitch
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.kv.cache import PageCache
 from kvist.kv.layout import PageLayout, namespace
 from kvist.kv.tiers.host import HostTier
@@ -127,6 +131,7 @@ class EngineShape:
     prefetch: PrefetchConfig = _WAIT_COMPLETE
     fingerprint: str = "tiny"  # of the model: engines with another one share no pages
     overlap: bool = False
+    grammars: GrammarCompiler | None = None  # None: no request may have a constraint
     queue_timeout_s: float = 60.0
     transports: str = "auto"  # that the engine offers
 
@@ -165,7 +170,8 @@ class MemoryEngine:
         if shape.num_host_pages:
             host_pool = HostPool(shape.num_host_pages, layout.page_bytes, pinned=False)
             self._mover = PageMover(self._pool, host_pool, wakeup=wakeup, clock=clock)
-            self._storage = make_storage(shape.storage, host_pool, self.namespace, wakeup, clock)
+            context = store_context(shape.storage, host_pool, self.namespace, advertised_host="127.0.0.1")
+            self._storage = make_storage(shape.storage, host_pool, context, wakeup, clock)
             self._watched = WatchedStorage(self._storage)
             self._storage.open_configured()
         attention = build_attention("torch", self._pool.tensor.device)
@@ -173,8 +179,9 @@ class MemoryEngine:
         sizes = table_sizes(
             config.max_running_requests, vocab_size=model.config.vocab_size, context_len=config.max_model_len
         )
-        table = SlotTable(sizes, self._pool.tensor.device)
+        table = SlotTable(sizes, self._pool.tensor.device, shape.grammars)
         runner = Runner(model=model, pool=self._pool, attention=attention, table=table)
+        self._grammars = None if shape.grammars is None else GrammarJobs(shape.grammars, wakeup)
         parts = LoopParts(
             spec=self._spec(model, config),
             scheduler=self.scheduler,
@@ -185,8 +192,11 @@ class MemoryEngine:
             page_events=PageEventLog(list_pages=cache.list_pages),
             clock=clock,
             gateway_timeout_s=1e9,
+            watch_step=_computed_at_launch,
+            roles=RoleSwitch(shape.role),
             mover=self._mover,
             storage=self._watched,
+            grammars=self._grammars,
             overlap=shape.overlap,
         )
         self.loop = EngineLoop(parts)
@@ -241,7 +251,9 @@ class MemoryEngine:
 
     @property
     def threads_work(self) -> bool:
-        """Whether threads may be copying pages. Pages also stay in flight until a peer answers."""
+        """Whether threads may be copying pages or compiling. Pages also stay in flight until a peer answers."""
+        if self._grammars is not None and self._grammars.num_open:
+            return True
         if self.scheduler.status().pages.in_flight or self.num_host_pages_in_flight:
             return True
         if self._watched is None:
@@ -267,6 +279,10 @@ class MemoryEngine:
         self._transport.close()
         self._pool.close()
         self._lock.close()
+
+
+def _computed_at_launch(_step: LaunchedStep) -> None:
+    raise AssertionError("the runner of a CPU computes a step when it launches it")
 
 
 def layout_of(model: CausalLM) -> PageLayout:

@@ -39,6 +39,8 @@ class MemoryStoreOptions:
 class MemoryStore:
     """`is_registered` stands for a transport that needs registered memory: every page must be in that memory."""
 
+    max_threads: int | None = None
+
     def __init__(self, context: StoreContext, *, capacity_bytes: int = 1 << 30) -> None:
         if capacity_bytes < context.page_bytes:
             raise ConfigError("the memory store is smaller than one page: raise its size", param="size")
@@ -83,6 +85,8 @@ class MemoryStore:
                 stored.add(key)
             self._use(keys[:num_stored])
         return num_stored
+
+    def probe(self) -> None: ...
 
     def stats(self) -> StoreStats:
         return self._tally.stats(len(self._pages) * self._page_bytes)

@@ -22,6 +22,7 @@ from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker
 from kvist.router.stream import StreamPart
+from kvist.router.streams import RETRY_S
 from kvist.testing.clocks import FakeClock
 from kvist.testing.specs import SpecFields, make_roomy_spec
 
@@ -69,7 +70,7 @@ class MemoryEngines:
         """Add a worker whose engine has sent its spec: that of a roomy unified engine with these changes."""
         worker = self.registry.add(name, None, 0.0)
         worker.endpoint = f"tcp://{name}"
-        fields: SpecFields = {"worker_id": name, "epoch": f"epoch-{name}"}
+        fields: SpecFields = {"worker_id": name, "epoch": f"epoch-{name}", "writes_alone": True}
         fields.update(spec)
         self.registry.on_welcome(worker, wire.Welcome(spec=make_roomy_spec(**fields)), 0.0)
         return worker
@@ -126,6 +127,14 @@ class RouterBench:
         task = asyncio.create_task(read_all(self.dispatcher.generate(request)))
         await settle()
         return task
+
+    async def pass_time(self, seconds: float) -> None:
+        """Move the time, in steps that no deadline of the dispatcher is shorter than."""
+        end_s = self.clock.now_s() + seconds
+        while self.clock.now_s() < end_s:
+            self.clock.advance(min(RETRY_S, end_s - self.clock.now_s()))
+            self.dispatcher.on_time()
+            await settle()
 
     def idle(self) -> bool:
         """Return whether every request has ended at every worker."""

@@ -25,6 +25,8 @@ from kvist.wire import (
     Flushed,
     FlushTier,
     HandoffReport,
+    RoleAnswer,
+    SetRole,
     StorageCommand,
     TokenChunk,
 )
@@ -101,13 +103,15 @@ class ScriptedDispatcher:
     storage_answers: Mapping[WorkerId, Answer] = field(default_factory=dict)
     # the calls so far
     requests: list[EngineRequest] = field(default_factory=list)
+    sessions: list[str] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
     num_open: int = 0
     num_closed_early: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # set when a stream ends
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[StreamPart, None]:
+    async def generate(self, request: EngineRequest, *, session: str = "") -> AsyncGenerator[StreamPart, None]:
         self.requests.append(request)
+        self.sessions.append(session)
         self.num_open += 1
         complete = False
         try:
@@ -135,6 +139,14 @@ class ScriptedDispatcher:
         flushed: dict[WorkerId, Answer] = {worker: Flushed(call_id="", num_pages=n) for worker, n in FLUSHED.items()}
         answers = self.storage_answers if isinstance(command, StorageCommand) else flushed
         return {worker: answer for worker, answer in answers.items() if isinstance(answer, answer_type)}
+
+    async def ask_worker(self, name: str | None, command: Command, answer_type: type[AnswerT]) -> AnswerT:
+        self.commands.append(command)
+        if self.error is not None:
+            raise self.error
+        answer = RoleAnswer(call_id="") if isinstance(command, SetRole) else None
+        assert isinstance(answer, answer_type), f"no answer to {command} for {name}"
+        return answer
 
     @property
     def flushed(self) -> list[FlushTier | None]:

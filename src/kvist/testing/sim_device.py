@@ -9,7 +9,9 @@ tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from functools import reduce
+from itertools import count
 
 from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
@@ -28,14 +30,18 @@ def chain(previous: int, token_id: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{previous}/{token_id}".encode(), digest_size=8).digest(), "little")
 
 
-def next_token(prefix: int, sampling: SamplingParams, position: int, suppressed: tuple[int, ...]) -> int:
-    """Return the token that the model samples; `position` is the number of tokens before it."""
-    attempt = 0
-    while True:
-        token_id = chain(prefix, (sampling.seed << 20) + (position << 6) + attempt) % VOCAB
-        if token_id not in suppressed:
-            return token_id
-        attempt += 1
+def forbidden_tokens(answer: Sequence[int]) -> set[int]:
+    """Return the tokens that a constraint forbids after these output tokens: half of the vocabulary, by their hash."""
+    state = reduce(chain, answer, 0)
+    return {token_id for token_id in range(VOCAB) if state >> token_id & 1}
+
+
+def next_token(prefix: int, sampling: SamplingParams, answer: Sequence[int], position: int, stops: Set[int]) -> int:
+    """Return the token that the model samples, none of `stops`. `position` is the number of tokens before it; only a
+    constraint depends on `answer`, the output tokens."""
+    excluded = stops | forbidden_tokens(answer) if sampling.constraint is not None else stops
+    tries = (chain(prefix, (sampling.seed << 20) + (position << 6) + attempt) % VOCAB for attempt in count())
+    return next(token_id for token_id in tries if token_id not in excluded)
 
 
 def reference_stream(
@@ -45,18 +51,16 @@ def reference_stream(
     tokens = [*request.prompt_token_ids, *request.output_token_ids]
     sampling = request.sampling
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(config.eos_token_ids))
-    prefix = 0
-    for token_id in tokens:
-        prefix = chain(prefix, token_id)
+    prefix = reduce(chain, tokens, 0)
     while True:
-        num_outputs = len(tokens) - len(request.prompt_token_ids)
+        outputs = tokens[len(request.prompt_token_ids) :]
         if not sampling.max_tokens:
             return list(request.output_token_ids), FinishReason.LENGTH
-        suppressed = tuple(sorted(stops)) if num_outputs < sampling.min_tokens else ()
-        token_id = next_token(prefix, sampling, len(tokens), suppressed)
+        excluded = stops if len(outputs) < sampling.min_tokens else set()
+        token_id = next_token(prefix, sampling, outputs, len(tokens), excluded)
         prefix = chain(prefix, token_id)
         tokens.append(token_id)
-        outputs = tokens[len(request.prompt_token_ids) :]
+        outputs.append(token_id)
         if token_id in stops:
             return outputs, FinishReason.STOP
         if len(outputs) >= sampling.max_tokens or len(tokens) >= context_len:
@@ -91,6 +95,8 @@ class SimDevice:
         self._page_state = cache.page_state
         self.pages: list[Page] = [[None] * cache.page_size for _ in range(cache.num_pages)]
         self._open: dict[SlotId, StartRequest] = {}
+        # of open slots: the output tokens that the matcher has seen; None without a constraint
+        self._answers: dict[SlotId, list[int] | None] = {}
         self._last_tokens: dict[SlotId, int] = {}  # slot → token sampled last, for `takes_sampled`
         self._broken: set[SlotId] = set()  # slots of the batch before, if it failed
 
@@ -115,8 +121,11 @@ class SimDevice:
                 assert state is PageState.OWNED, f"a step writes page {item.page_ids[page]}, which is {state.name}"
                 prefix = chain(prefix, token_id)
                 self.pages[item.page_ids[page]][slot] = (token_id, prefix)
+            answer = self._answers[item.slot]
+            if answer is not None:  # a row of several tokens may be computed in several steps
+                answer += item.token_ids[self._open[item.slot].num_prompt_tokens + len(answer) - item.start :]
             if item.samples:
-                sampled[item.slot] = self._sample(self._open[item.slot], prefix, item.end)
+                sampled[item.slot] = self._sample(self._open[item.slot], prefix, item.end, answer)
         self._last_tokens |= {slot: row[-1] for slot, row in sampled.items()}
         self._broken.clear()
         counts = [len(row) for row in sampled.values()]
@@ -126,13 +135,15 @@ class SimDevice:
             prompt_logprobs=scores,
         )
 
-    def _sample(self, start: StartRequest, prefix: int, position: int) -> list[int]:
+    def _sample(self, start: StartRequest, prefix: int, position: int, answer: list[int] | None) -> list[int]:
         """Return the tokens of a row: one, or a number that follows from the prefix."""
+        seen = answer or []
+        assert answer is None or start.num_prompt_tokens + len(seen) == position, "the matcher lacks tokens"
         row: list[int] = []
-        count = 1 + prefix % self._row_tokens(start.sampling)
-        while len(row) < count:
-            suppressed = start.suppressed_token_ids if position + len(row) < start.suppress_until else ()
-            row.append(next_token(prefix, start.sampling, position + len(row), suppressed))
+        num_tokens = 1 + prefix % self._row_tokens(start.sampling)
+        while len(row) < num_tokens:
+            stops = set(start.suppressed_token_ids if position + len(row) < start.suppress_until else ())
+            row.append(next_token(prefix, start.sampling, [*seen, *row], position + len(row), stops))
             prefix = chain(prefix, row[-1])
         return row
 
@@ -172,6 +183,8 @@ class SimDevice:
         for start in batch.started:
             assert start.slot not in self._open
             self._open[start.slot] = start
+            answer = start.token_ids[start.num_prompt_tokens :]
+            self._answers[start.slot] = None if start.sampling.constraint is None else list(answer)
 
     def _check_owned(self, item: BatchItem) -> None:
         for page in range(item.start // self._page_size, (item.end - 1) // self._page_size + 1):

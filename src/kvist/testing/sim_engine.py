@@ -11,16 +11,19 @@ step checks the counts of the scheduler and of the cache. sim_cluster.py connect
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from kvist.errors import InvalidConstraint
 from kvist.kv.cache import PageCache
 from kvist.kv.tiers.host import HostTier
 from kvist.kv.tiers.prefetch import PrefetchConfig
-from kvist.kv.tiers.storage import StorageTier
+from kvist.kv.tiers.storage import FETCH_PAGES, StorageTier
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, StepFailed, StepFinished
+from kvist.plan.grammars import CompileGrammar, GrammarCompiled
 from kvist.plan.plan import Plan
 from kvist.plan.tiers import BackUpPages, ForgetPages, LoadPages, StorageAttached
 from kvist.plan.transfers import PeerDied, ToSource
@@ -30,6 +33,7 @@ from kvist.scheduler.active import RequestState
 from kvist.testing.page_events import ReplayedPages, listed_pages
 from kvist.testing.sim_device import EOS, SimDevice
 from kvist.testing.sim_mover import SimMover
+from kvist.testing.sim_order import OrderCheck
 from kvist.testing.sim_slots import SlotCheck
 from kvist.testing.sim_store import SimStore
 from kvist.testing.sim_transport import SimTransport
@@ -57,6 +61,8 @@ class SchedulerFields(TypedDict, total=False):
 
     max_running_requests: int
     max_queued_requests: int
+    scheduling_policy: str
+    max_queue_wait_s: float | None
     chunked_prefill_size: int
     max_prefill_tokens: int
     overlap: bool
@@ -66,6 +72,7 @@ class SchedulerFields(TypedDict, total=False):
     ack_timeout_s: float
     store_handoff_timeout_s: float
     max_remembered_handoffs: int
+    grammar_compile_timeout_s: float
     max_model_len: int
     eos_token_ids: tuple[int, ...]
 
@@ -98,7 +105,7 @@ class Rows:
     known_every: int = 0  # a request whose seed is a multiple of this needs its last token known; 0: none does
 
     def need_known_token(self, sampling: SamplingParams) -> bool:
-        return bool(self.known_every) and sampling.seed % self.known_every == 0
+        return sampling.constraint is not None or (bool(self.known_every) and sampling.seed % self.known_every == 0)
 
     def num_tokens(self, sampling: SamplingParams, *, overlap: bool) -> int:
         """Return the most tokens in a row: no pending batch may continue a row of several tokens."""
@@ -116,6 +123,7 @@ class SimShape:
     num_host_pages: int = 0  # a host tier, if more than 0
     write_policy: str = "write_through"
     prefetch: PrefetchConfig | None = None  # a storage tier over the host tier
+    fetch_pages: int = FETCH_PAGES  # most pages in one fetch from the store
     rows: Rows = Rows()
 
 
@@ -129,6 +137,7 @@ class ShapeFields(TypedDict, total=False):
     num_host_pages: int
     write_policy: str
     prefetch: PrefetchConfig | None
+    fetch_pages: int
     rows: Rows
 
 
@@ -145,7 +154,7 @@ class SimEngine:
         self.host = HostTier(shape.num_host_pages) if shape.num_host_pages else None
         storage = None
         if self.host is not None and shape.prefetch is not None:
-            storage = StorageTier(self.host, shape.prefetch, page_size=shape.page_size)
+            storage = StorageTier(self.host, shape.prefetch, page_size=shape.page_size, fetch_pages=shape.fetch_pages)
         self.cache = PageCache(
             num_pages=shape.num_pages,
             page_size=shape.page_size,
@@ -166,11 +175,14 @@ class SimEngine:
         )
         self.events: list[Event] = [] if storage is None else [StorageAttached(attached=True)]  # for the next step
         self.slot_check = SlotCheck(shape.config.max_running_requests, needs_known_token)
+        self.order_check = OrderCheck(self.scheduler.requests)
         self.under_way: deque[Batch] = deque()  # launched, not finished
         self.plan = Plan()  # the newest
         self.pages = ReplayedPages()
         self.in_flight_pages: dict[int, HandoffId] = {}  # page id → handoff, from the grants that it sent
         self.fail_next_step = False
+        self.holds_grammars = False  # as if its compiler hung
+        self._compiling: list[CompileGrammar] = []
 
     def _describe(self) -> PeerSpec:
         pool = make_pool(
@@ -215,11 +227,14 @@ class SimEngine:
         watched = self.plan.watched_epochs
         dead = [PeerDied(epoch=epoch) for epoch in sorted(watched) if epoch not in self.world.by_epoch]
         stored = [] if self.store is None else self.store.poll()
-        events = [*self.events, *self.transport.poll(), *self.mover.poll(), *stored, *dead]
+        events = [*self.events, *self.transport.poll(), *self.mover.poll(), *stored, *dead, *self._compiled()]
         self.events = []
+        self.order_check.before()
         plan = self.plan = self.scheduler.step(self.world.now_s, events)
+        self.order_check.after()
         self._check(plan)
         self.world.receive(self, plan)
+        self._compiling += plan.grammar_jobs
         for transfer in plan.transfers:
             self.transport.take(transfer)
         for job in plan.tier_jobs:
@@ -233,6 +248,13 @@ class SimEngine:
             self.under_way.append(plan.batch)
             assert len(self.under_way) <= (2 if self.config.overlap else 1)
         return plan
+
+    def _compiled(self) -> Iterator[GrammarCompiled]:
+        """Report the compilations; a constraint with the text "faulty" fails."""
+        while self._compiling and not self.holds_grammars:
+            job = self._compiling.pop()
+            code = InvalidConstraint.code if job.constraint.text == "faulty" else None
+            yield GrammarCompiled(request_id=job.request_id, error_code=code)
 
     def _check_slots(self) -> None:
         used = [*self.mover.slots, *([] if self.store is None else self.store.slots)]
@@ -259,7 +281,7 @@ class SimEngine:
         assert load.num_waiting == sum(not request.has_pages for request in live)
         assert load.num_running == sum(request.has_pages for request in live)
         running = list(requests.running)
-        assert running == sorted(running, key=lambda request: request.number)
+        assert running == sorted(running, key=lambda request: request.urgency)
         assert requests.running.num_prefills == sum(request.mode is Mode.PREFILL for request in running)
         assert requests.slots.num_taken == len(running) == len({request.slot for request in running})
         assert requests.num_counted_as_running <= self.config.max_running_requests
@@ -271,7 +293,10 @@ class SimEngine:
                 "a request waits for the store too long"
             )
         if not self.under_way:  # else the end of a leader may not have been seen yet
-            assert not len(requests.awaiting_pages) or len(requests.running) + len(requests.loading), (
+            loads = requests.fetching.num_early_jobs + sum(
+                request.loading for request in (*requests.loading, *requests.ended)
+            )  # a load outlives its request
+            assert not len(requests.awaiting_pages) or len(requests.running) or loads, (
                 "requests wait for pages that no request computes or loads"
             )
         for request in live:

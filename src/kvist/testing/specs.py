@@ -12,7 +12,7 @@ import msgspec
 
 from kvist import wire
 from kvist.plan.compat import peer_spec
-from kvist.request import EngineRequest, EpochId, HandoffId, Mode, RequestId, Role, SamplingParams, WorkerId
+from kvist.request import Constraint, EngineRequest, EpochId, HandoffId, Mode, RequestId, Role, SamplingParams, WorkerId
 
 
 class SpecFields(TypedDict, total=False):
@@ -35,6 +35,8 @@ class SpecFields(TypedDict, total=False):
     tp_size: int
     max_running_requests: int
     max_queued_requests: int
+    writes_alone: bool
+    scheduling_policy: str
     protocol_version: int
     request_fields: tuple[str, ...]
     layout: str
@@ -98,9 +100,12 @@ class LoadFields(TypedDict, total=False):
     num_owned_pages: int
     num_in_flight_pages: int
     service_s: float | None
+    queue_wait_s: float | None
     num_host_pages: dict[str, int]
     storage: wire.StorageStatus | None
     draining: bool
+    role: Role | None
+    earlier_roles: tuple[Role, ...]
     totals: dict[str, float]
 
 
@@ -168,6 +173,7 @@ class SamplingFields(TypedDict, total=False):
     prompt_logprobs: int | None
     prompt_logprobs_start: int
     logprob_token_ids: tuple[int, ...]
+    constraint: Constraint | None
 
 
 class RequestFields(SamplingFields, total=False):
@@ -175,6 +181,7 @@ class RequestFields(SamplingFields, total=False):
 
     output_token_ids: tuple[int, ...]
     cache_salt: str
+    priority: int
     client: str
 
 

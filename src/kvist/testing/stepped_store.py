@@ -24,6 +24,7 @@ from typing import Any
 from kvist.memory.host_pool import HostPool
 from kvist.plan.tiers import CancelFetch, StoreJob, StoreReport
 from kvist.store.backend import PageStore, StoreContext, StoreStats
+from kvist.store.breaker import BreakerState
 from kvist.store.file import FileStore
 from kvist.store.io_threads import Threads
 from kvist.store.mover import StoreMover
@@ -136,6 +137,8 @@ class FaultyStore:
 
     A call pauses before and after each page. Mutable; the test's."""
 
+    max_threads: int | None = None
+
     def __init__(self, namespace: str, folder: Path, page_bytes: int, num_pages: int) -> None:
         self.folder = folder
         self.behaviour = "works"
@@ -174,6 +177,11 @@ class FaultyStore:
             if not self._real.put(keys[index : index + 1], pages[index : index + 1]):
                 return index
         return len(keys)
+
+    def probe(self) -> None:
+        pause()
+        self._trouble()
+        self._real.probe()
 
     def stats(self) -> StoreStats:
         return self._real.stats()
@@ -225,8 +233,9 @@ class SteppedStoreMover:
         return reports
 
     def busy(self) -> bool:
-        """Return whether a job has no report yet, or a fiber is in the middle of one."""
-        return self._num_open > 0 or any(not fiber.is_idle for fiber in self.fibers)
+        """Return whether a job has no report yet, a fiber is in the middle of one, or a probe waits for a fiber."""
+        is_probed = self._mover.breaker() is BreakerState.HALF_OPEN
+        return self._num_open > 0 or is_probed or any(not fiber.is_idle for fiber in self.fibers)
 
     def slots_under_call(self) -> set[int]:
         return self._mover.slots_under_call()

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from kvist.checkpoint import find_checkpoint
+from kvist.grammar.backend import Vocabulary
+from kvist.grammar.backends import GRAMMAR_BACKENDS
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.models import load_model_config
 from kvist.models.decoder import CausalLM
 from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
+from kvist.testing.tokenizers import byte_tokenizer
 
 VOCAB_SIZE = 128
+_END_ID = 2
 MAX_MODEL_LEN = 256
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,16 +34,25 @@ _CONFIG = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
-    "eos_token_id": 2,
+    "eos_token_id": _END_ID,
     "bos_token_id": 1,
     "hidden_act": "silu",
 }
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """Write the model's config.json, and return the folder: an engine serves it with `--load-format dummy`."""
-    (folder / "config.json").write_text(json.dumps(_CONFIG))
+def write_tiny_model(folder: Path, *, vocab_size: int = VOCAB_SIZE, max_model_len: int = MAX_MODEL_LEN) -> Path:
+    """Write the model's config.json, and return the folder: an engine serves it with `--load-format dummy`, a server
+    needs a tokenizer beside it (`write_byte_tokenizer`)."""
+    config = {**_CONFIG, "vocab_size": vocab_size, "max_position_embeddings": max_model_len}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@cache
+def tiny_grammars() -> GrammarCompiler:
+    """Return a compiler of constraints. The tiny model has the first tokens of `byte_tokenizer`."""
+    vocabulary = Vocabulary(tokens=byte_tokenizer(), size=VOCAB_SIZE, end_token_ids=(_END_ID,))
+    return GrammarCompiler(lambda: GRAMMAR_BACKENDS["llguidance"].make({}, vocabulary))
 
 
 def load_tiny_model(folder: Path) -> CausalLM:

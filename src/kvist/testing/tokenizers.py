@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -23,6 +24,18 @@ def byte_tokenizer(
 
     The bytes are in the order of their printable characters. `merges` are pairs of tokens, in these characters.
     """
+    template = None if chat_template is None else ChatTemplate(chat_template, special_tokens={})
+    return Tokenizer(_backend(special_tokens, merges), alphabet=Alphabet.BYTE_LEVEL, chat_template=template)
+
+
+def write_byte_tokenizer(folder: Path) -> int:
+    """Write the default `byte_tokenizer` into a model folder; return the size of its vocabulary."""
+    backend = _backend((END,), ())
+    backend.save(str(folder / "tokenizer.json"))
+    return int(backend.get_vocab_size())
+
+
+def _backend(special_tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> Backend:
     vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     for left, right in merges:
         vocabulary[left + right] = len(vocabulary)
@@ -30,5 +43,4 @@ def byte_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in special_tokens])
-    template = None if chat_template is None else ChatTemplate(chat_template, special_tokens={})
-    return Tokenizer(backend, alphabet=Alphabet.BYTE_LEVEL, chat_template=template)
+    return backend

@@ -19,6 +19,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from kvist.errors import ModelLoadError, PromptTooLong, RequestError
+from kvist.text.tool_calls import AnswerFormats, find_formats
 
 _MAX_PIECES = 1 << 19  # pieces that a template may write, usually a few for each message: bounds its loops
 
@@ -39,6 +40,20 @@ def _to_json(
     # replaces jinja's own filter, which escapes <, > and & for HTML
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     return _ESCAPED.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
+
+
+class CallArguments(dict[str, object]):
+    """The arguments of a call in the history. Some templates read them as an object; others join them to a text, and
+    get the JSON."""
+
+    def __str__(self) -> str:
+        return _to_json(self)
+
+    def __add__(self, text: str) -> str:
+        return f"{self}{text}"
+
+    def __radd__(self, text: str) -> str:
+        return f"{text}{self}"
 
 
 def _raise_exception(message: str) -> None:
@@ -64,9 +79,15 @@ class ChatTemplate:
     """A chat template, compiled once and rendered for each chat. `special_tokens` are bos_token, eos_token..."""
 
     def __init__(
-        self, source: str, *, special_tokens: Mapping[str, str], now: Callable[[], datetime] = _local_now
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str],
+        formats: AnswerFormats | None = None,
+        now: Callable[[], datetime] = _local_now,
     ) -> None:
-        """Raises `ModelLoadError` when `source` is not a valid template."""
+        """`formats`: how the model writes tool calls and reasoning; None: as `source` shows. Raises `ModelLoadError`
+        when `source` is not a valid template."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
@@ -74,6 +95,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
         self.source = source
+        self.formats = find_formats(source) if formats is None else formats
         self.special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvist.config import option
+from kvist.text.tool_calls import AUTO
 
 AUTO_CONFIG, NO_CONFIG = "auto", "vllm"
 
@@ -25,4 +26,18 @@ class TextConfig:
         "treatment of control tokens such as <|im_start|> in the content of chat messages: 'special' keeps their "
         "effect, as other servers do; 'text' makes them plain text, so that a message cannot forge another role",
         choices=("special", "text"),
+    )
+    tool_call_parser: str = option(
+        AUTO,
+        "format in which the model writes tool calls: 'auto' finds it in the chat template, 'none' recognises no "
+        "calls; others have vLLM's names, such as hermes, qwen3_coder, llama3_json, mistral (docs/tools.md)",
+    )
+    reasoning_parser: str = option(
+        AUTO,
+        "format in which the model writes its reasoning: 'auto' finds it in the chat template, 'none' leaves reasoning "
+        "in the content; others have vLLM's names, such as deepseek_r1, qwen3 (docs/tools.md)",
+    )
+    enable_auto_tool_choice: bool = option(
+        True,
+        "let the model decide whether to call one of the request's tools; without, requests with tools are refused",
     )

@@ -11,7 +11,7 @@ string, a mark replaces each such token: a lone surrogate, a character that no t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 _FIRST_MARK, _NUM_MARKS = 0xD800, 0x800  # the surrogates: invalid in UTF-8, so no model or client sends one
 
@@ -27,12 +27,18 @@ def special_token_marks(stops: Sequence[str], special_tokens: re.Pattern[str] | 
 
 class StopMatcher:
     def __init__(
-        self, stops: Sequence[str], *, marks: Mapping[str, str] | None = None, include_match: bool = False
+        self,
+        stops: Sequence[str],
+        *,
+        marks: Mapping[str, str] | None = None,
+        shown: Container[str] = (),
+        include_match: bool = False,
     ) -> None:
-        """`marks` replace special tokens in the pushed text. `include_match` shows the stop string too."""
+        """`marks` replace special tokens in the pushed text; those in `shown` appear in the result. `include_match`
+        shows the stop string too."""
         assert all(stops), "an empty stop string would match everywhere"
         self._stops = tuple((_marked(stop, marks or {}), stop) for stop in stops)
-        self._unmark = dict.fromkeys(map(ord, (marks or {}).values()))
+        self._unmark = {ord(mark): token if token in shown else None for token, mark in (marks or {}).items()}
         self._longest = max((len(pattern) for pattern, _ in self._stops), default=0)
         self._include_match = include_match
         self._pending = ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from kvist.errors import ConfigError, ModelLoadError
 from kvist.text.chat import ChatTemplate
 from kvist.text.config import TextConfig
+from kvist.text.tool_calls import NONE, find_formats
 
 logger = logging.getLogger(__name__)
 
@@ -19,19 +20,26 @@ def find_chat_template(
     """Return the template and "", or None and the reason why chats are refused. `own_source` is the model's template.
 
     A model whose own template is broken still serves completions. Raises `ConfigError` for an invalid
-    --chat-template."""
+    --chat-template, --tool-call-parser or --reasoning-parser."""
+    find_formats("", tool_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser)  # checks the names
     if config.chat_template is not None:
         try:
-            return ChatTemplate(_read(config.chat_template), special_tokens=special_tokens), ""
+            return _template(_read(config.chat_template), config, special_tokens), ""
         except ModelLoadError as error:
             raise ConfigError(f"--chat-template: {error.message}", param="chat_template") from error
     if not isinstance(own_source, str):
         return None, "this model has no chat template; use /v1/completions, or start with --chat-template"
     try:
-        return ChatTemplate(own_source, special_tokens=special_tokens), ""
+        return _template(own_source, config, special_tokens), ""
     except ModelLoadError as error:
         logger.warning("%s. Chats are refused; set another template with --chat-template", error.message)
         return None, f"{error.message}; use /v1/completions, or start with --chat-template"
+
+
+def _template(source: str, config: TextConfig, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    tool_parser = config.tool_call_parser if config.enable_auto_tool_choice else NONE
+    formats = find_formats(source, tool_parser=tool_parser, reasoning_parser=config.reasoning_parser)
+    return ChatTemplate(source, special_tokens=special_tokens, formats=formats)
 
 
 def _read(path_or_text: str) -> str:

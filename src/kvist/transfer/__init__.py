@@ -14,7 +14,7 @@ from kvist.door import Backend, Door, Given, backend, backend_with, names_of
 from kvist.errors import ConfigError
 from kvist.plan.transfers import TransferReport
 from kvist.transfer.epoch import EpochWatch
-from kvist.transfer.mooncake_engine import MooncakeOptions
+from kvist.transfer.mooncake_options import MooncakeOptions
 from kvist.transfer.transport import OfferedTransport, Transport, TransportContext, TransportKind
 from kvist.transfer.transports import Transports
 
@@ -98,8 +98,9 @@ def make_transports(
                 continue
             obstacle = kind.obstacle_for(pool)
             if obstacle and (names != "auto" or options):
+                remedy = "" if names == "auto" else ". Use auto, which offers all that work here"
                 raise ConfigError(
-                    f"--disaggregation-transfer-backend {name}: {obstacle}. Use auto, which offers all that work here",
+                    f"--disaggregation-transfer-backend {name}: {obstacle}{remedy}",
                     param="disaggregation_transfer_backend",
                 )
             if obstacle:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,4 +25,9 @@ class HostPages:
         return self.digests(page_ids)
 
     def digests(self, page_ids: Sequence[int]) -> list[bytes]:
-        return [xxhash.xxh3_128_digest(self._pages[page_id].data) for page_id in page_ids]
+        return digests_of(self._pages[page_id] for page_id in page_ids)
+
+
+def digests_of(rows: Iterable[Pages]) -> list[bytes]:
+    """Return the digest of each page [page_bytes]."""
+    return [xxhash.xxh3_128_digest(row.data) for row in rows]

@@ -1,5 +1,7 @@
 """The common part of every transport: a bounded queue of jobs, one running checksum per handoff, reports in order.
 
+Handoffs take turns (turns.py): a turn is one job, or `TURN_BYTES` of a larger one.
+
     engine loop: write / verify / stop ──► jobs ──► worker: work_one() ──► reports ──► engine loop: poll
 
 A transport owns the worker (a thread, or in tests the caller of `poll`), and provides our pages (`OwnPages`) and a
@@ -14,12 +16,13 @@ forgotten too early, its checksum would start again, and the receiver would refu
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from kvist.errors import KvistError, Unavailable
@@ -34,10 +37,12 @@ from kvist.plan.transfers import (
 )
 from kvist.request import HandoffId
 from kvist.transfer.checksum import RunningChecksum, fold, num_equal, shortened
+from kvist.transfer.turns import Turns
 from kvist.wire import PoolAddress
 
 MAX_QUEUED_WRITES = 4096
 MAX_HANDOFFS = 8192
+TURN_BYTES = 256 << 20  # more than a usual chunk of a prompt
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +51,35 @@ PeerT = TypeVar("PeerT")
 _PeerT = TypeVar("_PeerT", contravariant=True)
 
 
-class OwnPages(Protocol[_PeerT]):
-    """This engine's pages, and how to copy them to a peer's pages. Called by the worker only."""
+class SummedPages(Protocol):
+    """This engine's pages. Called by the worker only."""
+
+    def digests(self, page_ids: Sequence[int]) -> list[bytes]: ...
+
+
+class OwnPages(SummedPages, Protocol[_PeerT]):
+    """This engine's pages, and how to copy a group of them to a peer's pages. Called by the worker only."""
 
     pages_at_once: int  # copied between two checks for a stop
 
     def copy(self, page_ids: Sequence[int], peer: _PeerT, peer_page_ids: Sequence[int]) -> list[bytes]:
         """Copy pages and return their digests. Every byte has been written when the call returns."""
 
-    def digests(self, page_ids: Sequence[int]) -> list[bytes]: ...
+
+Copies = Callable[[WritePages, PeerT], Generator[list[bytes], None, None]]
+"""(job, peer's pages) -> the digests of each group of pages, when the group has been written. The next group may be
+under way by then; none is when the generator has been closed."""
+
+
+def in_groups(pages: OwnPages[PeerT]) -> Copies[PeerT]:
+    """Copy one group after the other."""
+
+    def copies(job: WritePages, peer: PeerT) -> Generator[list[bytes], None, None]:
+        for start in range(0, len(job.page_ids), pages.pages_at_once):
+            group = slice(start, start + pages.pages_at_once)
+            yield pages.copy(job.page_ids[group], peer, job.peer_page_ids[group])
+
+    return copies
 
 
 class _State(enum.Enum):
@@ -74,6 +99,15 @@ class _Handoff:
     page_digests: bytearray = field(default_factory=bytearray)  # shortened; empty in local memory
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A job in the queue. Mutable; the worker's."""
+
+    order: WritePages | VerifyPages | StopWrites | WritesFailed
+    num_done: int = 0  # pages, in earlier turns
+    digests: list[bytes] = field(default_factory=list)  # of the pages verified so far
+
+
 class TransferJobs(Generic[PeerT]):
     """`open_peer` runs on the worker: it returns the peer's pages, writable and as large as the address says, or raises
     a `KvistError`."""
@@ -82,7 +116,8 @@ class TransferJobs(Generic[PeerT]):
         self,
         *,
         address: PoolAddress,  # our own
-        pages: OwnPages[PeerT],
+        pages: SummedPages,
+        copies: Copies[PeerT],
         open_peer: Callable[[PoolAddress], PeerT],
         wakeup: Callable[[], None],
         sends_digests: bool = False,
@@ -91,14 +126,16 @@ class TransferJobs(Generic[PeerT]):
         self._sends_digests = sends_digests
         self._address = address
         self._pages = pages
+        self._copies = copies
         self._open_peer = open_peer
         self._wakeup = wakeup
         self._lock = threading.Lock()
         self._work_ready = threading.Condition(self._lock)
-        self._jobs: deque[WritePages | VerifyPages | StopWrites | WritesFailed] = deque()
+        self._jobs: Turns[_Job] = Turns()
+        self._pages_a_turn = max(1, TURN_BYTES // address.page_bytes)
         self._reports: deque[TransferReport] = deque()
         self._handoffs: OrderedDict[HandoffId, _Handoff] = OrderedDict()
-        self._num_queued_writes = 0
+        self._num_queued_writes = 0  # not finished
         self._closed = False
 
     # ------------------------------------------------------------ called by the engine loop
@@ -116,19 +153,17 @@ class TransferJobs(Generic[PeerT]):
                 return  # the report of its failure or its stop was made or is queued
             if self._num_queued_writes < MAX_QUEUED_WRITES:
                 self._num_queued_writes += 1
-                self._jobs.append(job)
-                self._work_ready.notify()
+                self._add(job)
                 return
             handoff.state = _State.FAILED
             message = f"the transfer queue is full ({MAX_QUEUED_WRITES} writes): copies to the peer are too slow"
             # Report through the queue: the worker may still be copying a page of this handoff.
-            self._jobs.append(WritesFailed(handoff_id=job.handoff_id, message=message))
+            self._add(WritesFailed(handoff_id=job.handoff_id, message=message))
 
     def verify(self, job: VerifyPages) -> None:
         self._assert_local(job.page_ids)
         with self._lock:
-            self._jobs.append(job)  # bounded by the pages that the scheduler can grant
-            self._work_ready.notify()
+            self._add(job)  # bounded by the pages that the scheduler can grant
 
     def stop(self, handoff_id: HandoffId) -> None:
         with self._lock:
@@ -139,8 +174,9 @@ class TransferJobs(Generic[PeerT]):
                 for report in self._reports
                 if not (isinstance(report, WritesCompleted) and report.handoff_id == handoff_id)
             )
-            self._jobs.append(StopWrites(handoff_id=handoff_id))
-            self._work_ready.notify()
+            writes = self._jobs.remove(handoff_id, lambda job: isinstance(job.order, WritePages))
+            self._num_queued_writes -= len(writes)
+            self._add(StopWrites(handoff_id=handoff_id))
 
     def poll(self) -> list[TransferReport]:
         with self._lock:
@@ -158,65 +194,82 @@ class TransferJobs(Generic[PeerT]):
     # ------------------------------------------------------------ called by the worker
 
     def work_one(self, *, wait: bool) -> bool:
-        """Run one job. Return False when no job is queued (or, with `wait`, when the transport is closed)."""
+        """Carry out one turn of a job. Return False when no job is queued (or, with `wait`, when the transport is
+        closed)."""
         with self._lock:
             while wait and not self._jobs and not self._closed:
                 self._work_ready.wait()
             if not self._jobs or self._closed:
                 return False
-            job = self._jobs.popleft()
-            if isinstance(job, WritePages):
+            handoff_id, job = self._jobs.next()
+        is_done = self._carry_out(job)
+        with self._lock:
+            if self._jobs.end_turn(handoff_id, job, is_done=is_done) and isinstance(job.order, WritePages):
                 self._num_queued_writes -= 1
-        if isinstance(job, WritePages):
-            self._carry_out_write(job)
-        elif isinstance(job, VerifyPages):
-            self._report(self._verified(job))
-        elif isinstance(job, WritesFailed):
-            self._report(job)
-        else:
-            with self._lock:
-                handoff = self._handoff(job.handoff_id)
-            self._report(self._completed(job.handoff_id, handoff))
         return True
 
-    def _carry_out_write(self, job: WritePages) -> None:
+    def _carry_out(self, job: _Job) -> bool:
+        """Carry out the next turn of a job; return whether it was the last one."""
+        match job.order:
+            case WritePages():
+                return self._write(job, job.order)
+            case VerifyPages():
+                return self._verify(job, job.order)
+            case WritesFailed():
+                self._report(job.order)
+            case StopWrites(handoff_id=handoff_id):
+                with self._lock:
+                    handoff = self._handoff(handoff_id)
+                self._report(self._completed(handoff_id, handoff))
+        return True
+
+    def _write(self, job: _Job, order: WritePages) -> bool:
         with self._lock:
-            handoff = self._handoff(job.handoff_id)
+            handoff = self._handoff(order.handoff_id)
         if handoff.state is not _State.OPEN:
-            return
+            return True
+        turn = slice(job.num_done, job.num_done + self._pages_a_turn)
+        part = replace(order, page_ids=order.page_ids[turn], peer_page_ids=order.peer_page_ids[turn])
         try:
-            peer = self._open_checked(job.pool, job.peer_page_ids)
-            for start in range(0, len(job.page_ids), self._pages.pages_at_once):
-                if handoff.state is not _State.OPEN or self._closed:
-                    return  # the queued StopWrites reports the pages written
-                group = slice(start, start + self._pages.pages_at_once)
-                digests = self._pages.copy(job.page_ids[group], peer, job.peer_page_ids[group])
-                handoff.checksum.add(digests)
-                if self._sends_digests:
-                    handoff.page_digests += shortened(digests)
-                handoff.num_pages += len(digests)
+            peer = self._open_checked(part.pool, order.peer_page_ids if turn.start == 0 else part.peer_page_ids)
+            if handoff.state is not _State.OPEN or self._closed:
+                return True
+            with contextlib.closing(self._copies(part, peer)) as copies:
+                for digests in copies:
+                    handoff.checksum.add(digests)
+                    if self._sends_digests:
+                        handoff.page_digests += shortened(digests)
+                    handoff.num_pages += len(digests)
+                    if handoff.state is not _State.OPEN or self._closed:
+                        return True  # the queued StopWrites reports the pages written
         except Exception as error:  # the thread must survive a failed handoff
             if not isinstance(error, KvistError):
-                logger.exception("copying the pages of handoff %s failed", job.handoff_id)
-            self._fail(job.handoff_id, handoff, str(error) or type(error).__name__)
-            return
+                logger.exception("copying the pages of handoff %s failed", order.handoff_id)
+            self._fail(order.handoff_id, handoff, str(error) or type(error).__name__)
+            return True
+        job.num_done += len(part.page_ids)
+        if job.num_done < len(order.page_ids):
+            return False
         with self._lock:
             if handoff.state is _State.OPEN:
-                self._reports.append(self._completed(job.handoff_id, handoff))
+                self._reports.append(self._completed(order.handoff_id, handoff))
         self._wakeup()
+        return True
 
-    def _verified(self, job: VerifyPages) -> PagesVerified:
+    def _verify(self, job: _Job, order: VerifyPages) -> bool:
+        part = order.page_ids[job.num_done : job.num_done + self._pages_a_turn]
         try:
-            digests = self._pages.digests(job.page_ids)
+            job.digests += self._pages.digests(part)
         except Exception:
-            logger.exception("computing the checksum of handoff %s failed", job.handoff_id)
-            return PagesVerified(handoff_id=job.handoff_id, checksum="")  # equals no writer's checksum
-        checksum, num_intact = fold(digests), 0
-        if job.checksum and checksum != job.checksum:
-            num_intact = num_equal(shortened(digests), job.page_digests)
-            which = f"page {num_intact} of {len(digests)}" if job.page_digests else f"one of {len(digests)} pages"
-            logger.warning("%s of handoff %s has arrived changed (%s)", which, job.handoff_id, job.transport)
-        return PagesVerified(handoff_id=job.handoff_id, checksum=checksum, num_intact=num_intact)
+            logger.exception("computing the checksum of handoff %s failed", order.handoff_id)
+            # no checksum: equals no writer's
+            self._report(PagesVerified(handoff_id=order.handoff_id, checksum=""))
+            return True
+        job.num_done += len(part)
+        if job.num_done < len(order.page_ids):
+            return False
+        self._report(_compared(order, job.digests))
+        return True
 
     def _open_checked(self, address: PoolAddress, page_ids: tuple[int, ...]) -> PeerT:
         """Open the peer's pages, after checking its address and the page ids. Raises `Unavailable` before any write."""
@@ -246,6 +299,10 @@ class TransferJobs(Generic[PeerT]):
 
     # ------------------------------------------------------------ both
 
+    def _add(self, order: WritePages | VerifyPages | StopWrites | WritesFailed) -> None:
+        self._jobs.add(order.handoff_id, _Job(order))
+        self._work_ready.notify()
+
     def _report(self, report: TransferReport) -> None:
         with self._lock:
             self._reports.append(report)
@@ -272,3 +329,13 @@ class TransferJobs(Generic[PeerT]):
     def _assert_local(self, page_ids: tuple[int, ...]) -> None:
         num_pages = self._address.num_pages
         assert all(0 <= page_id < num_pages for page_id in page_ids), f"a page id is outside our {num_pages} pages"
+
+
+def _compared(order: VerifyPages, digests: list[bytes]) -> PagesVerified:
+    """Return the report on pages with these digests."""
+    checksum, num_intact = fold(digests), 0
+    if order.checksum and checksum != order.checksum:
+        num_intact = num_equal(shortened(digests), order.page_digests)
+        which = f"page {num_intact} of {len(digests)}" if order.page_digests else f"one of {len(digests)} pages"
+        logger.warning("%s of handoff %s has arrived changed (%s)", which, order.handoff_id, order.transport)
+    return PagesVerified(handoff_id=order.handoff_id, checksum=checksum, num_intact=num_intact)

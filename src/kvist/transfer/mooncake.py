@@ -21,11 +21,11 @@ import re
 import secrets
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -33,16 +33,20 @@ import numpy as np
 from kvist.errors import EngineError, Unavailable
 from kvist.memory.device_pool import DevicePool
 from kvist.memory.page_window import HEAD_BYTES, PageWindow
+from kvist.mooncake.engine import MooncakeEngine, Transfer, open_engine
+from kvist.mooncake.requirements import obstacle
 from kvist.plan.transfers import WritePages
 from kvist.request import EpochId, HandoffId
-from kvist.transfer.host_pages import HostPages
+from kvist.transfer.host_pages import HostPages, Pages, digests_of
 from kvist.transfer.jobs import MAX_HANDOFFS, TransferJobs
-from kvist.transfer.mooncake_engine import MooncakeEngine, MooncakeOptions, mooncake_engine, obstacle
+from kvist.transfer.mooncake_options import HANDOFFS, MooncakeOptions
+from kvist.transfer.staging import ArrivalsFile, StagedPool
 from kvist.transfer.transport import TransportContext, TransportKind
 from kvist.wire import Closed, Grant, PoolAddress
 
 NAME = "mooncake"
-BATCH_BYTES = 64 << 20  # copied between two checks for a stop
+BATCH_BYTES = 32 << 20  # copied between two checks for a stop
+NUM_UNDER_WAY = 2  # batches
 MAX_WINDOWS = 256  # peers; the one that was granted pages longest ago loses its window
 _PAUSE_S = 1.0  # after a failed write to a peer its other writes fail at once: each would wait for the silent peer
 _CARD_BYTES = 32
@@ -66,59 +70,70 @@ class RemotePages:
     first_page: int  # address
 
 
-class SentPages:
-    """Our pages, as `jobs.OwnPages`; used by the transport's thread."""
+class OwnRows(Protocol):
+    """Our pages, as rows of registered memory; used by the transport's thread."""
 
-    def __init__(
-        self, pool: DevicePool, engine: MooncakeEngine, on_failed: Callable[[RemotePages, float], None]
-    ) -> None:
-        """`on_failed` gets the seconds that a failed write took."""
-        self._host_pages = HostPages(pool.bytes)
-        self._engine = engine
-        self._on_failed = on_failed
-        self._summing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvist-mooncake-sum")
-        self._page_bytes = pool.layout.page_bytes
-        self._first_page = pool.tensor.data_ptr()
-        self.pages_at_once = max(1, BATCH_BYTES // self._page_bytes)
+    pages_at_once: int  # of one batch
 
-    def copy(self, page_ids: Sequence[int], peer: RemotePages, peer_page_ids: Sequence[int]) -> list[bytes]:
-        summed = self._summing.submit(self.digests, page_ids)  # meanwhile, without Python's lock
-        start_s = time.monotonic()
-        if not self._engine.write(peer.session, *self._pieces(page_ids, peer, peer_page_ids)):
-            self._on_failed(peer, time.monotonic() - start_s)
-            raise Unavailable(f"the peer has ended, or the network to it at {peer.session} is broken: a write failed")
-        return summed.result()
-
-    def close(self) -> None:
-        self._summing.shutdown()
+    def rows(self, page_ids: Sequence[int]) -> Sequence[Pages]:
+        """Return the pages, each [page_bytes]. They stay unchanged until `NUM_UNDER_WAY` further calls."""
 
     def digests(self, page_ids: Sequence[int]) -> list[bytes]:
-        return self._host_pages.digests(page_ids)
+        """Bring the pages that have arrived to where they were granted, and return their digests."""
 
-    def _pieces(
-        self, page_ids: Sequence[int], peer: RemotePages, peer_page_ids: Sequence[int]
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Return where each piece is, where it goes, and its size. Pages that are neighbours at both ends are one."""
-        ours: list[int] = []
-        theirs: list[int] = []
-        sizes: list[int] = []
-        for page_id, peer_page_id in zip(page_ids, peer_page_ids, strict=True):
-            here = self._first_page + page_id * self._page_bytes
-            there = peer.first_page + peer_page_id * self._page_bytes
-            if ours and here == ours[-1] + sizes[-1] and there == theirs[-1] + sizes[-1]:
-                sizes[-1] += self._page_bytes
-                continue
-            ours.append(here)
-            theirs.append(there)
-            sizes.append(self._page_bytes)
-        return ours, theirs, sizes
+    def memory(self) -> Pages:
+        """Return the memory that contains all rows."""
+
+    def close(self) -> None: ...
+
+
+class RowsInMemory(HostPages):
+    """A pool on a CPU."""
+
+    def __init__(self, pool: DevicePool) -> None:
+        super().__init__(pool.bytes)
+        self.pages_at_once = max(1, BATCH_BYTES // pool.layout.page_bytes)
+
+    def rows(self, page_ids: Sequence[int]) -> Sequence[Pages]:
+        return [self._pages[page_id] for page_id in page_ids]
+
+    def memory(self) -> Pages:
+        return self._pages
+
+    def close(self) -> None: ...
+
+
+class StagedRows(StagedPool):
+    """A pool on a GPU. Owns its file of arrivals."""
+
+    def __init__(self, pool: DevicePool, directory: Path) -> None:
+        self.arrivals = ArrivalsFile(directory, pool.num_pages, pool.layout.page_bytes)
+        super().__init__(pool.tensor, self.arrivals, num_buffers=NUM_UNDER_WAY)
+
+    def rows(self, page_ids: Sequence[int]) -> Sequence[Pages]:
+        return list(self.fetch(page_ids))
+
+    def memory(self) -> Pages:
+        return self.buffers
+
+    def close(self) -> None:
+        self.arrivals.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """Pages that are being written."""
+
+    transfer: Transfer
+    digests: list[bytes]
 
 
 class Windows:
     """The windows of our pool: one per peer. Mutable; used by the loop's thread."""
 
-    def __init__(self, pool: DevicePool, engine: MooncakeEngine, address: PoolAddress) -> None:
-        self._path = Path(pool.address.location)
+    def __init__(self, path: Path, engine: MooncakeEngine, address: PoolAddress) -> None:
+        """`path`: the file that peers write: the pool, or its file of arrivals."""
+        self._path = path
         self._engine = engine
         self._address = address
         self._by_peer: OrderedDict[EpochId, tuple[PageWindow, PoolAddress]] = OrderedDict()
@@ -177,20 +192,35 @@ class Windows:
 
 
 class MooncakeTransport(TransferJobs[RemotePages]):
-    def __init__(self, context: TransportContext, engine: MooncakeEngine) -> None:
-        address = msgspec.structs.replace(context.address, location=engine.session)
-        self._sent_pages = SentPages(context.pool, engine, self._note_failure)
-        super().__init__(address=address, pages=self._sent_pages, open_peer=self._pages_of, wakeup=context.wakeup)
+    def __init__(self, context: TransportContext, engine: MooncakeEngine, *, staged: bool | None = None) -> None:
+        """Owns the share of the engine. `staged`: pages travel through host memory; by default those of a GPU do."""
+        pool, address = context.pool, msgspec.structs.replace(context.address, location=engine.session)
+        self.arrivals: ArrivalsFile | None = None
+        self._own: OwnRows
+        if pool.tensor.is_cuda if staged is None else staged:
+            staged_rows = StagedRows(pool, context.runtime_dir)
+            self._own, self.arrivals = staged_rows, staged_rows.arrivals
+        else:
+            self._own = RowsInMemory(pool)
+        super().__init__(
+            address=address,
+            pages=self._own,
+            copies=self._in_batches,
+            open_peer=self._pages_of,
+            wakeup=context.wakeup,
+            sends_digests=True,
+        )
+        self.batch_pages = self._own.pages_at_once
         self._engine = engine
         self._watch = context.watch
-        self._windows = Windows(context.pool, engine, address)
+        path = Path(pool.address.location) if self.arrivals is None else self.arrivals.path
+        self._windows = Windows(path, engine, address)
         self._head = np.zeros(HEAD_BYTES, np.uint8)  # of a peer's window, as read
-        self._registered = (context.pool.tensor.data_ptr(), self._head.ctypes.data)
-        engine.register(self._registered[0], context.pool.bytes.nbytes)
-        engine.register(self._registered[1], HEAD_BYTES)
+        memory = self._own.memory()
+        engine.register(memory.ctypes.data, memory.nbytes)
+        engine.register(self._head.ctypes.data, HEAD_BYTES)
         self._known: OrderedDict[str, tuple[PoolAddress, RemotePages]] = OrderedDict()  # by location
         self._silent_s: dict[str, float] = {}  # by session: when a write to it waited in vain
-        self._writing: HandoffId | None = None
         self._unsettled: OrderedDict[HandoffId, None] = OrderedDict()  # the newest handoffs with a failed write
         self._thread = threading.Thread(target=self._work, name="kvist-mooncake", daemon=True)
         self._thread.start()
@@ -225,10 +255,9 @@ class MooncakeTransport(TransferJobs[RemotePages]):
     def close(self) -> None:
         super().close()
         self._thread.join()  # at most one batch, which fails after some seconds of silence
-        self._sent_pages.close()
         self._windows.close_all()
-        for address in self._registered:
-            self._engine.unregister(address)
+        self._engine.close()
+        self._own.close()
 
     # ------------------------------------------------------------ on the worker thread
 
@@ -236,19 +265,42 @@ class MooncakeTransport(TransferJobs[RemotePages]):
         while self.work_one(wait=True):
             pass
 
-    def _carry_out_write(self, job: WritePages) -> None:
-        self._writing = job.handoff_id
-        super()._carry_out_write(job)
+    def _in_batches(self, job: WritePages, peer: RemotePages) -> Generator[list[bytes], None, None]:
+        """While a batch is under way, the next one is begun and its digests are computed."""
+        begun: deque[_Batch] = deque()
+        try:
+            for start in range(0, len(job.page_ids), self.batch_pages):
+                group = slice(start, start + self.batch_pages)
+                begun.append(self._begin(job.page_ids[group], peer, job.peer_page_ids[group]))
+                if len(begun) == NUM_UNDER_WAY:
+                    yield self._finish(begun.popleft(), job.handoff_id, peer)
+            while begun:
+                yield self._finish(begun.popleft(), job.handoff_id, peer)
+        except GeneratorExit:  # stopped
+            while begun:
+                self._finish(begun.popleft(), job.handoff_id, peer)
+            raise
+        finally:
+            for batch in begun:  # after a failure
+                batch.transfer.abandon()
 
-    def _note_failure(self, peer: RemotePages, waited_s: float) -> None:
-        """Remember that bytes of this handoff may still arrive, before any report on it is made."""
-        assert self._writing is not None
-        self._unsettled[self._writing] = None
+    def _begin(self, page_ids: Sequence[int], peer: RemotePages, peer_page_ids: Sequence[int]) -> _Batch:
+        rows = self._own.rows(page_ids)
+        transfer = self._engine.begin_write(peer.session, *_pieces(rows, peer, peer_page_ids))
+        return _Batch(transfer=transfer, digests=digests_of(rows))
+
+    def _finish(self, batch: _Batch, handoff_id: HandoffId, peer: RemotePages) -> list[bytes]:
+        start_s = time.monotonic()
+        if batch.transfer.wait():
+            return batch.digests
+        # Bytes of this handoff may still arrive: remember this before any report on it is made.
+        self._unsettled[handoff_id] = None
         while len(self._unsettled) > MAX_HANDOFFS:
             self._unsettled.popitem(last=False)
         self._known.pop(peer.location, None)
-        if waited_s > _PAUSE_S / 2:
+        if time.monotonic() - start_s > _PAUSE_S / 2:
             self._silent_s[peer.session] = time.monotonic()
+        raise Unavailable(f"the peer has ended, or the network to it at {peer.session} is broken: a write failed")
 
     def _pages_of(self, address: PoolAddress) -> RemotePages:
         known = self._known.get(address.location)
@@ -269,7 +321,7 @@ class MooncakeTransport(TransferJobs[RemotePages]):
         session, window = parts["session"], int(parts["window"], 16)
         self._refuse_silent(session)
         start_s = time.monotonic()
-        if not self._engine.read(session, self._registered[1], window, HEAD_BYTES):
+        if not self._engine.read(session, self._head.ctypes.data, window, HEAD_BYTES):
             if time.monotonic() - start_s > _PAUSE_S / 2:
                 self._silent_s[session] = time.monotonic()
             raise Unavailable(f"the peer has ended, or cannot be reached at {session}: check the network and firewalls")
@@ -285,18 +337,47 @@ class MooncakeTransport(TransferJobs[RemotePages]):
             raise Unavailable(f"the peer has ended, or cannot be reached at {session}: it did not answer a moment ago")
 
 
+def _pieces(
+    rows: Sequence[Pages], peer: RemotePages, peer_page_ids: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Return where each piece is, where it goes, and its size. Pages that are neighbours at both ends are one."""
+    ours: list[int] = []
+    theirs: list[int] = []
+    sizes: list[int] = []
+    for row, peer_page_id in zip(rows, peer_page_ids, strict=True):
+        here, there = row.ctypes.data, peer.first_page + peer_page_id * row.nbytes
+        if ours and here == ours[-1] + sizes[-1] and there == theirs[-1] + sizes[-1]:
+            sizes[-1] += row.nbytes
+            continue
+        ours.append(here)
+        theirs.append(there)
+        sizes.append(row.nbytes)
+    return ours, theirs, sizes
+
+
 def _false_claim(address: PoolAddress) -> Unavailable:
     claimed = f"{address.num_pages} pages of {address.page_bytes} bytes"
     return Unavailable(f"the peer's pool at {address.location} is not what its address claims ({claimed})")
 
 
 def mooncake_kind(options: MooncakeOptions) -> TransportKind:
+    def build(context: TransportContext) -> MooncakeTransport:
+        engine = open_engine(options.network(context.advertised_host), HANDOFFS)
+        try:
+            return MooncakeTransport(context, engine)
+        except BaseException:
+            engine.close()
+            raise
+
+    def obstacle_for(pool: DevicePool) -> str:
+        if pool.tensor.is_cuda and options.protocol == "rdma":
+            return "RDMA would pin host memory of the size of the GPU's pool: use --transfer-protocol tcp"
+        return obstacle(options.network("localhost"), HANDOFFS)
+
     return TransportKind(
-        device_pairs=frozenset({("cpu", "cpu")}),
-        build=lambda context: MooncakeTransport(
-            context, mooncake_engine(options, options.host or context.advertised_host)
-        ),
+        device_pairs=frozenset((ours, theirs) for ours in ("cpu", "cuda") for theirs in ("cpu", "cuda")),
+        build=build,
         same_host=False,
-        obstacle=lambda _pool: obstacle(options),
+        obstacle=obstacle_for,
         only_by_name="its ports accept writes from every host that reaches them",
     )

@@ -31,7 +31,7 @@ from kvist.errors import Unavailable
 from kvist.own_files import open_own
 from kvist.request import EpochId
 from kvist.transfer.epoch import EpochWatch, try_lock
-from kvist.transfer.jobs import OwnPages, PeerT, TransferJobs
+from kvist.transfer.jobs import OwnPages, PeerT, TransferJobs, in_groups
 from kvist.wire import PoolAddress, PoolPart
 
 MAX_PEER_MAPS = 64
@@ -68,7 +68,7 @@ class SameHostTransport(TransferJobs[PeerT]):
         wakeup: Callable[[], None],
         join_parts: JoinParts[PeerT] | None = None,  # None: a pool with parts is refused
     ) -> None:
-        super().__init__(address=address, pages=pages, open_peer=self._pages_of, wakeup=wakeup)
+        super().__init__(address=address, pages=pages, copies=in_groups(pages), open_peer=self._pages_of, wakeup=wakeup)
         self._runtime_dir = runtime_dir.resolve()
         self._map_pool = map_pool
         self._join_parts = join_parts

@@ -51,6 +51,9 @@ class Transports:
         """The addresses of our pool, one per transport, best first."""
         return tuple(each.address for each in self._offered.values())
 
+    def offered(self, name: str) -> OfferedTransport:
+        return self._offered[name]
+
     def addresses_for(self, epoch: EpochId) -> tuple[PoolAddress, ...]:
         """Return the addresses through which the peer of that epoch may write."""
         return tuple(

@@ -10,6 +10,7 @@ the limits of backups, and keeps the pages of each copy and the jobs for the mov
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvist.kv.lease import PageLease
 from kvist.kv.radix import PageNode, Root
@@ -20,12 +21,21 @@ MAX_BACKUPS = 64  # jobs under way; pages that become due meanwhile are skipped
 MAX_PAGES_BACKED_UP = 2048  # in all backups under way; with write_back, the last job may exceed it
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """One `LoadPages` job under way."""
+
+    lease: PageLease
+    pages: list[HostPage]
+    num_fetched: int  # pages that came from the storage tier, and were not loaded since
+
+
 class HostCopies:
     """Mutable; its one owner is `PageCache`, which uses the same host tier."""
 
     def __init__(self, host: HostTier) -> None:
         self.host = host
-        self._loads: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
+        self._loads: dict[int, Load] = {}  # under way, by job id
         self._loading: dict[HostPage, int] = {}  # the pages of `_loads`, with their job ids
         self._backups: dict[int, tuple[PageLease, list[HostPage]]] = {}  # under way, by job id
         self._num_pages_backed_up = 0  # in `_backups`
@@ -37,11 +47,11 @@ class HostCopies:
     def begin_load(self, lease: PageLease, pages: list[HostPage], page_ids: Sequence[int]) -> int:
         """Load resident pages into `page_ids` of the lease; return the job's id."""
         job_id = self.host.next_job_id()
+        self._loads[job_id] = Load(lease=lease, pages=pages, num_fetched=sum(page.from_storage for page in pages))
         for page in pages:
             self.host.pin(page)
             page.from_storage = False
             self._loading[page] = job_id
-        self._loads[job_id] = lease, pages
         self._jobs.append(
             LoadPages(job_id=job_id, host_slots=tuple(page.slot for page in pages), page_ids=tuple(page_ids))
         )
@@ -56,17 +66,17 @@ class HostCopies:
         page = self.host.get(digest)
         return None if page is None else self._loading.get(page)
 
-    def loaded(self, event: PagesLoaded) -> tuple[PageLease, int]:
-        """End a load; return its lease and its number of pages."""
-        lease, pages = self._loads.pop(event.job_id)
-        for page in pages:
+    def loaded(self, event: PagesLoaded) -> Load:
+        """End a load, and return it."""
+        load = self._loads.pop(event.job_id)
+        for page in load.pages:
             self.host.unpin(page)
             self._loading.pop(page, None)
         if event.ok:
-            self._num_loaded += len(pages)
+            self._num_loaded += len(load.pages)
         else:
-            self._num_failed += len(pages)
-        return lease, len(pages)
+            self._num_failed += len(load.pages)
+        return load
 
     # ---------------------------------------------------------------- device pool → host tier
 

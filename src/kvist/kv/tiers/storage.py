@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from kvist.kv.tiers.host import HostPage, HostTier
 from kvist.kv.tiers.prefetch import Fetch, Prefetch, PrefetchConfig, PrefetchState, PrefetchTrigger
 from kvist.kv.tiers.store_queue import StoreQueue
+from kvist.plan.plan import SeenInStore
 from kvist.plan.tiers import (
     CancelFetch,
     FetchPages,
@@ -43,7 +44,9 @@ class PrefixStoring:
     num_stored: int = 0  # leading pages that are in the store
 
 
-FETCH_PAGES = 16  # most pages in one job: several threads then fetch a long prefix together
+# Most pages in one fetch. Several threads then fetch a long prefix together, and the pages of a fetch that has ended go
+# into the device pool while the others go on. A store that moves batches is near its full rate at 16 pages of 1 MiB.
+FETCH_PAGES = 16
 MAX_FINDS = 1024  # look-ups under way; a request beyond the limit is not looked up in the store
 
 
@@ -51,10 +54,14 @@ class StorageTier:
     """Mutable; its one owner is the scheduler's `PageCache`, which uses the same host tier. Without a store until
     `StorageAttached`."""
 
-    def __init__(self, host: HostTier, config: PrefetchConfig, *, page_size: int) -> None:
+    def __init__(
+        self, host: HostTier, config: PrefetchConfig, *, page_size: int, fetch_pages: int = FETCH_PAGES
+    ) -> None:
+        """`fetch_pages`: the most pages in one fetch."""
         self._host = host
         self._config = config
         self._page_size = page_size
+        self._fetch_pages = fetch_pages
         self._min_pages = max(1, -(-config.threshold_tokens // page_size))
         self._max_reserved = max(1, host.num_pages // 2)
         self._attached = False
@@ -68,6 +75,8 @@ class StorageTier:
         self._num_reserved = 0  # pages being fetched, and pages fetched for an open prefetch
         self._jobs: list[StoreJob] = []
         self._settled: list[Prefetch] = []
+        self._progressed: dict[Prefetch, None] = {}  # pages that they wait for have come
+        self._seen: dict[bytes, bool] = {}  # digest → whether the store has the page, since the last `take_seen`
         self._num_found = self._num_missing = self._num_fetched = self._num_failed_fetches = 0
 
     # ---------------------------------------------------------------- the store's reports
@@ -79,7 +88,8 @@ class StorageTier:
             case PagesFetched():
                 self._on_fetched(event)
             case PagesStored():
-                self._store_queue.stored(event)
+                for page in self._store_queue.stored(event):
+                    self._seen[page.digest] = True
             case StorageAttached():
                 self._on_attached(event.attached)
 
@@ -95,7 +105,10 @@ class StorageTier:
     def _on_found(self, event: PagesFound) -> None:
         prefetch = self._finds.pop(event.job_id)
         self._num_found += event.num_pages
+        asked = prefetch.digests[prefetch.find_start :]
+        self._seen.update(dict.fromkeys(asked[: event.num_pages], True))
         if event.answered:
+            self._seen.update(dict.fromkeys(asked[event.num_pages : event.num_pages + 1], False))
             self._num_missing += prefetch.num_asked - event.num_pages
         if prefetch.state is not PrefetchState.FINDING:
             return  # the request has stopped waiting
@@ -124,6 +137,7 @@ class StorageTier:
             owner.num_fetched += num_pages
             if owner.num_fetched:
                 owner.keep_prefix(self._host)
+        self._progressed |= dict.fromkeys(fetch.waiters)
         for prefetch in fetch.waiters:
             if prefetch.on_fetch_ended(fetch):
                 self._settled.append(prefetch)
@@ -259,8 +273,8 @@ class StorageTier:
                 self._join(prefetch, page)
             parent = page
         self._num_reserved += len(pages)
-        for start in range(0, len(pages), FETCH_PAGES):
-            self._begin_fetch(prefetch, pages[start : start + FETCH_PAGES])
+        for start in range(0, len(pages), self._fetch_pages):
+            self._begin_fetch(prefetch, pages[start : start + self._fetch_pages])
 
     def _begin_fetch(self, prefetch: Prefetch, pages: list[HostPage]) -> None:
         fetch = Fetch(self._host.next_job_id(), pages, prefetch, [], self._store_queue.generation)
@@ -287,6 +301,19 @@ class StorageTier:
         """Return the prefetches that have become DONE since the last call. Some may be closed already."""
         settled, self._settled = self._settled, []
         return settled
+
+    def take_progressed(self) -> list[Prefetch]:
+        """Return the prefetches for which a fetch has ended since the last call. Some may be done, or closed."""
+        progressed, self._progressed = self._progressed, {}
+        return [*progressed]
+
+    def take_seen(self) -> SeenInStore | None:
+        """Return the pages that the store turned out to have or to lack since the last call, for routing."""
+        if not self._seen:
+            return None
+        seen, self._seen = self._seen, {}
+        found = tuple(digest for digest, is_there in seen.items() if is_there)
+        return SeenInStore(found=found, missing=tuple(digest for digest, is_there in seen.items() if not is_there))
 
     def take_jobs(self) -> list[StoreJob]:
         jobs, self._jobs = self._jobs, []

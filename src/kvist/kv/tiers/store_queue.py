@@ -73,7 +73,8 @@ class StoreQueue:
             self.num_skipped += 1
         self._start_jobs()
 
-    def stored(self, event: PagesStored) -> None:
+    def stored(self, event: PagesStored) -> list[HostPage]:
+        """End a job. Return the pages that are in the store now, if it is still the same store."""
         generation, pages = self._jobs.pop(event.job_id)
         self.num_pages -= len(pages)
         self._storing.difference_update(pages)
@@ -84,6 +85,7 @@ class StoreQueue:
         self.num_stored += event.num_pages
         self.num_failed += len(pages) - event.num_pages
         self._start_jobs()
+        return pages[: event.num_pages] if generation == self.generation else []
 
     def take_jobs(self) -> list[StorePages]:
         started, self._started = self._started, []

@@ -1,0 +1,92 @@
+"""The interface of grammar backends.
+
+    Constraint ──compile──► Grammar ──matcher──► Matcher: accept, fill, accept, fill, …
+
+A matcher follows one answer. Its state is a function of the grammar and of the answer's tokens so far: wherever the
+answer is continued, a new matcher is made, and the tokens are replayed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvist.request import Constraint
+
+Words = npt.NDArray[np.int32]  # packed bits, one for each token, the lowest bit of a word first
+
+
+class TokenTable(Protocol):
+    """The part of `text.Tokenizer` that a backend reads."""
+
+    vocab_size: int
+    special_token_ids: frozenset[int]
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """The tokens of the served model."""
+
+    tokens: TokenTable
+    size: int  # of the model's output, perhaps padded beyond the tokenizer's
+    end_token_ids: tuple[int, ...]  # allowed where an answer may end, and only there
+
+    @property
+    def num_words(self) -> int:
+        """The length of a mask."""
+        return -(-self.size // 32)
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the bytes of every token; empty for padding."""
+        known = min(self.size, self.tokens.vocab_size)
+        return [self.tokens.token_bytes(token_id) for token_id in range(known)] + [b""] * (self.size - known)
+
+    def special_token_ids(self) -> list[int]:
+        """Return the tokens that stand for no text."""
+        return sorted({*self.end_token_ids, *(each for each in self.tokens.special_token_ids if each < self.size)})
+
+
+class Matcher(Protocol):
+    """The state of one answer. Mutable; has one owner."""
+
+    @property
+    def is_terminated(self) -> bool:
+        """Whether the answer is complete: only an end token may follow."""
+
+    def accept(self, token_ids: Sequence[int]) -> bool:
+        """Append tokens to the answer. Return False at the first token that the grammar forbids; the matcher cannot be
+        used any more then. Raises `InvalidConstraint` if this would take more work than the limits allow."""
+
+    def fill(self, allowed: Words) -> None:
+        """Set the bit of every token that may follow in `allowed` [num_words], and clear all others. Raises
+        `InvalidConstraint` if this would take more work than the limits allow."""
+
+    def forced(self) -> list[int]:
+        """Return the tokens that follow in any case, as the tokenizer would write them; perhaps none."""
+
+
+class Grammar(Protocol):
+    """A compiled constraint. Immutable; shared by all answers with this constraint."""
+
+    ignored: tuple[str, ...]  # parts of the constraint without effect, to be read by people; empty if it is strict
+
+    def matcher(self) -> Matcher:
+        """Return the matcher of an empty answer."""
+
+
+class GrammarBackend(Protocol):
+    """Safe to use from several threads."""
+
+    vocabulary: Vocabulary
+
+    def compile(self, constraint: Constraint) -> Grammar:
+        """Raises `InvalidConstraint`, whose `param` is the path of the faulty part inside a schema, if it is known.
+        Takes a bounded time, and releases the interpreter lock for nearly all of it."""

@@ -1,0 +1,200 @@
+"""The backend `llguidance`: Earley parsing over derivatives of regular expressions. Compiles in milliseconds.
+
+The library counts the work of compiling and of each mask, and stops at its limits: a constraint costs a bounded time
+and a bounded memory. The library releases the interpreter lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import llguidance
+import numpy as np
+
+from kvist.errors import InvalidConstraint
+from kvist.grammar.backend import Vocabulary, Words
+from kvist.grammar.schema import compile_schema, parse_json, read_choices
+from kvist.grammar.structural_tag import to_lark
+from kvist.request import Constraint
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+_BLANKS = r"[\x20\x0A\x0D\x09]{1,40}"  # without a limit, a model may write blanks for ever
+_MAX_MESSAGE_CHARS = 500
+# About 20 ms for a mask and 0.4 s to compile, at most; the library's own limits are for trusted grammars.
+_LIMITS = llguidance.LLParserLimits(
+    step_lexer_fuel=200_000, step_max_items=50_000, max_lexer_states=50_000, verbose_errors=False
+)
+
+
+class LlguidanceBackend:
+    """A `GrammarBackend`."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._compilers: dict[str, Callable[[Constraint], LlguidanceGrammar]] = {
+            "json_schema": self._json_schema,
+            "json_object": lambda constraint: self._json('{"type": "object"}', constraint),
+            "regex": lambda constraint: self._grammar(llguidance.LLMatcher.grammar_from_regex(constraint.text)),
+            "choice": self._choice,
+            "grammar": lambda constraint: self._grammar(_lark(constraint.text)),
+            "structural_tag": self._structural_tag,
+        }
+
+    @cached_property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        return llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_Wrapped(self.vocabulary)),
+            n_vocab=self.vocabulary.size,
+            eos_token=list(self.vocabulary.end_token_ids),
+        )
+
+    def compile(self, constraint: Constraint) -> LlguidanceGrammar:
+        return self._compilers[constraint.kind](constraint)
+
+    def _json_schema(self, constraint: Constraint) -> LlguidanceGrammar:
+        schema = parse_json(constraint.text)
+        if not isinstance(schema, dict | bool):
+            raise InvalidConstraint("a JSON schema is an object, true or false")
+        return compile_schema(constraint.text, schema, lambda text: self._json(text, constraint))
+
+    def _json(self, schema: str, constraint: Constraint) -> LlguidanceGrammar:
+        options: JsonCompileOptions = {
+            "item_separator": ",",
+            "key_separator": ":",
+            "whitespace_flexible": constraint.whitespace != "",
+            "whitespace_pattern": _BLANKS if constraint.whitespace is None else constraint.whitespace or None,
+            "coerce_one_of": not constraint.strict,
+            "lenient": not constraint.strict,
+        }
+        # `true` and `false` are schemas too, but the library takes objects only
+        wrapped = schema if schema.lstrip().startswith("{") else f'{{"allOf": [{schema}]}}'
+        return self._grammar(llguidance.LLMatcher.grammar_from_json_schema(wrapped, overrides=options))
+
+    def _choice(self, constraint: Constraint) -> LlguidanceGrammar:
+        choices = " | ".join(map(json.dumps, read_choices(constraint.text)))
+        return self._grammar(llguidance.LLMatcher.grammar_from_lark("start: " + choices))
+
+    def _structural_tag(self, constraint: Constraint) -> LlguidanceGrammar:
+        tokens = self.vocabulary.tokens
+        special = [tokens.token_bytes(each).decode("utf-8", "replace") for each in tokens.special_token_ids]
+        return self._grammar(
+            llguidance.LLMatcher.grammar_from_lark(to_lark(parse_json(constraint.text), sorted(special)))
+        )
+
+    def _grammar(self, grammar: str) -> LlguidanceGrammar:
+        start = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        error = start.get_error() or _error_of_first_token(start)
+        if error:
+            raise InvalidConstraint(_readable(error))
+        return LlguidanceGrammar(start, self.vocabulary.end_token_ids)
+
+
+class LlguidanceGrammar:
+    """A `Grammar`."""
+
+    def __init__(self, start: llguidance.LLMatcher, end_token_ids: Sequence[int]) -> None:
+        self._start = start
+        self._end_token_ids = frozenset(end_token_ids)
+        self.ignored = tuple(_readable(each) for each in start.get_grammar_warnings())
+
+    def matcher(self) -> LlguidanceMatcher:
+        return LlguidanceMatcher(self._start.deep_copy(), self._end_token_ids)
+
+
+class LlguidanceMatcher:
+    """A `Matcher`."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: frozenset[int]) -> None:
+        self._matcher = matcher
+        self._end_token_ids = end_token_ids
+
+    @property
+    def is_terminated(self) -> bool:
+        return self._matcher.is_stopped()
+
+    def accept(self, token_ids: Sequence[int]) -> bool:
+        num_accepted = self._matcher.try_consume_tokens(list(token_ids))
+        if num_accepted == len(token_ids):
+            return True
+        if self._matcher.is_error():
+            raise InvalidConstraint(_readable(self._matcher.get_error()))
+        # The library's matcher takes nothing after the end of an answer; here, end tokens may follow.
+        return self._matcher.is_stopped() and self._end_token_ids.issuperset(token_ids[num_accepted:])
+
+    def fill(self, allowed: Words) -> None:
+        self._matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
+        if self._matcher.is_error():
+            raise InvalidConstraint(_readable(self._matcher.get_error()))
+
+    def forced(self) -> list[int]:
+        return self._matcher.compute_ff_tokens()
+
+
+class _Wrapped:
+    """The tokenizer as the library reads it."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._tokens = vocabulary.tokens
+        self.eos_token_id = vocabulary.end_token_ids[0]
+        self.bos_token_id = None
+        self.tokens = vocabulary.token_bytes()
+        self.special_token_ids = vocabulary.special_token_ids()
+
+    def __call__(self, text: str) -> list[int]:
+        if isinstance(text, bytes):  # the library asks whether bytes are accepted
+            raise TypeError("text only")
+        return self._tokens.encode(text, add_special_tokens=False)
+
+
+def _lark(text: str) -> str:
+    """Return a grammar in Lark's notation: it is given as such, or as EBNF or GBNF (`root ::= …`)."""
+    if "::=" in text:
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        try:
+            text = any_to_lark(text)
+        except Exception as error:  # the library raises what its parser happens to raise
+            raise InvalidConstraint(f"the grammar cannot be read: {error}"[:_MAX_MESSAGE_CHARS]) from error
+    return llguidance.LLMatcher.grammar_from_lark(text)
+
+
+def _error_of_first_token(start: llguidance.LLMatcher) -> str:
+    """Return the error of the first mask and of the token after it; "" if there is none. Most constraints that are too
+    complex, or have no answer, fail here."""
+    mask = start.compute_bitmask()  # also warms the lexer
+    if start.is_error():
+        return start.get_error()
+    words = np.frombuffer(mask, dtype=np.uint8)
+    [first, *_] = np.flatnonzero(words)
+    [bit, *_] = np.flatnonzero(np.unpackbits(words[first : first + 1], bitorder="little"))
+    after = start.deep_copy()
+    after.consume_token(int(first) * 8 + int(bit))
+    return after.get_error()
+
+
+_REASONS = {
+    "oneOf constraints are not supported": (
+        "oneOf is supported only where its alternatives exclude each other by type or by a constant: use anyOf"
+    ),
+    "NoExtension": "no finite answer satisfies the constraint",
+    "TooComplex": "the constraint is too complex: enforcing it exceeds the limits on work per token",
+    "Current row has": "the constraint has too many alternatives at one place: at most 2000 may begin alike",
+    "recursion limit": "the constraint is nested too deeply",
+}
+
+
+def _readable(message: str) -> str:
+    """Return a message of the library without its internal state."""
+    for mark, reason in _REASONS.items():
+        if mark in message:
+            return reason
+    text = re.split(r"\n<|\n +while processing", message)[0].replace("/$defs/root", "").strip()
+    text = " ".join(re.split(r"\n +1 \| ", text)[0].split())
+    text = re.sub(r"^Unimplemented keys: \[(.*)\]$", r"not supported: \1", text)
+    return text[:_MAX_MESSAGE_CHARS]

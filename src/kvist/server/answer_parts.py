@@ -1,0 +1,126 @@
+"""Divides the answers of a chat into content, reasoning and tool calls, in OpenAI's form."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvist.api.schemas import ChatRequest
+from kvist.request import FinishReason
+from kvist.server.tools import OfferedTools
+from kvist.text import Tokenizer
+from kvist.text.tool_calls import (
+    AnswerFormats,
+    AnswerParser,
+    ArgumentsPiece,
+    CallEnded,
+    CallIds,
+    CallStarted,
+    ContentPiece,
+    ParserEvent,
+    ReasoningPiece,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerParsing:
+    """How the answers of one request are divided."""
+
+    formats: AnswerFormats
+    parameters: Mapping[str, object]  # of the functions
+    reasoning_open: bool  # the prompt has opened the reasoning
+    shows_reasoning: bool
+    parallel: bool  # False: only the first call is shown
+
+    @staticmethod
+    def of(request: ChatRequest, tools: OfferedTools, tokenizer: Tokenizer, prompt: str) -> AnswerParsing | None:
+        """Return None when the whole answer is content."""
+        assert tokenizer.chat_template is not None
+        known = tokenizer.chat_template.formats
+        formats = AnswerFormats(
+            known.tools if tools.for_template else None,
+            None if request.separate_reasoning is False else known.reasoning,
+        )
+        if formats.tools is None and formats.reasoning is None:
+            return None
+        return AnswerParsing(
+            formats=formats,
+            parameters=tools.parameters,
+            reasoning_open=formats.reasoning is not None and prompt.rstrip().endswith(formats.reasoning.begin),
+            shows_reasoning=request.include_reasoning is not False,
+            parallel=request.parallel_tool_calls is not False,
+        )
+
+
+class AnswerParts:
+    """The message of one answer while its text arrives. Owned by the format of its response."""
+
+    def __init__(self, parsing: AnswerParsing) -> None:
+        formats = parsing.formats
+        self._parsing = parsing
+        self._ids = CallIds.OPENAI if formats.tools is None else formats.tools.ids
+        self._parser = AnswerParser(
+            formats.tools,
+            formats.reasoning,
+            reasoning_open=parsing.reasoning_open,
+            parameters=parsing.parameters,
+        )
+        self._has_calls = False
+
+    def delta(self, text: str, *, finished: bool) -> dict[str, object]:
+        """Return what the text adds to the message: at most one entry for each call."""
+        events = self._parser.push(text)
+        if finished:
+            events += self._parser.finish()
+        return self._fields(events)
+
+    def whole(self, text: str) -> dict[str, object]:
+        """Return the fields of a message that is not streamed."""
+        fields = self.delta(text, finished=True)
+        calls = fields.get("tool_calls")
+        if isinstance(calls, list):
+            fields["tool_calls"] = [{name: one for name, one in call.items() if name != "index"} for call in calls]
+        has_others = bool(calls) or "reasoning" in fields
+        return {"content": None if has_others else ""} | fields
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        return "tool_calls" if self._has_calls and reason == FinishReason.STOP.value else reason
+
+    def _fields(self, events: list[ParserEvent]) -> dict[str, object]:
+        content, reasoning = "", ""
+        calls: dict[int, dict[str, object]] = {}
+        arguments: dict[int, str] = {}
+        for event in events:
+            if isinstance(event, ContentPiece):
+                content += event.text
+            elif isinstance(event, ReasoningPiece):
+                reasoning += event.text
+            elif isinstance(event, CallEnded) or (event.index > 0 and not self._parsing.parallel):
+                continue
+            elif isinstance(event, CallStarted):
+                self._has_calls = True
+                call_id = event.own_id or _new_call_id(self._ids)
+                calls[event.index] = {"id": call_id, "type": "function", "function": {"name": event.name}}
+                arguments[event.index] = ""
+            elif isinstance(event, ArgumentsPiece):
+                arguments[event.index] = arguments.get(event.index, "") + event.text
+        found: dict[str, object] = {"content": content} if content else {}
+        if reasoning and self._parsing.shows_reasoning:  # the newer name, and the one before
+            found |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        if arguments:
+            found["tool_calls"] = [_entry(index, calls.get(index), text) for index, text in arguments.items()]
+        return found
+
+
+def _entry(index: int, start: dict[str, object] | None, arguments: str) -> dict[str, object]:
+    if start is None:
+        return {"index": index, "function": {"arguments": arguments}}
+    function = start["function"]
+    assert isinstance(function, dict)
+    return {"index": index, **start, "function": {**function, "arguments": arguments}}
+
+
+def _new_call_id(ids: CallIds) -> str:
+    drawn = uuid.uuid4().hex
+    return drawn[:9] if ids is CallIds.MISTRAL else f"call_{drawn[:24]}"

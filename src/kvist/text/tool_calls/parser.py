@@ -1,0 +1,171 @@
+"""The parser of one answer. Life: reasoning, if the answer begins with it → content and regions of calls, in turns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from kvist.text.tool_calls.bodies import CallReader
+from kvist.text.tool_calls.cursor import MAX_SPACE_CHARS, Cursor, MalformedCallError, Waiting
+from kvist.text.tool_calls.events import EventLog, ParserEvent
+from kvist.text.tool_calls.tables import Opening, ReasoningFormat, ToolFormat
+from kvist.text.tool_calls.values import types_of
+
+_PIECE_CHARS = 4096  # a longer text is parsed in pieces: committing copies the rest of a piece
+
+
+class AnswerParser:
+    def __init__(
+        self,
+        tools: ToolFormat | None,
+        reasoning: ReasoningFormat | None,
+        *,
+        reasoning_open: bool = False,
+        parameters: Mapping[str, object] | None = None,
+    ) -> None:
+        """`reasoning_open`: the prompt has opened the reasoning. `parameters`: the JSON Schema of the parameters, by
+        name of the function."""
+        self._tools = tools
+        self._reasoning = reasoning
+        self._reasoning_open = reasoning_open
+        types = {name: _types_of_all(schema) for name, schema in (parameters or {}).items()}
+        self._cursor, self._log = Cursor(), EventLog()
+        self._any = CallReader(self._cursor, self._log, types)
+        self._known = CallReader(self._cursor, self._log, types, accepts=types.__contains__)
+        self._openings = {opening.text: opening for opening in (tools.openings if tools is not None else ())}
+        self._anywhere = tuple(text for text, opening in self._openings.items() if not opening.only_first)
+        self._run: Waiting[None] | None = self._answer()
+
+    def push(self, text: str) -> list[ParserEvent]:
+        """Return what the text adds to the answer."""
+        for start in range(0, len(text), _PIECE_CHARS):
+            self._cursor.push(text[start : start + _PIECE_CHARS])
+            self._advance()
+        return self._log.take()
+
+    def finish(self) -> list[ParserEvent]:
+        """End the answer and return the rest."""
+        self._cursor.ended = True
+        self._advance()
+        assert self._run is None, "the end of the text decides everything"
+        return self._log.take()
+
+    def _advance(self) -> None:
+        if self._run is not None:
+            try:
+                next(self._run)
+            except StopIteration:
+                self._run = None
+
+    def _answer(self) -> Waiting[None]:
+        cursor = self._cursor
+        drops_space = yield from self._read_reasoning()
+        openings = tuple(self._openings)
+        while True:
+            try:
+                yield from cursor.skip_space()
+                found = yield from cursor.take_any(openings)
+            except MalformedCallError:  # too much white space
+                found = ""
+            openings = self._anywhere  # the others count at the start only
+            if not found and (yield from cursor.char()) == "":
+                break
+            if found:
+                yield from self._read_region(self._openings[found])
+            else:
+                space = cursor.commit()
+                self._log.content("" if drops_space else space)
+            drops_space = False
+            if not found or cursor.at:
+                self._log.content(cursor.commit())
+                yield from self._read_content()
+        if self._log.num_calls == 0 and not drops_space:
+            self._log.content(cursor.commit())  # an answer of white space
+
+    def _read_reasoning(self) -> Waiting[bool]:
+        """Return whether the answer begins with reasoning."""
+        cursor, form = self._cursor, self._reasoning
+        if form is None:
+            return False
+        found = ""
+        with contextlib.suppress(MalformedCallError):  # too much white space
+            yield from cursor.skip_space()
+            found = yield from cursor.take_any((form.begin,))
+        if not found and not self._reasoning_open:
+            cursor.at = 0
+            return False
+        cursor.commit()
+        with contextlib.suppress(MalformedCallError):
+            yield from cursor.skip_space()
+        cursor.commit()
+        while True:
+            end, mark = cursor.decided((form.end,))
+            text = cursor.text[:end]
+            tail = text[-MAX_SPACE_CHARS:]
+            num_space = len(tail) - len(tail.rstrip())
+            if not mark and cursor.ended:
+                num_space = 0
+            cursor.at = end - num_space
+            self._log.reasoning(cursor.commit())
+            if mark:
+                cursor.at = num_space + len(mark)
+                cursor.commit()
+                return True
+            if cursor.ended:
+                return True
+            yield
+
+    def _read_content(self) -> Waiting[None]:
+        """Show text up to the next opening."""
+        cursor = self._cursor
+        while True:
+            if self._anywhere:
+                cursor.at, mark = cursor.decided(self._anywhere)
+            else:
+                cursor.at, mark = len(cursor.text), ""
+            self._log.content(cursor.commit())
+            if mark or cursor.ended:
+                return
+            yield
+
+    def _read_region(self, opening: Opening) -> Waiting[None]:
+        """Read calls after an opening, which is withheld. Other text stays withheld."""
+        cursor, form = self._cursor, self._tools
+        assert form is not None
+        if opening.part_of_call:
+            cursor.at -= len(opening.text)
+        reader = self._known if opening.only_first else self._any
+        num_before = self._log.num_calls
+        by_begin = {call.begin: call for call in form.calls}
+        marks = (*form.closings, *form.separators, *filter(None, by_begin))
+        try:
+            if form.leads:
+                yield from cursor.skip_space()
+                yield from cursor.take_any(form.leads)
+            while True:
+                yield from cursor.skip_space()
+                has_call = self._log.num_calls > num_before
+                mark = yield from cursor.take_any(marks)
+                if mark in form.closings or ((yield from cursor.char()) == "" and not mark):
+                    break
+                if mark in form.separators and has_call:
+                    yield from cursor.skip_space()
+                    mark = yield from cursor.take_any(tuple(filter(None, by_begin)))
+                elif not mark and has_call:
+                    cursor.at = 0  # text after a call
+                    return
+                if mark not in by_begin:
+                    raise MalformedCallError
+                yield from reader.read(by_begin[mark])
+        except MalformedCallError:
+            cursor.at = max(cursor.at, 1) if cursor.text else 0
+            return
+        if self._log.num_calls > num_before:
+            cursor.commit()
+
+
+def _types_of_all(schema: object) -> dict[str, frozenset[str]]:
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    if not isinstance(properties, Mapping):
+        return {}
+    return {str(name): types_of(one) for name, one in properties.items()}

@@ -1,0 +1,164 @@
+"""Values inside calls: where a JSON or Python value ends, and the JSON of a value that was written as text."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from kvist.text.tool_calls.cursor import HELD_CHARS, Cursor, MalformedCallError, Waiting
+
+_MAX_DEPTH = 256
+_JSON_QUOTES, PYTHON_QUOTES = '"', "\"'"
+_CLOSING = {"{": "}", "[": "]", "(": ")"}
+_OUTSIDE = {_JSON_QUOTES: re.compile(r'["{}\[\]]'), PYTHON_QUOTES: re.compile(r"[\"'{}\[\]()]")}
+_INSIDE = {quote: re.compile(rf"[{quote}\\]") for quote in PYTHON_QUOTES}
+_SCALAR_END = re.compile(r"[\s,}\]]")
+_LITERALS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class BracketScanner:
+    """Finds the end of a bracketed value or string that arrives in pieces. Only brackets and quotes are checked."""
+
+    def __init__(self, quotes: str = _JSON_QUOTES) -> None:
+        self._quotes = quotes
+        self._open: list[str] = []  # the closing brackets still to come
+        self._quote = ""  # of the string that is open
+        self._escapes = False  # the next character follows a backslash
+        self.done = False
+        self.broken = False  # a bracket closes nothing, or brackets are nested too deeply
+
+    def advance(self, text: str, at: int) -> int:
+        """Return the end of the value, the index of the bracket that breaks it, or the length of the text. `text[at]`
+        follows the last scanned character."""
+        while at < len(text):
+            if self._escapes:
+                self._escapes, at = False, at + 1
+                continue
+            found = (_INSIDE[self._quote] if self._quote else _OUTSIDE[self._quotes]).search(text, at)
+            if found is None:
+                return len(text)
+            self._see(found[0])
+            if self.broken:
+                return found.start()
+            at = found.end()
+            if not self._quote and not self._open:
+                self.done = True
+                break
+        return at
+
+    def _see(self, mark: str) -> None:
+        if self._quote:
+            self._escapes = mark == "\\"
+            self._quote = self._quote if self._escapes else ""
+        elif mark in self._quotes:
+            self._quote = mark
+        elif mark in _CLOSING:
+            self._open.append(_CLOSING[mark])
+            self.broken = len(self._open) > _MAX_DEPTH
+        else:
+            self.broken = not self._open or self._open.pop() != mark
+
+
+def bracketed(cursor: Cursor, quotes: str = _JSON_QUOTES) -> Waiting[str]:
+    """Read a value that begins with a bracket or a quote, up to `HELD_CHARS`, and return it."""
+    first, scanner = cursor.at, BracketScanner(quotes)
+    limit = first + HELD_CHARS
+    while True:
+        cursor.at = scanner.advance(cursor.text[:limit], cursor.at)
+        if scanner.done:
+            return cursor.text[first : cursor.at]
+        if scanner.broken or cursor.at >= limit or cursor.ended:
+            raise MalformedCallError
+        yield
+
+
+def json_value(cursor: Cursor) -> Waiting[str]:
+    """Read any JSON value, up to `HELD_CHARS`, and return its text."""
+    opening = yield from cursor.char()
+    if opening in ("{", "[", '"'):
+        return (yield from bracketed(cursor))
+    first = cursor.at
+    while True:
+        found = _SCALAR_END.search(cursor.text, cursor.at, first + 64)  # longer than any number that a model writes
+        cursor.at = min(len(cursor.text), first + 64) if found is None else found.start()
+        if found is not None:
+            break
+        if cursor.ended or cursor.at == first + 64:
+            raise MalformedCallError
+        yield
+    return cursor.text[first : cursor.at]
+
+
+def json_string(cursor: Cursor) -> Waiting[str]:
+    """Read a JSON string and return its content."""
+    if (yield from cursor.char()) != '"':
+        raise MalformedCallError
+    return content_of((yield from bracketed(cursor)))
+
+
+def content_of(text: str) -> str:
+    """Return the content of a JSON string."""
+    try:
+        found = json.loads(text, strict=False)
+        found.encode()
+    except (ValueError, AttributeError) as error:
+        raise MalformedCallError from error
+    return str(found)
+
+
+def escaped(text: str) -> str:
+    """Return text as it is inside a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def typed(text: str, types: frozenset[str]) -> str:
+    """Return the JSON of a parameter's text. `types` are the JSON types that the tool's schema allows."""
+    bare = text.strip()
+    if "null" in types and bare in ("null", "None"):
+        return "null"
+    if "string" in types or not types:
+        return json.dumps(text, ensure_ascii=False)
+    try:
+        return _dumped(json.loads(bare))
+    except (ValueError, RecursionError):
+        if bare.lower() in _LITERALS and len(bare) <= 5:
+            return json.dumps(_LITERALS[bare.lower()])
+        return json.dumps(text, ensure_ascii=False)
+
+
+def python_call(text: str) -> tuple[str, str]:
+    """Return the name and the JSON arguments of `name(key=literal, ...)`. Raises `MalformedCallError`."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise MalformedCallError
+        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return ast.unparse(call.func), _dumped(values)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise MalformedCallError from error
+
+
+def _dumped(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    has_lone_surrogates = any("\ud800" <= char <= "\udfff" for char in text)
+    return json.dumps(value) if has_lone_surrogates else text
+
+
+def types_of(schema: object) -> frozenset[str]:
+    """Return the JSON types that a property's schema allows; empty when it names none."""
+    found: set[str] = set()
+    if isinstance(schema, Mapping):
+        named = schema.get("type")
+        found.update([named] if isinstance(named, str) else _texts(named))
+        for key in ("anyOf", "oneOf"):
+            options = schema.get(key)
+            for option in options if isinstance(options, list) else ():
+                named = option.get("type") if isinstance(option, Mapping) else None
+                found.update([named] if isinstance(named, str) else _texts(named))
+    return frozenset(found)
+
+
+def _texts(value: object) -> Sequence[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else ()

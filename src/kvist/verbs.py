@@ -1,0 +1,216 @@
+"""Runs the verb of the settings that were read: from settings to the function that does the work.
+
+The modules of a verb are imported when it runs, so that a worker does not import the demo.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from kvist.bench.config import LOADS, CustomConfig
+from kvist.channel import with_private_key
+from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
+from kvist.cluster.pool_plan import PoolShape
+from kvist.cores import num_usable_cores
+from kvist.engine.config import EngineOptions
+from kvist.nodes.config import STOP_MARGIN_S, JoinPoolOptions, PoolOptions, SegmentOptions
+from kvist.options import to_argv
+from kvist.runner.config import RunnerOptions
+from kvist.server.config import ServerConfig
+from kvist.settings import (
+    BenchEngineSettings,
+    BenchServerSettings,
+    ChatSettings,
+    DemoSettings,
+    DrainSettings,
+    MasterSettings,
+    RoleSettings,
+    RouterSettings,
+    ServeSettings,
+    Settings,
+    StoreSettings,
+    UpSettings,
+)
+
+DEMO_HOST_TIER_GB = 0.25
+DEMO_SEGMENT_GB = 0.25
+
+
+def run(settings: Settings) -> int:
+    """Run the verb; return its exit status. Raises `KvistError`."""
+    if isinstance(settings, ServeSettings):
+        from kvist.cluster.serving import serve_worker
+
+        return serve_worker(
+            engine=settings.engine_config(),
+            gateway=settings.gateway,
+            links=settings.links,
+            join=settings.join,
+            stop_with_stdin=settings.parent.stop_with_stdin,
+        )
+    if isinstance(settings, RouterSettings):
+        from kvist.cluster.serving import serve_router
+
+        return serve_router(
+            router=settings.router,
+            model_path=settings.tokenizer.model_path,
+            gateway=settings.gateway,
+            channel=settings.channel,
+            stop_with_stdin=settings.parent.stop_with_stdin,
+        )
+    if isinstance(settings, MasterSettings | StoreSettings | DrainSettings):
+        return _run_node(settings)
+    if isinstance(settings, RoleSettings):
+        from kvist.cluster.operate import switch_role
+
+        return switch_role(settings.operated, settings.switch)
+    if isinstance(settings, UpSettings):
+        from kvist.checkpoint import find_checkpoint
+        from kvist.cluster.up import run_up
+
+        find_checkpoint(settings.engine.model.model_path)  # a wrong path is one error, before any process starts
+        return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.parent.stop_with_stdin)
+    if isinstance(settings, ChatSettings):
+        from kvist.cluster.chat import run_chat
+
+        return run_chat(settings.chat, settings.serve_argv())
+    if isinstance(settings, BenchServerSettings):
+        return _run_bench(settings)
+    if isinstance(settings, BenchEngineSettings):
+        from kvist.engine.bench_engine import run_bench_engine
+
+        return run_bench_engine(settings.steps, settings.model, settings.runner, settings.runtime)
+    from kvist.cluster.demo import run_demo
+
+    with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
+        shape = cluster_shape(with_own_key(with_tiers(settings, folder)))
+        return run_demo(shape, question=settings.demo.question, expect=settings.demo.expect)
+
+
+def _run_node(settings: MasterSettings | StoreSettings | DrainSettings) -> int:
+    if isinstance(settings, DrainSettings):
+        from kvist.nodes.drain import run_drain
+
+        return run_drain(settings.drain)
+    instance_id, stop_with_stdin = settings.instance.instance_id, settings.parent.stop_with_stdin
+    if isinstance(settings, MasterSettings):
+        from kvist.nodes.master import run_master
+
+        return run_master(
+            address=settings.address,
+            keys=settings.keys,
+            pool=settings.pool,
+            instance_id=instance_id,
+            stop_with_stdin=stop_with_stdin,
+        )
+    from kvist.nodes.store import run_store
+
+    return run_store(
+        address=settings.address,
+        keys=settings.keys,
+        segment=settings.segment,
+        join=settings.join,
+        instance_id=instance_id,
+        stop_with_stdin=stop_with_stdin,
+    )
+
+
+ClusterSettings = TypeVar("ClusterSettings", UpSettings, DemoSettings)
+
+
+def with_own_key(settings: ClusterSettings) -> ClusterSettings:
+    """Give the cluster its own key, unless the user set one; children get the key through their environment."""
+    engine = replace(settings.engine, channel=with_private_key(settings.engine.channel))
+    return replace(settings, engine=engine)
+
+
+def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:
+    """Add a host tier and a store, small ones unless the user set them. The demo's short prompts are fetched, too."""
+    page_size = settings.engine.runner.page_size
+    host, store = settings.engine.host_tier, settings.engine.storage
+    if not host.enable_hierarchical_cache:
+        host = replace(host, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB)
+    if store.hicache_storage_backend is None and settings.nodes.storage is None:
+        store = replace(store, hicache_storage_backend="file", hicache_storage_options={"path": folder})
+    store = replace(store, hicache_storage_prefetch_threshold=page_size)
+    return replace(settings, engine=replace(settings.engine, host_tier=host, storage=store))
+
+
+def _run_bench(settings: BenchServerSettings) -> int:
+    from kvist.bench.verbs import run_custom, run_scenario
+
+    load = settings.load
+    if isinstance(load, CustomConfig):
+        return run_custom(load, settings.target)
+    kind = next(kind for kind, config in LOADS.items() if isinstance(load, config))
+    return run_scenario(kind, load, settings.target)
+
+
+def pool_shape(settings: UpSettings | DemoSettings) -> PoolShape | None:
+    """Return the page pool to start, if any."""
+    if settings.nodes.storage is None:
+        return None
+    join = JoinPoolOptions()
+    pool = settings.pool if isinstance(settings, UpSettings) else PoolOptions()
+    segment = settings.segment if isinstance(settings, UpSettings) else SegmentOptions(segment_size=DEMO_SEGMENT_GB)
+    if protocol := settings.engine.storage.hicache_storage_options.get("mooncake_protocol"):
+        join = replace(join, hicache_mooncake_protocol=str(protocol))
+    lent = replace(segment, ssd_path=None, ssd_size=None)  # each store has its own folder
+    return PoolShape(
+        num_stores=settings.nodes.stores,
+        master_argv=tuple(to_argv((pool, settings.log), MasterSettings)[0]),
+        store_argv=tuple(to_argv((lent, join, settings.log), StoreSettings)[0]),
+        ssd_path=segment.ssd_path,
+        ssd_size=segment.ssd_size,
+        stop_s=0.0 if segment.ssd_path is None else join.flush_timeout_s + STOP_MARGIN_S,
+    )
+
+
+def with_pool(engine: EngineOptions, storage: str | None) -> EngineOptions:
+    """Return the options of the workers of a page pool: with a host tier, and the pool behind it."""
+    if storage is None:
+        return engine
+    host = replace(engine.host_tier, enable_hierarchical_cache=True)
+    return replace(engine, host_tier=host, storage=replace(engine.storage, hicache_storage_backend=storage))
+
+
+def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str] = os.environ) -> ClusterShape:
+    """Return the input of the plan: for each child its options, except those set by the plan."""
+    engine, config = with_pool(settings.engine, settings.nodes.storage), settings.cluster_config()
+    runner, persist_folder = engine.runner, engine.host_tier.hicache_persist
+    num_gpus = 0 if runner.device == "cpu" else visible_gpus(environ)
+    planned = replace(
+        engine,
+        runner=replace(runner, num_threads=0, base_gpu_id=0 if num_gpus else runner.base_gpu_id),
+        host_tier=replace(engine.host_tier, hicache_persist=None),
+    )
+    groups = (planned, *settings.passed_on())
+    worker_argv, worker_environ = to_argv(groups, ServeSettings)
+    router_argv, router_environ = to_argv(groups, RouterSettings)
+    server = settings.server if isinstance(settings, UpSettings) else ServerConfig(port=0)
+    is_default = runner.mem_fraction_static == RunnerOptions().mem_fraction_static
+    return ClusterShape(
+        config=config,
+        worker_argv=tuple(worker_argv),
+        worker_environ=worker_environ,
+        router_argv=tuple(router_argv),
+        router_environ=router_environ,
+        router_host=server.host,
+        router_port=server.port,
+        api_keys=server.api_key,
+        shows_all_lines=settings.log.log_level == "debug",
+        threads_per_worker=runner.num_threads or threads_for_each(config.num_workers, num_usable_cores()),
+        num_gpus=num_gpus,
+        base_gpu_id=runner.base_gpu_id,
+        gpus_per_worker=runner.tp,
+        persist_folder=persist_folder,
+        runtime_dir=engine.runtime.runtime_dir,
+        memory_share=runner.mem_fraction_static if is_default else None,
+        drain_s=max(server.shutdown_timeout_s, server.drain_grace_s),
+        stall_restart_s=engine.watch.stall_restart_s,
+        pool=pool_shape(settings),
+    )

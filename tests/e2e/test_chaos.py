@@ -1,0 +1,24 @@
+"""A short run of bench/chaos.py: every process of a small cluster dies, hangs and is restarted under load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import chaos
+
+SECONDS, SEED = 20, 5
+
+
+def test_streams_survive_half_a_minute_of_chaos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two gateways and a worker of each role, host tiers and a common store; each role is once dead as a whole."""
+    small = ["--prefill=1", "--decode=1", "--unified=1", "--cases=30", "--streams=5", "--interval-s=1.5"]
+    run = [f"--seconds={SECONDS}", f"--seed={SEED}", "--blackouts", "--tiers", "--verbose"]
+    status = chaos.main([*small, *run, f"--json={tmp_path / 'report.json'}", f"--keep={tmp_path / 'logs'}"])
+    output = capsys.readouterr()
+    assert status == 0, output.out + output.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["streams"] >= 10, output.out
+    assert report["kills"] >= 3, output.out

@@ -1,0 +1,127 @@
+"""Workers with streams are killed: every answer is that of one undisturbed worker, with all that belongs to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import Cluster
+from tests.e2e.test_lifetimes import children_of
+
+PROMPT = "Once upon a time there was a small engine that"
+LONG = "The quick brown fox jumps over the lazy dog, again and again and again. " * 40
+NUM_TOKENS = 40
+GREEDY: dict[str, Any] = {"temperature": 0}
+SEEDED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
+# Requests with everything that shapes tokens, or is counted over all tokens of an answer.
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {**GREEDY, "logprobs": 2},
+    "seeded": {**SEEDED, "logprobs": 1, "n": 2},
+    "penalties": {**GREEDY, "frequency_penalty": 0.7, "repetition_penalty": 1.2, "logit_bias": {"338": 3.0}},
+    "stop string": {
+        **SEEDED,
+        "frequency_penalty": 0.5,
+        "stop": [" zebra", ". The"],
+        "include_stop_str_in_output": True,
+    },
+    "echo": {**GREEDY, "echo": True, "logprobs": 1, "prompt_logprobs": 1},
+}
+
+
+def complete(url: str, fields: dict[str, Any]) -> dict[str, Any]:
+    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "kvist": {"report": True}, **fields}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def stream(url: str) -> list[str]:
+    """Return the lines of a streamed answer."""
+    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True, **GREEDY}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+        return [line for line in response.iter_lines() if line]
+
+
+def text_of(lines: list[str]) -> str:
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    return "".join(choice["text"] for event in events for choice in event["choices"])
+
+
+def comparable(value: Any) -> Any:
+    """Return an answer without what differs from call to call; logprobs rounded to what fp32 promises."""
+    if isinstance(value, dict):
+        left_out = ("id", "created", "kvist", "prompt_tokens_details")
+        return {key: comparable(each) for key, each in value.items() if key not in left_out}
+    if isinstance(value, list):
+        return [comparable(each) for each in value]
+    return pytest.approx(value, abs=2e-3) if isinstance(value, float) else value
+
+
+def kill(cluster: Cluster, name: str, victim: str) -> None:
+    child = cluster.processes.children[name]
+    assert child.pid is not None
+    pids = [child.pid] if victim == "worker" else children_of(child.pid)[:1]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def all_begin(pool: ThreadPoolExecutor, url: str) -> dict[str, Future[dict[str, Any]]]:
+    return {name: pool.submit(complete, url, fields) for name, fields in REQUESTS.items()}
+
+
+@pytest.fixture(scope="module")
+def twins(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    """The answers of the unified worker."""
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        return {name: answer.result() for name, answer in all_begin(pool, cluster.unified).items()}
+
+
+@pytest.mark.parametrize(("name", "victim"), [("decode-0", "engine"), ("decode-0", "worker"), ("prefill-0", "engine")])
+def test_streams_of_a_killed_worker_go_on_with_the_same_answers(
+    settled: Cluster, twins: dict[str, dict[str, Any]], name: str, victim: str
+) -> None:
+    """The cluster has one worker of each role: the other one serves alone until the killed one is back, and new
+    requests, too."""
+    failovers, resumed = settled.metric("kvist:failovers_total"), settled.metric("kvist:resumed_streams_total")
+    done = settled.metric("kvist:generation_tokens_total")
+    with ThreadPoolExecutor(len(REQUESTS) + 1) as pool:
+        answers, lines = all_begin(pool, settled.router), pool.submit(stream, settled.router)
+        if name == "decode-0":
+            settled.wait_until(lambda: settled.metric("kvist:generation_tokens_total") > done + 20, within_s=60)
+        else:
+            settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") >= 5, within_s=60)
+        kill(settled, name, victim)
+        assert complete(settled.router, {**GREEDY, "max_tokens": 20})["choices"], "another worker serves it"
+        found = {key: answer.result() for key, answer in answers.items()}
+    assert lines.result()[-1] == "data: [DONE]"
+    assert text_of(lines.result()) == twins["greedy"]["choices"][0]["text"]
+    for key, twin in twins.items():
+        assert comparable(twin) == comparable(found[key]), key
+    if name == "decode-0":
+        assert settled.metric("kvist:failovers_total") > failovers
+        assert settled.metric("kvist:resumed_streams_total") > resumed
+        assert any(answer["kvist"]["failovers"] for answer in found.values())
+        assert any(answer["kvist"]["route"]["reason"] == "no_decode" for answer in found.values())
+    assert settled.metric("kvist:unresumed_streams_total") == 0
+    settled.wait_ready()
+
+
+def test_prefill_killed_while_it_computes_a_prompt_costs_a_pause(settled: Cluster) -> None:
+    fields = {**GREEDY, "max_tokens": 8, "prompt": LONG}
+    twin = complete(settled.unified, fields)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(complete, settled.router, {**fields, "cache_salt": "new"})
+        settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 1, within_s=60)
+        time.sleep(0.2)  # in the midst of the prompt, or of the transfer of its pages
+        kill(settled, "prefill-0", "engine")
+        found = answer.result()
+    assert comparable(twin) == comparable(found)
+    settled.wait_ready()

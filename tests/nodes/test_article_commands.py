@@ -1,0 +1,57 @@
+"""The commands of two terminals, one for prefill and one for decode, and of a third for the router, answer a curl."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvist.checkpoint import find_checkpoint
+from kvist.cluster.ports import free_ports
+from tests.nodes.conftest import Pool, Server, wait_until
+
+START_TIMEOUT_S = 200.0
+QUESTION = "What is the capital of France? " * 12 + "Answer in one word."
+
+
+@pytest.mark.model
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_two_workers_with_the_pool_and_a_router_answer_a_curl(pool: Pool, tmp_path: Path) -> None:
+    model = str(find_checkpoint(None).path)
+    prefill_port, decode_port, router_port = free_ports(3)
+
+    def worker(name: str, port: int, *role: str) -> Server:
+        argv = ["serve", "--model-path", model, "--host", "127.0.0.1", "--port", str(port), "--tp", "1"]
+        argv += ["--mem-fraction-static", "0.8", "--enable-hierarchical-cache", "--hicache-storage-backend", "mooncake"]
+        argv += ["--hicache-mooncake-master-addr", pool.master_addr, *role]
+        argv += ["--hicache-mooncake-master-url", pool.master.url, "--hicache-size", "0.2"]  # of this test
+        argv += ["--max-total-tokens", "4096", "--num-threads", "1"]
+        return Server(tmp_path / f"{name}.log", port, argv)
+
+    prefill = worker("prefill", prefill_port, "--role", "prefill")
+    decode = worker("decode", decode_port, "--decode-only")
+    argv = ["router", "--model-path", model, "--port", str(router_port)]
+    router = Server(tmp_path / "router.log", router_port, [*argv, "--prefill", prefill.url, "--decode", decode.url])
+    servers = [prefill, decode, router]
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait_ready(START_TIMEOUT_S)
+        num_keys = pool.admin.pool_status().num_keys
+        body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 8})
+        curl = ["curl", "-s", f"{router.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+        answer = json.loads(subprocess.run(curl, capture_output=True, check=True, timeout=120).stdout)
+        assert "Paris" in answer["choices"][0]["message"]["content"], answer
+        wait_until(lambda: pool.admin.pool_status().num_keys > num_keys, prefill.log)  # the prompt's pages
+        state = router.get("/hicache/storage-backend").json()["workers"]
+        assert {one["hicache_storage_backend"] for one in state.values()} == {"mooncake"}
+        wait_until(lambda: "kvist:storage_pool_keys{" in router.get("/metrics").text, router.log)
+    finally:
+        for server in reversed(servers):
+            server.kill()
