@@ -20,7 +20,7 @@ from kvist.testing.scripted_dispatcher import BYTE_MODEL, ScriptedDispatcher
 from kvist.testing.tokenizers import END, byte_tokenizer
 from kvist.text.chat import CallArguments, ChatTemplate
 from kvist.text.template_source import find_chat_template
-from kvist.text.tool_calls import find_formats
+from kvist.tools import find_formats
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}?{% endfor %}"

@@ -10,7 +10,7 @@ from kvist.api.schemas import ChatRequest
 from kvist.request import FinishReason
 from kvist.server.tools import OfferedTools
 from kvist.text import Tokenizer
-from kvist.text.tool_calls import (
+from kvist.tools import (
     AnswerFormats,
     AnswerParser,
     ArgumentsPiece,

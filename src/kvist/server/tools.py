@@ -11,7 +11,7 @@ from kvist.api.schemas import ChatMessage, ChatRequest, TokenizeRequest, Tool, T
 from kvist.errors import RequestError, UnsupportedField
 from kvist.text import Tokenizer
 from kvist.text.chat import CallArguments
-from kvist.text.tool_calls import is_name
+from kvist.tools import is_name
 
 Protect = Callable[[str], str]
 

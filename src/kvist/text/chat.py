@@ -19,7 +19,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from kvist.errors import ModelLoadError, PromptTooLong, RequestError
-from kvist.text.tool_calls import AnswerFormats, find_formats
+from kvist.tools import AnswerFormats, find_formats
 
 _MAX_PIECES = 1 << 19  # pieces that a template may write, usually a few for each message: bounds its loops
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvist.config import option
-from kvist.text.tool_calls import AUTO
+from kvist.tools import AUTO
 
 AUTO_CONFIG, NO_CONFIG = "auto", "vllm"
 

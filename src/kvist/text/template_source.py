@@ -9,7 +9,7 @@ from pathlib import Path
 from kvist.errors import ConfigError, ModelLoadError
 from kvist.text.chat import ChatTemplate
 from kvist.text.config import TextConfig
-from kvist.text.tool_calls import NONE, find_formats
+from kvist.tools import NONE, find_formats
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ unchanged. Time is linear in the text, and the withheld text is limited (`HELD_C
 
 from __future__ import annotations
 
-from kvist.text.tool_calls.cursor import is_name
-from kvist.text.tool_calls.events import (
+from kvist.tools.cursor import is_name
+from kvist.tools.events import (
     ArgumentsPiece,
     CallEnded,
     CallStarted,
@@ -19,8 +19,8 @@ from kvist.text.tool_calls.events import (
     ParserEvent,
     ReasoningPiece,
 )
-from kvist.text.tool_calls.parser import AnswerParser
-from kvist.text.tool_calls.selection import (
+from kvist.tools.parser import AnswerParser
+from kvist.tools.selection import (
     AUTO,
     NONE,
     REASONING_PARSERS,
@@ -28,7 +28,7 @@ from kvist.text.tool_calls.selection import (
     AnswerFormats,
     find_formats,
 )
-from kvist.text.tool_calls.tables import CallIds, ReasoningFormat, ToolFormat
+from kvist.tools.tables import CallIds, ReasoningFormat, ToolFormat
 
 __all__ = [
     "AUTO",

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-from kvist.text.tool_calls.cursor import HELD_CHARS, Cursor, MalformedCallError, Waiting, is_name
-from kvist.text.tool_calls.events import EventLog
-from kvist.text.tool_calls.tables import Call, JsonCall, NamedCall, TaggedCall
-from kvist.text.tool_calls.values import (
+from kvist.tools.cursor import HELD_CHARS, Cursor, MalformedCallError, Waiting, is_name
+from kvist.tools.events import EventLog
+from kvist.tools.tables import Call, JsonCall, NamedCall, TaggedCall
+from kvist.tools.values import (
     PYTHON_QUOTES,
     BracketScanner,
     bracketed,

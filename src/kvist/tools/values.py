@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from kvist.text.tool_calls.cursor import HELD_CHARS, Cursor, MalformedCallError, Waiting
+from kvist.tools.cursor import HELD_CHARS, Cursor, MalformedCallError, Waiting
 
 _MAX_DEPTH = 256
 _JSON_QUOTES, PYTHON_QUOTES = '"', "\"'"

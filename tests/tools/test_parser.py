@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.text.tool_calls import TOOL_PARSERS, AnswerParser, ContentPiece, find_formats
-from kvist.text.tool_calls.cursor import HELD_CHARS
-from kvist.text.tool_calls.tables import TOOL_FORMATS
-from tests.text.tool_calls.cases import FOLDER, all_cases, make_parser, parse
+from kvist.tools import TOOL_PARSERS, AnswerParser, ContentPiece, find_formats
+from kvist.tools.cursor import HELD_CHARS
+from kvist.tools.tables import TOOL_FORMATS
+from tests.tools.cases import FOLDER, all_cases, make_parser, parse
 
 CASES = all_cases()
 FORMATS = [form.name for form in TOOL_FORMATS]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvist.text.tool_calls import (
+from kvist.tools import (
     TOOL_PARSERS,
     AnswerParser,
     ArgumentsPiece,

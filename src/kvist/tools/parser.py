@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 
-from kvist.text.tool_calls.bodies import CallReader
-from kvist.text.tool_calls.cursor import MAX_SPACE_CHARS, Cursor, MalformedCallError, Waiting
-from kvist.text.tool_calls.events import EventLog, ParserEvent
-from kvist.text.tool_calls.tables import Opening, ReasoningFormat, ToolFormat
-from kvist.text.tool_calls.values import types_of
+from kvist.tools.bodies import CallReader
+from kvist.tools.cursor import MAX_SPACE_CHARS, Cursor, MalformedCallError, Waiting
+from kvist.tools.events import EventLog, ParserEvent
+from kvist.tools.tables import Opening, ReasoningFormat, ToolFormat
+from kvist.tools.values import types_of
 
 _PIECE_CHARS = 4096  # a longer text is parsed in pieces: committing copies the rest of a piece
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from kvist.errors import ConfigError
-from kvist.text.tool_calls.tables import (
+from kvist.tools.tables import (
     DEEPSEEK_V3,
     DEEPSEEK_V31,
     MISTRAL_THINK,
