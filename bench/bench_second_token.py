@@ -4,7 +4,7 @@
 
 Chats of 512 + 256 tokens with one prompt of 8192 + 128 in every four, Poisson arrivals, over the real loops and
 schedulers of a prefill and a decode engine, with the step times of a 7B model on two H200s
-(testing/timed_pair.py). The baseline, in the same run: loops that handle nothing until the step in flight has ended.
+(simulation/timed_pair.py). The baseline, in the same run: loops that handle nothing until the step in flight has ended.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from json_report import write_report
 from kvist.request import EngineRequest
+from kvist.simulation.timed_pair import VOCAB, TimedPair, Timing
 from kvist.testing.specs import make_request
-from kvist.testing.timed_pair import VOCAB, TimedPair, Timing
 
 GRACE_S = 10.0  # after the last arrival
 

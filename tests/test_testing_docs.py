@@ -12,7 +12,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8")
 
 
 def module_of(example: str) -> str:
-    return re.findall(r"from kvist\.testing\.(\w+)", example)[0]
+    return re.findall(r"from kvist\.(?:simulation|testing)\.(\w+)", example)[0]
 
 
 def test_the_page_has_an_example_for_each_kind_of_fake() -> None:

@@ -11,9 +11,9 @@ from kvist.engine.roles import RoleSwitch, SwitchState
 from kvist.errors import Conflict
 from kvist.plan.events import RoleChanged
 from kvist.request import HandoffId, Mode, Outcome, Role
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import SimEngine, small_config
 from kvist.testing.loop_bench import LoopBench
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import SimEngine, small_config
 from kvist.testing.specs import make_spec
 
 G1, G2 = b"gateway-1", b"gateway-2"

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from kvist.simulation.timed_pair import VOCAB, TimedPair, Timing
 from kvist.testing.specs import make_request
-from kvist.testing.timed_pair import VOCAB, TimedPair, Timing
 
 TIMING = Timing()
 DECODE_STEP_S = TIMING.weights_s + 16 * TIMING.decode_s  # of at most 16 streams

@@ -12,8 +12,8 @@ from kvist.errors import Overloaded
 from kvist.plan.batch import Batch
 from kvist.request import PRIORITY
 from kvist.scheduler import SchedulerConfig
+from kvist.simulation.timed_fleet import Served, TimedFleet
 from kvist.testing.specs import make_request
-from kvist.testing.timed_fleet import Served, TimedFleet
 
 NUM_PLACES, NUM_OUTPUT, NUM_PROMPT = 16, 20, 16
 STEP_S, TOKEN_S = 0.020, 10e-6

@@ -20,7 +20,7 @@ from kvist.page_index.page_runs import NOTHING_HELD, TIERS
 from kvist.page_index.prefix_index import PrefixIndex
 from kvist.plan.plan import SeenInStore
 from kvist.request import Role, WorkerId
-from kvist.testing.lossy_wire import LossyWires
+from kvist.simulation.lossy_wires import LossyWires
 from kvist.testing.page_events import joined, short, tier_changes
 
 WORKER = WorkerId("w")

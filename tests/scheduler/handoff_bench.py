@@ -11,7 +11,7 @@ from kvist.plan.plan import Plan
 from kvist.plan.slots import OpenSlots
 from kvist.request import EpochId, HandoffId, Outcome, RequestId, Role, SampledToken
 from kvist.scheduler import build_scheduler
-from kvist.testing.sim_engine import LAYOUT, PAGE_BYTES, small_config
+from kvist.simulation.engine import LAYOUT, PAGE_BYTES, small_config
 from kvist.testing.specs import make_peer_spec
 from kvist.wire import PoolAddress
 

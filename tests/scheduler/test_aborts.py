@@ -10,9 +10,9 @@ import pytest
 from kvist.kv.tiers.prefetch import PrefetchConfig
 from kvist.request import PRIORITY, Constraint, Mode, Outcome, Role
 from kvist.scheduler.active import RequestState
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import SimEngine, small_config
-from kvist.testing.sim_store import SimStore
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import SimEngine, small_config
+from kvist.simulation.store import SimStore
 
 WITHIN_S, ROUND_S = 0.1, 0.005  # a round: every message arrives, each engine ends a step and begins another
 NUM_PAIRS, NUM_WHOLE, AT_DECODE = 7, 3, (0, 1)

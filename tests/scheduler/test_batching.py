@@ -13,9 +13,9 @@ from kvist.plan.events import Event, SampledTokens, StepFinished
 from kvist.plan.plan import Plan
 from kvist.request import EngineRequest, FinishReason, Mode, Outcome, RequestId, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_device import EOS, reference_stream
-from kvist.testing.sim_engine import SimEngine, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.device import EOS, reference_stream
+from kvist.simulation.engine import SimEngine, small_config
 from kvist.testing.specs import submit_full
 from kvist.wire import Abort, FlushCache, Submit
 

@@ -11,9 +11,9 @@ from kvist.kv.tiers.prefetch import PrefetchConfig
 from kvist.plan.tiers import FindPages
 from kvist.request import Constraint, EngineRequest, Outcome, Role
 from kvist.scheduler.active import RequestState
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_device import forbidden_tokens, reference_stream
-from kvist.testing.sim_engine import SimEngine, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.device import forbidden_tokens, reference_stream
+from kvist.simulation.engine import SimEngine, small_config
 
 CONSTRAINT = Constraint(kind="regex", text="a")
 

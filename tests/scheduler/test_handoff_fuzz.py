@@ -11,8 +11,8 @@ from kvist.request import Role
 from kvist.scheduler.handoff.source import SourceSide
 from kvist.scheduler.handoff.tables import SOURCE_TRANSITIONS, TARGET_TRANSITIONS, SourceTrigger, TargetTrigger
 from kvist.scheduler.handoff.target import TargetSide
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import small_config
 
 Trigger = SourceTrigger | TargetTrigger
 

@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.request import FCFS, PRIORITY, Constraint, Role
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import Rows, SimEngine, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import Rows, SimEngine, small_config
 
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")

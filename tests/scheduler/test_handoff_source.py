@@ -13,8 +13,8 @@ from kvist.plan.plan import Plan
 from kvist.plan.transfers import PeerDied, StopWrites, WritePages, WritesCompleted, WritesFailed
 from kvist.protocol import PROTOCOL_VERSION
 from kvist.request import EpochId, FinishReason, HandoffId, Mode, Outcome, RequestId, Role
-from kvist.testing.sim_cluster import sim_request
-from kvist.testing.sim_engine import PAGE_BYTES
+from kvist.simulation.cluster import sim_request
+from kvist.simulation.engine import PAGE_BYTES
 from kvist.testing.specs import make_peer_spec, submit_full
 from kvist.wire import Abort, Ack, Closed, Done, Grant, PeerSpec, Revoke, Submit
 from tests.scheduler.handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages, pool

@@ -9,8 +9,8 @@ import pytest
 
 from kvist.plan.transfers import PagesVerified, PeerDied, ToSource, VerifyPages
 from kvist.request import EpochId, FinishReason, HandoffId, Outcome, RequestId, Role
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import PAGE_BYTES, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import PAGE_BYTES, small_config
 from kvist.testing.specs import make_peer, submit_decode
 from kvist.wire import Abort, Ack, Closed, Done, Grant, Revoke, Submit
 from tests.scheduler.handoff_bench import FIRST, PROMPT, Bench, D, H, P, ends, messages

@@ -16,9 +16,9 @@ from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.plan import Flush
 from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp
 from kvist.request import EngineRequest, Outcome, Role
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import SimEngine, small_config
 from kvist.testing.page_events import changed_pages, short
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import SimEngine, small_config
 from kvist.wire import FlushCache
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens

@@ -12,9 +12,9 @@ from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Plan
 from kvist.request import EngineRequest, FinishReason, Outcome, Role
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_device import EOS
-from kvist.testing.sim_engine import Rows, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.device import EOS
+from kvist.simulation.engine import Rows, small_config
 from kvist.testing.specs import submit_full
 from kvist.wire import Abort, Submit
 from tests.scheduler.handoff_bench import Bench, ends

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from kvist.request import FCFS, PRIORITY, Outcome, Role
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_device import reference_stream
-from kvist.testing.sim_engine import SimEngine, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.device import reference_stream
+from kvist.simulation.engine import SimEngine, small_config
 from kvist.testing.specs import submit_full
 from kvist.wire import Ended, Grant, Submit
 

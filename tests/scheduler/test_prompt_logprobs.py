@@ -8,9 +8,9 @@ import pytest
 
 from kvist.request import FinishReason, Role
 from kvist.scheduler import batching
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_device import reference_scores
-from kvist.testing.sim_engine import SimEngine, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.device import reference_scores
+from kvist.simulation.engine import SimEngine, small_config
 from kvist.wire import TokenChunk
 
 PROMPT = [(index * 7) % 20 for index in range(14)]

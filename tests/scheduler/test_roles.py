@@ -7,8 +7,8 @@ import pytest
 from kvist.kv.cache import PageCache
 from kvist.request import HandoffId, Mode, Outcome, Role, WorkerId
 from kvist.scheduler import build_scheduler
-from kvist.testing.sim_cluster import sim_request
-from kvist.testing.sim_engine import small_config
+from kvist.simulation.cluster import sim_request
+from kvist.simulation.engine import small_config
 from kvist.testing.specs import make_peer_spec
 from kvist.wire import Done, PrefillPeer, Submit
 from tests.scheduler.handoff_bench import FIRST, PROMPT, D, P, messages, pool

@@ -16,9 +16,9 @@ from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.plan.tiers import StorageAttached
 from kvist.request import FCFS, PRIORITY, Constraint, Role
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import Rows, small_config
-from kvist.testing.sim_store import SimStore
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import Rows, small_config
+from kvist.simulation.store import SimStore
 from kvist.wire import FlushCache
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes

@@ -8,8 +8,8 @@ import pytest
 
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId, Role
 from kvist.scheduler import batching
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import SimEngine, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import SimEngine, small_config
 from kvist.testing.specs import make_peer_spec, submit_full
 from kvist.wire import Abort, Grant, Submit
 from tests.scheduler.handoff_bench import PROMPT, Bench, D, P, pool

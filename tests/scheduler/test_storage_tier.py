@@ -11,8 +11,8 @@ from kvist.kv.tiers.prefetch import PrefetchConfig
 from kvist.plan.plan import Plan
 from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, StorageAttached, StorePages
 from kvist.request import Outcome, Role
-from kvist.testing.sim_cluster import SimCluster, sim_request
-from kvist.testing.sim_engine import SimEngine, small_config
+from kvist.simulation.cluster import SimCluster, sim_request
+from kvist.simulation.engine import SimEngine, small_config
 
 PROMPT = [1] * 13  # 3 full pages of 4 tokens
 PREFETCH = PrefetchConfig(base_s=2.0, per_1k_s=0.0, threshold_tokens=8)

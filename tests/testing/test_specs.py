@@ -10,7 +10,8 @@ import pytest
 from kvist import wire
 from kvist.request import EngineRequest, Mode, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig
-from kvist.testing import memory_cluster, memory_engine, sim_engine
+from kvist.simulation import engine as sim_engine
+from kvist.testing import memory_cluster, memory_engine
 from kvist.testing.specs import (
     LoadFields,
     PoolFields,

@@ -1,4 +1,4 @@
-"""Fakes of Kvist's own parts, for tests, benchmarks and simulations.
+"""Fakes of Kvist's own parts, for tests and benchmarks; `kvist.simulation` builds on them.
 
     specs                an engine's spec and load report, a request and its submits: defaults and changes
     clocks               clocks that stand still until a test advances them
@@ -10,9 +10,6 @@
     tiny_model           a model of two layers with random weights
     memory_engine        a whole engine in this thread, with that model
     memory_cluster       such engines and a gateway, stepped by a test
-    sim_cluster          simulated engines, a gateway and wires with faults; pure: real schedulers, no threads or clocks
-    sim_engine           one of these engines; its parts are sim_device, sim_transport, sim_mover, sim_store, sim_slots
-    lossy_wire           the wires: any order between pairs, losses and duplicates
     fake_engine          an engine without a model, over real sockets
     inproc_transport     a transport between the pools of one process
     stepped_store        the store mover with threads that the test steps, and a store with faults

@@ -13,13 +13,13 @@ from kvist.kv.pages import PageState
 from kvist.plan.events import Event
 from kvist.plan.transfers import PagesVerified, StopWrites, VerifyPages, WritePages, WritesCompleted, WritesFailed
 from kvist.request import HandoffId
-from kvist.testing.sim_device import Page, SimDevice, checksum
+from kvist.simulation.device import Page, SimDevice, checksum
 
 DIGEST_BYTES = 16  # of one page
 
 
 class Pool(Protocol):
-    """The pages of one engine (sim_engine.py)."""
+    """The pages of one engine (engine.py)."""
 
     cache: PageCache
     device: SimDevice

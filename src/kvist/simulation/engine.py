@@ -4,8 +4,8 @@
       ▲                                                                                                           │
       └────────────── StepFinished | StepFailed, reports of the transport, the mover and the store ◄──────────────┘
 
-Each part checks what it is asked (sim_device.py: every position that is read; sim_transport.py: every copy), and each
-step checks the counts of the scheduler and of the cache. sim_cluster.py connects engines.
+Each part checks what it is asked (device.py: every position that is read; transport.py: every copy), and each
+step checks the counts of the scheduler and of the cache. cluster.py connects engines.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from kvist.plan.transfers import PeerDied, ToSource
 from kvist.request import EpochId, HandoffId, Mode, RequestId, Role, SamplingParams
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.active import RequestState
+from kvist.simulation.device import EOS, SimDevice
+from kvist.simulation.mover import SimMover
+from kvist.simulation.order import OrderCheck
+from kvist.simulation.slots import SlotCheck
+from kvist.simulation.store import SimStore
+from kvist.simulation.transport import SimTransport
 from kvist.testing.page_events import ReplayedPages, listed_pages
-from kvist.testing.sim_device import EOS, SimDevice
-from kvist.testing.sim_mover import SimMover
-from kvist.testing.sim_order import OrderCheck
-from kvist.testing.sim_slots import SlotCheck
-from kvist.testing.sim_store import SimStore
-from kvist.testing.sim_transport import SimTransport
 from kvist.testing.specs import make_peer_spec, make_pool
 from kvist.wire import Grant, PeerSpec
 
 if TYPE_CHECKING:
-    from kvist.testing.sim_cluster import SimCluster
+    from kvist.simulation.cluster import SimCluster
 
 PAGE_BYTES = 64
 LAYOUT = "sim"

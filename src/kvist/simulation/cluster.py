@@ -1,4 +1,4 @@
-"""A simulated cluster: engines (sim_engine.py), a gateway that records what it gets, and wires with faults.
+"""A simulated cluster: engines (engine.py), a gateway that records what it gets, and wires with faults.
 
     world = SimCluster()
     prefill, decode = world.start("p", role=Role.PREFILL), world.start("d", role=Role.DECODE)
@@ -22,9 +22,9 @@ from kvist.plan.events import Event
 from kvist.plan.plan import Plan
 from kvist.plan.transfers import ToSource
 from kvist.request import EngineRequest, FinishReason, HandoffId, Mode, Outcome, RequestId, TokenLogprobs
-from kvist.testing.lossy_wire import LossyWires, Wire
-from kvist.testing.sim_device import Page, reference_scores, reference_stream
-from kvist.testing.sim_engine import ShapeFields, SimEngine, SimShape
+from kvist.simulation.device import Page, reference_scores, reference_stream
+from kvist.simulation.engine import ShapeFields, SimEngine, SimShape
+from kvist.simulation.lossy_wires import LossyWires, Wire
 from kvist.testing.specs import RequestFields, make_peer, make_request, submit_decode, submit_full, submit_prefill
 from kvist.wire import Abort, Ack, Closed, Done, Ended, Grant, Revoke, Submit, TokenChunk
 

@@ -15,7 +15,7 @@ from kvist.plan.tiers import (
     StoreJob,
     StorePages,
 )
-from kvist.testing.sim_device import Page
+from kvist.simulation.device import Page
 
 NONSENSE = (-2, -2)
 

@@ -6,7 +6,7 @@ from kvist.kv.cache import PageCache
 from kvist.kv.pages import PageState
 from kvist.plan.events import Event
 from kvist.plan.tiers import BackUpPages, ForgetPages, LoadPages, PagesBackedUp, PagesForgotten, PagesLoaded
-from kvist.testing.sim_device import Page, SimDevice
+from kvist.simulation.device import Page, SimDevice
 
 
 class SimMover:
