@@ -52,10 +52,10 @@ class Answer:
                 self.content += text
             case ReasoningPiece(text):
                 self.reasoning += text
-            case CallStarted(index, name, own_id):
+            case CallStarted(index, name, call_id):
                 assert index == len(self.calls)
                 self.calls.append([name, ""])
-                self.ids.append(own_id)
+                self.ids.append(call_id)
             case ArgumentsPiece(index, text):
                 assert index == len(self.calls) - 1
                 assert index not in self.ended

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvist.api.schemas import ChatRequest
@@ -14,7 +14,6 @@ from kvist.tools import (
     AnswerFormats,
     AnswerParser,
     ArgumentsPiece,
-    CallEnded,
     CallIds,
     CallStarted,
     ContentPiece,
@@ -68,12 +67,28 @@ class AnswerParts:
         )
         self._has_calls = False
 
-    def delta(self, text: str, *, finished: bool) -> dict[str, object]:
-        """Return what the text adds to the message: at most one entry for each call."""
+    def events(self, text: str, *, finished: bool) -> list[ParserEvent]:
+        """Return what the text adds to the message, without the parts that the request does not want. Each call has an
+        id. The door for every API whose answers have calls or reasoning."""
         events = self._parser.push(text)
         if finished:
             events += self._parser.finish()
-        return self._fields(events)
+        return [self._with_id(event) for event in events if self._is_shown(event)]
+
+    def _is_shown(self, event: ParserEvent) -> bool:
+        if isinstance(event, ReasoningPiece):
+            return self._parsing.shows_reasoning
+        return isinstance(event, ContentPiece) or event.index == 0 or self._parsing.parallel
+
+    def _with_id(self, event: ParserEvent) -> ParserEvent:
+        if not isinstance(event, CallStarted):
+            return event
+        self._has_calls = True
+        return CallStarted(event.index, event.name, event.call_id or _new_call_id(self._ids))
+
+    def delta(self, text: str, *, finished: bool) -> dict[str, object]:
+        """Return the events in the form of OpenAI's chat deltas: at most one entry for each call."""
+        return _chat_fields(self.events(text, finished=finished))
 
     def whole(self, text: str) -> dict[str, object]:
         """Return the fields of a message that is not streamed."""
@@ -87,38 +102,34 @@ class AnswerParts:
     def finish_reason(self, reason: str | None) -> str | None:
         return "tool_calls" if self._has_calls and reason == FinishReason.STOP.value else reason
 
-    def _fields(self, events: list[ParserEvent]) -> dict[str, object]:
-        content, reasoning = "", ""
-        calls: dict[int, dict[str, object]] = {}
-        arguments: dict[int, str] = {}
-        for event in events:
-            if isinstance(event, ContentPiece):
-                content += event.text
-            elif isinstance(event, ReasoningPiece):
-                reasoning += event.text
-            elif isinstance(event, CallEnded) or (event.index > 0 and not self._parsing.parallel):
-                continue
-            elif isinstance(event, CallStarted):
-                self._has_calls = True
-                call_id = event.own_id or _new_call_id(self._ids)
-                calls[event.index] = {"id": call_id, "type": "function", "function": {"name": event.name}}
-                arguments[event.index] = ""
-            elif isinstance(event, ArgumentsPiece):
-                arguments[event.index] = arguments.get(event.index, "") + event.text
-        found: dict[str, object] = {"content": content} if content else {}
-        if reasoning and self._parsing.shows_reasoning:  # the newer name, and the one before
-            found |= {"reasoning": reasoning, "reasoning_content": reasoning}
-        if arguments:
-            found["tool_calls"] = [_entry(index, calls.get(index), text) for index, text in arguments.items()]
-        return found
+
+def _chat_fields(events: Sequence[ParserEvent]) -> dict[str, object]:
+    content, reasoning = "", ""
+    calls: dict[int, CallStarted] = {}
+    arguments: dict[int, str] = {}
+    for event in events:
+        if isinstance(event, ContentPiece):
+            content += event.text
+        elif isinstance(event, ReasoningPiece):
+            reasoning += event.text
+        elif isinstance(event, CallStarted):
+            calls[event.index] = event
+            arguments[event.index] = ""
+        elif isinstance(event, ArgumentsPiece):
+            arguments[event.index] = arguments.get(event.index, "") + event.text
+    found: dict[str, object] = {"content": content} if content else {}
+    if reasoning:  # the newer name, and the one before
+        found |= {"reasoning": reasoning, "reasoning_content": reasoning}
+    if arguments:
+        found["tool_calls"] = [_entry(index, calls.get(index), text) for index, text in arguments.items()]
+    return found
 
 
-def _entry(index: int, start: dict[str, object] | None, arguments: str) -> dict[str, object]:
+def _entry(index: int, start: CallStarted | None, arguments: str) -> dict[str, object]:
     if start is None:
         return {"index": index, "function": {"arguments": arguments}}
-    function = start["function"]
-    assert isinstance(function, dict)
-    return {"index": index, **start, "function": {**function, "arguments": arguments}}
+    function = {"name": start.name, "arguments": arguments}
+    return {"index": index, "id": start.call_id, "type": "function", "function": function}
 
 
 def _new_call_id(ids: CallIds) -> str:

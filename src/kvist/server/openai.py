@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import ChatRequest, CompletionRequest
@@ -20,6 +21,7 @@ from kvist.checking.sampling import (
 )
 from kvist.errors import RequestError
 from kvist.fit import Limit
+from kvist.http.asgi import Headers
 from kvist.http.caller import Caller
 from kvist.server.answer_parts import AnswerParsing
 from kvist.server.gateway import GatewayContext
@@ -35,10 +37,33 @@ _CHAT = BodyDecoder(ChatRequest)
 _COMPLETION = BodyDecoder(CompletionRequest)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRun:
+    """A chat that is ready to run: its answers, and how their texts are divided into parts."""
+
+    job_id: str
+    choices: Sequence[ChoiceState]
+    parsing: AnswerParsing | None  # None: the whole text is content
+    constraint: RequestedConstraint | None
+    headers: Headers  # of the response
+
+
 def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     """Build the job of a chat completion. Raises `RequestError` for an invalid field."""
-    tokenizer = gateway.require_tokenizer()
+    gateway.require_tokenizer()
     request, headers = _CHAT.decode(body)
+    run = chat_run(gateway, caller, request, headers, new_job_id("chatcmpl"))
+    envelope = Envelope.of(gateway, request, run.job_id, "chat.completion")
+    fields = _answer_fields(request, logprobs=bool(request.logprobs))
+    form = ChatFormat(envelope, gateway.require_tokenizer(), fields, parsing=run.parsing)
+    stream = bool(request.stream)
+    return Job(choices=run.choices, format=form, stream=stream, headers=run.headers, constraint=run.constraint)
+
+
+def chat_run(gateway: GatewayContext, caller: Caller, request: ChatRequest, headers: Headers, job_id: str) -> ChatRun:
+    """Render, tokenise and check a chat: the door for every API that is expressed as a chat. Each API writes the
+    answers in its own form (`respond.Format`). Raises `RequestError` for an invalid field."""
+    tokenizer = gateway.require_tokenizer()
     gateway.check_model(request.model)
     logprobs = of_chat(request, gateway.vocab_size())
     tools = offered_tools(request, tokenizer)
@@ -49,13 +74,10 @@ def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages", salt=salt)
     default = gateway.sampling_defaults.max_new_tokens
     prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default)]
-    job_id = new_job_id("chatcmpl")
     priority, headers = checked_priority(gateway, request.priority, headers)
     shown = parsing.formats.special_among(tokenizer.special_tokens) if parsing is not None else ()
     choices = _choices(gateway, request, caller, prompts, job_id, logprobs, priority, constraint, shown)
-    envelope = Envelope.of(gateway, request, job_id, "chat.completion")
-    form = ChatFormat(envelope, tokenizer, _answer_fields(request, logprobs=bool(request.logprobs)), parsing=parsing)
-    return Job(choices=choices, format=form, stream=bool(request.stream), headers=headers, constraint=constraint)
+    return ChatRun(job_id=job_id, choices=choices, parsing=parsing, constraint=constraint, headers=headers)
 
 
 def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:

@@ -19,7 +19,7 @@ class ReasoningPiece:
 class CallStarted:
     index: int  # of the call within the answer, from 0
     name: str
-    own_id: str = ""  # the id that the model wrote, or ""
+    call_id: str = ""  # the id that the model wrote, or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class EventLog:
         elif text:
             self._events.append(ReasoningPiece(text))
 
-    def start(self, name: str, own_id: str = "") -> None:
-        self._events.append(CallStarted(self.num_calls, name, own_id))
+    def start(self, name: str, call_id: str = "") -> None:
+        self._events.append(CallStarted(self.num_calls, name, call_id))
         self.num_calls += 1
 
     def arguments(self, text: str) -> None:
