@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvist.api import schemas
+from kvist.api import messages, schemas
 from kvist.api.fields import Advisory, FieldClass, Honoured, KnownFields, classes_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
@@ -26,23 +26,34 @@ ENDPOINTS: dict[str, type[msgspec.Struct]] = {
     "sampling_params": schemas.NativeSampling,
     "/tokenize": schemas.TokenizeRequest,
     "/detokenize": schemas.DetokenizeRequest,
+    "/v1/messages": messages.MessagesRequest,
 }
-INSIDE: dict[str, type[msgspec.Struct]] = {
-    "stream_options.": schemas.StreamOptions,
-    "kvist.": schemas.KvistOptions,
-    "messages[].": schemas.ChatMessage,
-    "messages[].content[].": schemas.ContentPart,
-    "messages[].tool_calls[].": schemas.ToolCall,
-    "messages[].tool_calls[].function.": schemas.CalledFunction,
-    "tools[].": schemas.Tool,
-    "tools[].function.": schemas.ToolFunction,
-}
+_V1, _CHAT, _MESSAGES = "chat, completions", "chat", "/v1/messages"
+INSIDE: list[tuple[str, str, type[msgspec.Struct]]] = [  # endpoints, path, struct
+    (_V1, "stream_options.", schemas.StreamOptions),
+    (f"{_V1}, /generate", "kvist.", schemas.KvistOptions),
+    (f"{_CHAT}, /tokenize", "messages[].", schemas.ChatMessage),
+    (f"{_CHAT}, /tokenize", "messages[].content[].", schemas.ContentPart),
+    (f"{_CHAT}, /tokenize", "messages[].tool_calls[].", schemas.ToolCall),
+    (f"{_CHAT}, /tokenize", "messages[].tool_calls[].function.", schemas.CalledFunction),
+    (f"{_CHAT}, /tokenize", "tools[].", schemas.Tool),
+    (f"{_CHAT}, /tokenize", "tools[].function.", schemas.ToolFunction),
+    (_MESSAGES, "messages[].", messages.InputMessage),
+    (_MESSAGES, "messages[].content[].", messages.MessageBlock),
+    (_MESSAGES, "system[].", messages.ResultPart),
+    (_MESSAGES, "messages[].content[].content[].", messages.ResultPart),
+    (_MESSAGES, "tools[].", messages.MessagesTool),
+    (_MESSAGES, "tool_choice.", messages.MessagesToolChoice),
+    (_MESSAGES, "thinking.", messages.Thinking),
+    (_MESSAGES, "output_config.", messages.OutputConfig),
+    (_MESSAGES, "output_config.format.", messages.OutputFormat),
+]
 
 
 def table() -> str:
     rows = [*_honoured(), *_others()]
-    for prefix, struct in INSIDE.items():
-        rows.extend((prefix + name, _class_name(cls), "", _says(cls)) for name, cls in classes_of(struct).items())
+    for where, prefix, struct in INSIDE:
+        rows.extend((prefix + name, _class_name(cls), where, _says(cls)) for name, cls in classes_of(struct).items())
     order = {"honoured": 0, "advisory": 1, "refused": 2}
     rows.sort(key=lambda row: (order[row[1]], row[0]))
     lines = [f"| `{name}` | {kind} | {where} | {says} |" for name, kind, where, says in rows]

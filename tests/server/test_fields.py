@@ -14,7 +14,7 @@ from openai.types.chat import (
 )
 from openai.types.chat import completion_create_params as chat_params
 
-from kvist.api import schemas
+from kvist.api import messages, schemas
 from kvist.api.fields import Advisory, Honoured, KnownFields, Refused, classes_of
 from kvist.testing.gateway_bench import GatewayBench
 
@@ -25,6 +25,8 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/generate": {"text": "a", "sampling_params": {"max_new_tokens": 2}},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [65]},
+    "/v1/messages": {"messages": [USER], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [USER]},
 }
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": schemas.ChatRequest,
@@ -32,6 +34,8 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "/generate": schemas.NativeRequest,
     "/tokenize": schemas.TokenizeRequest,
     "/detokenize": schemas.DetokenizeRequest,
+    "/v1/messages": messages.MessagesRequest,
+    "/v1/messages/count_tokens": messages.MessagesRequest,
 }
 INSIDE: list[type[msgspec.Struct]] = [
     schemas.StreamOptions,
@@ -43,6 +47,14 @@ INSIDE: list[type[msgspec.Struct]] = [
     schemas.ToolFunction,
     schemas.ToolCall,
     schemas.CalledFunction,
+    messages.ResultPart,
+    messages.MessageBlock,
+    messages.InputMessage,
+    messages.MessagesTool,
+    messages.MessagesToolChoice,
+    messages.Thinking,
+    messages.OutputFormat,
+    messages.OutputConfig,
 ]
 
 

@@ -63,10 +63,12 @@ _PROCESSOR = (
 _THINKING = 'models that support it read `chat_template_kwargs`, often {"enable_thinking": false}'
 _V1 = "a field of /v1/chat/completions and /v1/completions"
 _SAMPLING = "a field of requests that generate; in /generate it is part of `sampling_params`"
-_CHAT = "a field of /v1/chat/completions"
 _LIMIT = "use `max_tokens` in /v1, `sampling_params.max_new_tokens` in /generate"
 _LEAST = "use `min_tokens` in /v1, `sampling_params.min_new_tokens` in /generate"
 _SEED = "use `seed` in /v1, `sampling_params.sampling_seed` in /generate"
+
+_MESSAGES = "a field of /v1/messages"
+_RESPONSES = "a field of /v1/responses"
 
 # Reasons why a field has no effect.
 _LOCAL = "no records are kept"
@@ -111,12 +113,28 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     guided_decoding_backend: Annotated[object, Advisory("the server's `--grammar-backend` is used")] = None
     truncation_side: Annotated[object, Advisory("prompts are never truncated", ("left", "right"))] = None
 
+    cache_control: Annotated[object, Advisory(_CACHING)] = None
+    diagnostics: Annotated[object, Advisory(_LOCAL)] = None
+    inference_geo: Annotated[object, Advisory("there is one place", ("global",))] = None
+    speed: Annotated[object, Advisory("there is one speed", ("standard",))] = None
+    user_profile_id: Annotated[object, Advisory(_LOCAL)] = None
+    workspace_id: Annotated[object, Advisory(_LOCAL)] = None
+    access_programs: Annotated[object, Advisory(_LOCAL)] = None
+    fallbacks: Annotated[object, Advisory("one model is served", ([], {}))] = None
+    fallback_credit_token: Annotated[object, Advisory("one model is served")] = None
+    billing_policy: Annotated[object, Advisory("nothing is billed")] = None
+    context_management: Annotated[object, Advisory("conversations are used as they are sent", ([], {}))] = None
+    compaction: Annotated[object, Advisory("conversations are used as they are sent", ({},))] = None
+    max_tool_calls: Annotated[object, Advisory("no tools run in the server")] = None
+
     # -------- tools
     tools: Annotated[object, Refused(_TOOLS, ([],))] = None
     tool_choice: Annotated[object, Refused(_TOOLS, ("none", "auto"))] = None
     parallel_tool_calls: Annotated[object, Refused(_TOOLS, _BOTH)] = None
     functions: Annotated[object, Refused(_OLD_TOOLS, ([],))] = None
     function_call: Annotated[object, Refused(_OLD_TOOLS, ("none", "auto"))] = None
+    mcp_servers: Annotated[object, Refused("no tools run in the server; send them as `tools`", ([],))] = None
+    container: Annotated[object, Refused("no code runs in the server; omit this field")] = None
     web_search_options: Annotated[object, Refused("web search is not supported; omit this field")] = None
 
     # -------- the form of the answer
@@ -127,6 +145,8 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     guided_choice: Annotated[object, Refused(_V1_FORMAT, ([],))] = None
     guided_grammar: Annotated[object, Refused(_V1_FORMAT, _EMPTY)] = None
     guided_whitespace_pattern: Annotated[object, Refused(_V1_FORMAT, _EMPTY)] = None
+    output_config: Annotated[object, Refused(_MESSAGES, ({},))] = None
+    output_format: Annotated[object, Refused("use `output_config.format` of /v1/messages", ({},))] = None
     json_schema: Annotated[object, Refused(_NATIVE_FORMAT, ("",))] = None
     regex: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
     ebnf: Annotated[object, Refused(_FORMAT, _EMPTY)] = None
@@ -180,9 +200,15 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     multi_item_delimiter_indices: Annotated[object, Refused("send one request for each item", ([],))] = None
     token_indices_to_pool: Annotated[object, Refused(_INTERNAL, ([],))] = None
 
+    thread: Annotated[object, Refused("threads are not stored; send all messages")] = None
+    conversation: Annotated[
+        object, Refused("conversations are not stored; `previous_response_id` of /v1/responses continues a response")
+    ] = None
+
     # -------- other media
     modalities: Annotated[object, Refused(_TEXT, (["text"], []))] = None
     audio: Annotated[object, Refused(_TEXT)] = None
+    image: Annotated[object, Refused(_TEXT)] = None
     image_data: Annotated[object, Refused(_TEXT, ([],))] = None
     audio_data: Annotated[object, Refused(_TEXT, ([],))] = None
     video_data: Annotated[object, Refused(_TEXT, ([],))] = None
@@ -244,7 +270,14 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     http_worker_ipc: Annotated[object, Refused(_ROUTING)] = None
 
     # -------- honoured at some endpoints (schemas.py), refused at the others
-    messages: Annotated[object, Refused(_CHAT)] = None
+    messages: Annotated[object, Refused("a field of /v1/chat/completions and /v1/messages")] = None
+    system: Annotated[object, Refused(f"{_MESSAGES}; in chats it is a message with the role system", ("", []))] = None
+    input: Annotated[object, Refused(_RESPONSES)] = None
+    instructions: Annotated[object, Refused(f"{_RESPONSES}; in chats it is a message with the role system")] = None
+    previous_response_id: Annotated[object, Refused(f"{_RESPONSES}; elsewhere, send all messages")] = None
+    reasoning: Annotated[object, Refused(f"{_RESPONSES}; chats have `reasoning_effort`", ({},))] = None
+    include: Annotated[object, Refused(_RESPONSES, ([],))] = None
+    truncation: Annotated[object, Refused("shorten the prompt; /tokenize counts its tokens", ("disabled",))] = None
     prompt: Annotated[object, Refused("a field of /v1/completions and /tokenize")] = None
     text: Annotated[object, Refused("a field of /generate; the prompt is `prompt` or `messages` here")] = None
     input_ids: Annotated[object, Refused("a field of /generate; /v1/completions takes ids as `prompt`")] = None
@@ -256,6 +289,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: Annotated[object, Refused(_SAMPLING)] = None
     min_p: Annotated[object, Refused(_SAMPLING)] = None
     stop: Annotated[object, Refused(_SAMPLING, ([],))] = None
+    stop_sequences: Annotated[object, Refused(f"{_MESSAGES}; elsewhere, use `stop`", ([],))] = None
     stop_token_ids: Annotated[object, Refused(_SAMPLING, ([],))] = None
     ignore_eos: Annotated[object, Refused(_SAMPLING, _OFF)] = None
     skip_special_tokens: Annotated[object, Refused(_SAMPLING, _ON)] = None
@@ -264,6 +298,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_tokens: Annotated[object, Refused(_LIMIT)] = None
     max_completion_tokens: Annotated[object, Refused(_LIMIT)] = None
     max_new_tokens: Annotated[object, Refused(_LIMIT)] = None
+    max_output_tokens: Annotated[object, Refused(f"{_RESPONSES}; {_LIMIT}")] = None
     min_tokens: Annotated[object, Refused(_LEAST, (0,))] = None
     min_new_tokens: Annotated[object, Refused(_LEAST, (0,))] = None
     seed: Annotated[object, Refused(_SEED)] = None

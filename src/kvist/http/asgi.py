@@ -79,8 +79,13 @@ async def send_json(send: Send, value: object, *, status: int = 200, headers: He
 def error_object(error: KvistError) -> dict[str, object]:
     """Return the error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
     kind = "invalid_request_error" if isinstance(error, RequestError) else error.code
-    param = None if error.param is None else _cut(error.param)
-    return {"error": {"message": _cut(error.message), "type": kind, "param": param, "code": error.code}}
+    message, param = shown_error(error)
+    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
+
+
+def shown_error(error: KvistError) -> tuple[str, str | None]:
+    """Return the message and `param`, shortened."""
+    return _cut(error.message), None if error.param is None else _cut(error.param)
 
 
 def _cut(text: str) -> str:
@@ -98,9 +103,15 @@ def error_headers(error: KvistError) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-async def send_error(send: Send, error: KvistError, *, more_headers: Headers = ()) -> None:
+async def send_error(send: Send, error: KvistError, *, body: object = None, more_headers: Headers = ()) -> None:
+    """`body`: the error in the shape of its API; None: in OpenAI's shape."""
     headers = [*more_headers, *error_headers(error)]
-    await send_json(send, error_object(error), status=error.http_status, headers=headers)
+    await send_json(send, error_object(error) if body is None else body, status=error.http_status, headers=headers)
+
+
+def error_event(error: KvistError) -> bytes:
+    """Return the event that ends a stream after an error, in OpenAI's shape."""
+    return b"event: error\ndata: " + msgspec.json.encode(error_object(error)) + b"\n\n"
 
 
 @asynccontextmanager

@@ -57,14 +57,19 @@ class ApiKeys:
         accepted keys."""
         key_id = None
         if self._ids:
-            scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
-            given_id = _digest(key.strip())
-            known = [hmac.compare_digest(given_id, one) for one in self._ids]  # no early exit: constant time
-            if not any(known) or scheme.lower() != b"bearer":
-                raise Unauthorized("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
-            key_id = given_id
+            given = [_digest(key) for key in _keys_of(scope)]
+            known = [one for one in given if self._accepts(one)]
+            if not known:
+                raise Unauthorized(
+                    "the API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+                )
+            key_id = known[0]
         weight = self._weights.get(key_id or "", 1)
         scope[_SCOPE_KEY] = Caller(key_id=key_id, connection=_connection(scope), weight=weight)
+
+    def _accepts(self, given_id: str) -> bool:
+        found = [hmac.compare_digest(given_id, one) for one in self._ids]  # no early exit: constant time
+        return any(found)
 
 
 def caller_of(scope: Scope) -> Caller:
@@ -75,9 +80,16 @@ def caller_of(scope: Scope) -> Caller:
 
 def own_key(scope: Scope) -> str | None:
     """Return the API key of a request that `ApiKeys.authenticate` has accepted; None if no key is required."""
-    if caller_of(scope).key_id is None:
-        return None
-    return (header(scope, b"authorization") or b"").partition(b" ")[2].strip().decode("latin-1")
+    key_id = caller_of(scope).key_id
+    return next((key.decode("latin-1") for key in _keys_of(scope) if _digest(key) == key_id), None)
+
+
+def _keys_of(scope: Scope) -> list[bytes]:
+    """Return the keys of a request: OpenAI's clients send `Authorization`, Anthropic's send `x-api-key` or both."""
+    scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
+    keys = [key.strip()] if scheme.lower() == b"bearer" else []
+    own = header(scope, b"x-api-key")
+    return keys if own is None else [*keys, own.strip()]
 
 
 def _digest(key: bytes) -> str:

@@ -9,38 +9,35 @@ for each token would be too slow.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from kvist.checking.sampling import MAX_SEED
 from kvist.clock import Clock, MonotonicClock
 from kvist.grammar.config import GrammarOptions
-from kvist.http.asgi import cancel_on_disconnect
-from kvist.http.caller import Caller, caller_of
-from kvist.http.traffic import TokenCounts, Traffic, exchange_of
+from kvist.http.traffic import Traffic
 from kvist.http.work import BodyBudget, WorkPool
 from kvist.metrics import GatewayMetrics
 from kvist.request import Role
 from kvist.server.admin import Admin
 from kvist.server.admission import Admission
 from kvist.server.config import ServerConfig
-from kvist.server.constraints import compile_constraint, gateway_compiler, grammar_families
+from kvist.server.constraints import gateway_compiler, grammar_families
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import EngineClient
+from kvist.server.generation_endpoint import generation_endpoint
 from kvist.server.lifecycle import Lifecycle
-from kvist.server.middleware import Endpoint, GuardMiddleware, RawEndpoint, TrafficMiddleware
+from kvist.server.middleware import Endpoint, ErrorBody, GuardMiddleware, RawEndpoint, TrafficMiddleware
 from kvist.server.model_endpoints import ModelEndpoints
 from kvist.server.native import native_job
 from kvist.server.not_served import NOT_SERVED, NotServed
 from kvist.server.openai import chat_job, completion_job
 from kvist.server.operations import Operations
-from kvist.server.respond import Job, respond
 from kvist.server.worker_metrics import member_families, worker_families
 from kvist.server.workers import Workers, WorkerSet
 from kvist.text import PromptEncoder, SamplingDefaults, Tokenizer
@@ -49,6 +46,20 @@ from kvist.wire import EngineHealth, EngineSpec
 _CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 _CORS_HEADERS = ("x-request-id", "x-kvist-ignored", "retry-after")  # response headers that scripts of a page may read
 _FREE_BODY_BYTES = 64 << 10  # about what uvicorn reads before the application does
+
+
+RouteRow = tuple[str, Endpoint, Sequence[str]]  # path, endpoint, methods
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountedApi:
+    """The endpoints of an API that a room above this one adds to the gateway."""
+
+    routes: Sequence[RouteRow]
+    error_bodies: Mapping[str, ErrorBody] = field(default_factory=dict)  # by prefix of the path; others are OpenAI's
+
+
+MountApi = Callable[[GatewayContext], MountedApi]
 
 
 def no_engine() -> None:
@@ -66,6 +77,7 @@ def build_app(
     model_path: str | None = None,
     sampling_defaults: SamplingDefaults | None = None,
     grammar: GrammarOptions | None = None,
+    apis: Sequence[MountApi] = (),
     own_role: Role | None = None,
     own_engine: Callable[[], EngineSpec | None] = no_engine,
     own_health: Callable[[], EngineHealth | None] = no_engine,
@@ -74,7 +86,8 @@ def build_app(
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
 ) -> TrafficMiddleware:
-    """Build the ASGI application. `members` are the workers of a router; None on the HTTP port of a worker.
+    """Build the ASGI application. `members` are the workers of a router; None on the HTTP port of a worker. `apis` add
+    their endpoints to those of this room.
 
     `instance_id` is shown by /health and /ready. On the HTTP port of a worker, `own_role` is the role of its engine: a
     prefill or decode worker needs no tokenizer, and refuses generation with an error that names the router. Clients on
@@ -119,8 +132,12 @@ def build_app(
         grammar_timeout_s=grammar.grammar_compile_timeout_s,
         bodies=bodies,
     )
-    routes = _routes(gateway, model_path, Workers(gateway, members))
-    guarded: ASGIApp = GuardMiddleware(Router(routes), config, gateway.lifecycle)
+    mounted = [mount(gateway) for mount in apis]
+    rows = [*_rows(gateway, model_path, Workers(gateway, members)), *(row for api in mounted for row in api.routes)]
+    routes = [Route(path, RawEndpoint(endpoint), methods=list(methods)) for path, endpoint, methods in rows]
+    routes += [Route(path, NotServed(instead)) for path, instead in NOT_SERVED.items()]
+    error_bodies = {prefix: body for api in mounted for prefix, body in api.error_bodies.items()}
+    guarded: ASGIApp = GuardMiddleware(Router(routes), config, gateway.lifecycle, error_bodies)
     if config.allowed_origins:
         guarded = CORSMiddleware(
             guarded,
@@ -135,13 +152,13 @@ def build_app(
     )
 
 
-def _routes(gateway: GatewayContext, model_path: str | None, workers: Workers) -> list[Route]:
+def _rows(gateway: GatewayContext, model_path: str | None, workers: Workers) -> list[RouteRow]:
     admin, model, operations = Admin(gateway), ModelEndpoints(gateway, model_path), Operations(gateway)
     get, post = ["GET"], ["POST"]
-    table: list[tuple[str, Endpoint, list[str]]] = [
-        ("/v1/chat/completions", _generation(gateway, chat_job), post),
-        ("/v1/completions", _generation(gateway, completion_job), post),
-        ("/generate", _generation(gateway, native_job), post),
+    return [
+        ("/v1/chat/completions", generation_endpoint(gateway, chat_job), post),
+        ("/v1/completions", generation_endpoint(gateway, completion_job), post),
+        ("/generate", generation_endpoint(gateway, native_job), post),
         ("/v1/models", model.models, get),
         ("/v1/models/{model:path}", model.model, get),
         ("/model_info", model.model_info, get),
@@ -166,31 +183,3 @@ def _routes(gateway: GatewayContext, model_path: str | None, workers: Workers) -
         ("/workers", workers.all, ["GET", "POST"]),
         ("/workers/{worker:path}", workers.one, ["GET", "DELETE"]),
     ]
-    served = [Route(path, RawEndpoint(endpoint), methods=methods) for path, endpoint, methods in table]
-    return [*served, *(Route(path, NotServed(instead)) for path, instead in NOT_SERVED.items())]
-
-
-def _generation(gateway: GatewayContext, make_job: Callable[[GatewayContext, Caller, bytes], Job]) -> Endpoint:
-    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-        gateway.lifecycle.check()
-        job = await gateway.prepare(scope, receive, partial(make_job, gateway, caller_of(scope)))
-        if job.constraint is not None:
-            async with cancel_on_disconnect(receive):
-                job = replace(job, headers=[*job.headers, *await compile_constraint(gateway, job.constraint)])
-        try:
-            with gateway.lifecycle.open_request():
-                await respond(gateway, job, receive, send)
-        finally:
-            exchange_of(scope).tokens = _counted(job)
-
-    return endpoint
-
-
-def _counted(job: Job) -> TokenCounts:
-    first = [choice for choice in job.choices if not choice.repeats_prompt]
-    return TokenCounts(
-        num_prompt=sum(choice.request.num_prompt_tokens for choice in first),
-        num_output=sum(len(choice.token_ids) for choice in job.choices),
-        num_cached=sum(choice.num_cached_tokens for choice in first),
-        is_complete=all(choice.finish_reason is not None for choice in job.choices),
-    )

@@ -86,15 +86,20 @@ class GatewayContext:
             body = await read_body(
                 scope, receive, share, limit_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s
             )
-            if len(body) <= INLINE_BYTES:
-                return make(body)
-            caller = caller_of(scope).path
-            self.admission.check(caller, 1)
-            try:
-                async with asyncio.timeout(config.request_timeout_s), cancel_on_disconnect(receive):
-                    return await self.work.run(caller, partial(make, body))
-            except TimeoutError as error:
-                raise Timeout("no thread was free to tokenise the prompt within --request-timeout-s") from error
+            return await self.compute(scope, receive, len(body), partial(make, body))
+
+    async def compute(self, scope: Scope, receive: Receive, num_bytes: int, make: Callable[[], T]) -> T:
+        """Return `make()`, which processes `num_bytes` bytes of JSON: on a thread if they are many. `make` must not
+        touch state of the event loop."""
+        if num_bytes <= INLINE_BYTES:
+            return make()
+        caller = caller_of(scope).path
+        self.admission.check(caller, 1)
+        try:
+            async with asyncio.timeout(self.config.request_timeout_s), cancel_on_disconnect(receive):
+                return await self.work.run(caller, make)
+        except TimeoutError as error:
+            raise Timeout("no thread was free to tokenise the prompt within --request-timeout-s") from error
 
     def limit(self) -> Limit:
         """Return the largest request that the best route of the fleet can hold."""

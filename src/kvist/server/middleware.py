@@ -3,8 +3,8 @@
     TrafficMiddleware (request id, access log, counts) → GuardMiddleware (Host, API key, Origin, Content-Type, errors)
       → routes
 
-`GuardMiddleware` turns every KvistError that no endpoint handled into its status and body in OpenAI's shape. A client
-that has disconnected gets no response.
+`GuardMiddleware` turns every KvistError that no endpoint handled into its status and body, in OpenAI's shape unless the
+API of the path has another. A client that has disconnected gets no response.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.exceptions import HTTPException
 from starlette.routing import Router
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _PATHS_WITHOUT_KEY = frozenset({"/", "/health", "/ready"})  # probes carry no key, and / says whether a key is needed
 _MAX_REQUEST_ID_CHARS = 128
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
+ErrorBody = Callable[[KvistError, str], object]  # error, request id → the body of the response
 
 
 class RawEndpoint:
@@ -79,11 +80,19 @@ class TrafficMiddleware:
 class GuardMiddleware:
     """Checks a request before the routes see it, and turns an error into its response."""
 
-    def __init__(self, router: Router, config: ServerConfig, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self,
+        router: Router,
+        config: ServerConfig,
+        lifecycle: Lifecycle,
+        error_bodies: Mapping[str, ErrorBody] | None = None,
+    ) -> None:
+        """`error_bodies`: the shape of errors, by prefix of the path; elsewhere errors have OpenAI's shape."""
         self._router = router
         self._lifecycle = lifecycle
         self._keys = ApiKeys(config.api_key, config.api_key_weights)
         self._pages = OriginGuard(config)
+        self._error_bodies = error_bodies or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # makes the router raise for an unknown path instead of sending its own error body
@@ -106,7 +115,13 @@ class GuardMiddleware:
                 known = EngineError("internal error in this server; see its log")
             if exchange_of(scope).status is not None:
                 raise  # the status has been sent: uvicorn closes the connection
-            await send_error(send, known, more_headers=_allowed_methods(error))
+            await send_error(send, known, body=self._body(scope, known), more_headers=_allowed_methods(error))
+
+    def _body(self, scope: Scope, error: KvistError) -> object:
+        for prefix, body in self._error_bodies.items():
+            if scope["path"].startswith(prefix):
+                return body(error, exchange_of(scope).request_id)
+        return None
 
     def _check(self, scope: Scope) -> None:
         check_host_header(scope)

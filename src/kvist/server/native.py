@@ -21,8 +21,9 @@ from kvist.checking.sampling import (
     shows_stop,
     token_lists,
 )
-from kvist.errors import RequestError
+from kvist.errors import KvistError, RequestError
 from kvist.fit import Limit
+from kvist.http.asgi import error_event
 from kvist.http.caller import Caller
 from kvist.request import TokenLogprobs
 from kvist.server.config import StreamForm
@@ -179,6 +180,9 @@ class NativeFormat:
     def closing(self, choices: Sequence[ChoiceState]) -> bytes:
         del choices  # the last event of each choice is complete
         return b"data: [DONE]\n\n"
+
+    def failure(self, error: KvistError) -> bytes:
+        return error_event(error)
 
     def whole(self, choices: Sequence[ChoiceState]) -> bytes:
         answers = [

@@ -16,7 +16,8 @@ _RUNNING = "a server cannot be paused or put to sleep; stop it and start it agai
 # {rest} matches the rest of a path.
 NOT_SERVED: Mapping[str, str] = {
     "/v1/responses{rest:path}": f"the Responses API is not served yet; {_CHAT}",
-    "/v1/messages{rest:path}": f"the Messages API is not served yet; {_CHAT}, and /tokenize to count tokens",
+    "/v1/messages/batches{rest:path}": "batches are not stored; send each request separately to /v1/messages",
+    "/v1/complete": "use /v1/completions or /v1/messages",
     "/v1/conversations{rest:path}": f"conversations are not stored; {_CHAT} with all messages",
     "/v1/assistants{rest:path}": f"the Assistants API is not served; {_CHAT}",
     "/v1/threads{rest:path}": f"the Assistants API is not served; {_CHAT}",

@@ -60,9 +60,18 @@ def chat_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     return Job(choices=run.choices, format=form, stream=stream, headers=run.headers, constraint=run.constraint)
 
 
-def chat_run(gateway: GatewayContext, caller: Caller, request: ChatRequest, headers: Headers, job_id: str) -> ChatRun:
+def chat_run(
+    gateway: GatewayContext,
+    caller: Caller,
+    request: ChatRequest,
+    headers: Headers,
+    job_id: str,
+    *,
+    fits_context: bool = False,
+) -> ChatRun:
     """Render, tokenise and check a chat: the door for every API that is expressed as a chat. Each API writes the
-    answers in its own form (`respond.Format`). Raises `RequestError` for an invalid field."""
+    answers in its own form (`respond.Format`). With `fits_context` the answer is as long as `max_tokens` and the
+    context allow; without, a `max_tokens` over the context is an error. Raises `RequestError` for an invalid field."""
     tokenizer = gateway.require_tokenizer()
     gateway.check_model(request.model)
     logprobs = of_chat(request, gateway.vocab_size())
@@ -73,7 +82,7 @@ def chat_run(gateway: GatewayContext, caller: Caller, request: ChatRequest, head
     salt = salt_digest(request.cache_salt, gateway.tenant(caller))
     prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages", salt=salt)
     default = gateway.sampling_defaults.max_new_tokens
-    prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default)]
+    prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default, fits_context=fits_context)]
     priority, headers = checked_priority(gateway, request.priority, headers)
     shown = parsing.formats.special_among(tokenizer.special_tokens) if parsing is not None else ()
     choices = _choices(gateway, request, caller, prompts, job_id, logprobs, priority, constraint, shown)
@@ -145,6 +154,7 @@ def _prompt(
     token_ids: list[int],
     *,
     default: int | None,
+    fits_context: bool = False,
 ) -> TokenizedPrompt:
     is_chat = isinstance(request, ChatRequest)
     asked, param = request.max_tokens, "max_tokens"
@@ -152,6 +162,8 @@ def _prompt(
         if asked is not None and asked != request.max_completion_tokens:
             raise RequestError("`max_tokens` and `max_completion_tokens` differ; set only one", param="max_tokens")
         asked, param = request.max_completion_tokens, "max_completion_tokens"
+    if fits_context and asked is not None:
+        asked = min(asked, max(1, limit.num_tokens - len(token_ids)))
     max_tokens = output_limit(
         len(token_ids),
         limit,

@@ -9,7 +9,8 @@ import msgspec
 from kvist.api.schemas import ChatRequest, CompletionRequest, KvistOptions, StreamOptions
 from kvist.checking.sampling import check_shown_id
 from kvist.clock import unix_time_s
-from kvist.errors import RequestError
+from kvist.errors import KvistError, RequestError
+from kvist.http.asgi import error_event
 from kvist.request import TokenLogprobs
 from kvist.server.answer_parts import AnswerParsing, AnswerParts
 from kvist.server.gateway import GatewayContext
@@ -100,6 +101,9 @@ class _Format:
         self._only_text = not fields.logprobs and not fields.token_ids and not envelope.continuous_usage
         self._ends: dict[int, tuple[bytes, bytes, bytes]] = {}  # by choice: before, after, after plain text
         self._num_sent: dict[int, int] = {}  # tokens sent so far, by choice; counted for continuous usage
+
+    def failure(self, error: KvistError) -> bytes:
+        return error_event(error)
 
     def _end(self, choice: ChoiceState, after: bytes, num_new_tokens: int) -> bytes:
         """Return the end of one event."""

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import msgspec
 from starlette.types import Receive, Send
 
 from kvist.checking.constraints import RequestedConstraint
 from kvist.errors import EngineError, KvistError, Timeout
 from kvist.fairness import CallerPath, caller_path
-from kvist.http.asgi import JSON_TYPE, ClientDisconnected, Headers, cancel_on_disconnect, error_object, send_bytes
+from kvist.http.asgi import JSON_TYPE, ClientDisconnected, Headers, cancel_on_disconnect, send_bytes
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta, run_choices
 
@@ -42,10 +41,14 @@ class Format(Protocol):
     """Writes the responses of one API. Holds the bytes that all events of a response share."""
 
     def event(self, choice: ChoiceState, delta: Delta) -> bytes:
-        """Return the server-sent events for a delta, at least one: a token without text gets an event too."""
+        """Return the server-sent events for a delta. In the APIs where an event is a token, a token without text gets
+        an event too."""
 
     def closing(self, choices: Sequence[ChoiceState]) -> bytes:
-        """Return the events after the last delta, including `[DONE]`."""
+        """Return the events after the last delta, including `[DONE]` where the API has it."""
+
+    def failure(self, error: KvistError) -> bytes:
+        """Return the event that ends a stream after an error."""
 
     def whole(self, choices: Sequence[ChoiceState]) -> bytes:
         """Return the JSON body of a response that is not streamed."""
@@ -115,7 +118,7 @@ async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
             raise
         if known is not error:
             logger.exception("bug while streaming a response")
-        last = b"event: error\ndata: " + msgspec.json.encode(error_object(known)) + b"\n\n"
+        last = job.format.failure(known)
     try:
         async with asyncio.timeout(min(_ERROR_EVENT_TIMEOUT_S, gateway.config.request_timeout_s)):
             await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from kvist.agents_api import agent_apis
 from kvist.request import Role
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
@@ -60,6 +61,7 @@ def gateway_bench(
         tokenizer=dispatcher.tokenizer if own_role is None or own_role.serves_alone else None,
         config=config,
         model_name=model_name,
+        apis=agent_apis(),
         own_role=own_role,
         own_engine=lambda: own_engine,
         clock=FakeClock(),

@@ -1,0 +1,56 @@
+"""The endpoint of a request that generates: body → job → response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from starlette.types import Receive, Scope, Send
+
+from kvist.http.asgi import cancel_on_disconnect
+from kvist.http.caller import Caller, caller_of
+from kvist.http.traffic import TokenCounts, exchange_of
+from kvist.server.constraints import compile_constraint
+from kvist.server.gateway import GatewayContext
+from kvist.server.middleware import Endpoint
+from kvist.server.respond import Job, respond
+
+
+def generation_endpoint(gateway: GatewayContext, make_job: Callable[[GatewayContext, Caller, bytes], Job]) -> Endpoint:
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        gateway.lifecycle.check()
+        job = await gateway.prepare(scope, receive, partial(make_job, gateway, caller_of(scope)))
+        await run_job(gateway, job, scope, receive, send)
+
+    return endpoint
+
+
+async def run_job(gateway: GatewayContext, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
+    """Compile the constraint of the job, run the job, and send its response. Raises `KvistError` only when no byte of
+    the response has been sent."""
+    if job.constraint is not None:
+        async with cancel_on_disconnect(receive):
+            job = await with_constraint(gateway, job)
+    try:
+        with gateway.lifecycle.open_request():
+            await respond(gateway, job, receive, send)
+    finally:
+        exchange_of(scope).tokens = _counted(job)
+
+
+async def with_constraint(gateway: GatewayContext, job: Job) -> Job:
+    """Wait until the constraint of the job is compiled. Return the job with the header that names its ignored parts."""
+    if job.constraint is None:
+        return job
+    return replace(job, headers=[*job.headers, *await compile_constraint(gateway, job.constraint)])
+
+
+def _counted(job: Job) -> TokenCounts:
+    first = [choice for choice in job.choices if not choice.repeats_prompt]
+    return TokenCounts(
+        num_prompt=sum(choice.request.num_prompt_tokens for choice in first),
+        num_output=sum(len(choice.token_ids) for choice in job.choices),
+        num_cached=sum(choice.num_cached_tokens for choice in first),
+        is_complete=all(choice.finish_reason is not None for choice in job.choices),
+    )
