@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos_checks import Leaks, leaks_of, longest_pauses
-from chaos_cluster import ChaosCluster, ChaosFailure, Member, with_gateways
+from chaos_cluster import ChaosCluster, ChaosFailure, Member
 from chaos_faults import PlannedFault, plan_faults
 from chaos_load import (
     STOPPED,
@@ -50,14 +50,10 @@ from chaos_load import (
     read_answer,
     with_stop_string,
 )
+from chaos_plan import check_gpus, plans_of, seconds_of_load
 from json_report import write_report
 from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
-from kvist.cluster.config import ClusterConfig
-from kvist.cluster.plan import ClusterShape, plan_on_free_ports
-from kvist.cluster.processes import ChildPlan
-from kvist.testing.tiny_model import write_tiny_model
-from kvist.testing.tokenizers import write_byte_tokenizer
 
 START_TIMEOUT_S = 240.0
 STREAM_TIMEOUT_S = 90.0
@@ -67,12 +63,6 @@ SHARE_OF_LEAVERS = 0.05  # streams whose client disconnects early
 TWINS_AT_ONCE = 8
 QUIET = 0.1  # of the run, at its end: no fault begins
 MAX_SHOWN = 10
-_DEFAULT_FLAGS = (
-    ("--max-total-tokens", "4096"),
-    ("--gateway-timeout-s", "5"),
-    ("--stall-restart-s", "10"),
-    ("--shutdown-timeout-s", "30"),
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -260,6 +250,7 @@ class Outcome:
 
 
 async def run(args: argparse.Namespace, folder: Path) -> Outcome:
+    check_gpus(args)
     plans, reference = plans_of(args, folder)
     environ = {name: value for name, value in os.environ.items() if not name.startswith("KVIST_")}
     environ |= {"KVIST_CLUSTER_KEY": secrets.token_hex(16), "KVIST_RUNTIME_DIR": str(folder / "runtime")}
@@ -289,6 +280,7 @@ async def run(args: argparse.Namespace, folder: Path) -> Outcome:
 
 
 async def _measure(args: argparse.Namespace, folder: Path, cluster: ChaosCluster, alone: ChaosCluster) -> Outcome:
+    began_s = time.monotonic()
     twin_url = cluster.gateways[0].plan.url
     if alone.members:
         await alone.wait_ready(START_TIMEOUT_S)
@@ -310,10 +302,11 @@ async def _measure(args: argparse.Namespace, folder: Path, cluster: ChaosCluster
     faults = plan_faults(
         names, seed=args.seed, seconds=args.seconds, interval_s=args.interval_s, has_blackouts=args.blackouts
     )
+    load_s = seconds_of_load(args.seconds, args.within_s, time.monotonic() - began_s)
     load, began_s = Load(cluster, pairs, args.seed), time.monotonic()
-    reading = asyncio.create_task(load.run(args.seconds, args.streams))
+    reading = asyncio.create_task(load.run(load_s, args.streams))
     try:
-        begun = await fault_by_fault(cluster, faults, args.seconds, args.verbose)
+        begun = await fault_by_fault(cluster, faults, load_s, args.verbose)
         await reading
     finally:
         reading.cancel()
@@ -331,42 +324,6 @@ async def _measure(args: argparse.Namespace, folder: Path, cluster: ChaosCluster
         exit_statuses=cluster.exit_statuses,
         seconds=seconds,
     )
-
-
-def plans_of(args: argparse.Namespace, folder: Path) -> tuple[list[ChildPlan], ChildPlan | None]:
-    """Return the plans of the cluster, and of the worker that computes the twins; None: the cluster computes them,
-    before its first fault."""
-    model = args.model_path
-    flags = list(args.worker_flags)
-    if model is None:
-        (folder / "model").mkdir()
-        vocab_size = write_byte_tokenizer(folder / "model")
-        model = str(write_tiny_model(folder / "model", vocab_size=vocab_size, max_model_len=1024))
-        flags += ["--load-format=dummy", "--device=cpu"]
-    for name, value in _DEFAULT_FLAGS:
-        if not any(flag.partition("=")[0] == name for flag in flags):
-            flags.append(f"{name}={value}")
-    common = (f"--model-path={model}",)
-    tiers: tuple[str, ...] = ()
-    if args.tiers:
-        store = ("--hicache-storage-backend=file", f"--hicache-storage-path={folder / 'store'}")
-        tiers = ("--enable-hierarchical-cache", *store, "--hicache-storage-size=1", "--hicache-ratio=1")
-    shape = ClusterShape(
-        config=ClusterConfig(prefill=args.prefill, decode=args.decode, unified=args.unified),
-        router_port=0,
-        worker_argv=(*common, *flags, *tiers, "--no-access-log"),
-        router_argv=(*common, "--no-access-log", "--shutdown-timeout-s=30"),
-        num_gpus=args.gpus,
-        memory_share=0.8 if args.gpus else None,
-    )
-    plans = with_gateways(plan_on_free_ports(shape), count=args.gateways)
-    if Comparison(args.compare) is Comparison.LENGTHS:
-        return plans, None
-    alone = ClusterShape(
-        config=ClusterConfig(prefill=0, decode=0, unified=1), worker_argv=(*common, *flags, "--no-access-log")
-    )
-    (reference, _router) = plan_on_free_ports(alone)
-    return plans, reference
 
 
 def show(outcome: Outcome, args: argparse.Namespace) -> None:
@@ -392,6 +349,9 @@ def show(outcome: Outcome, args: argparse.Namespace) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seconds", type=float, default=600.0, help="time under load and faults")
+    parser.add_argument(
+        "--within-s", type=float, help="of the whole run with its start: the load ends earlier if it must"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the faults, the requests and their order")
     parser.add_argument("--interval-s", type=float, default=3.0, help="mean time between two faults")
     parser.add_argument("--roles", nargs="+", default=(), choices=("prefill", "decode", "unified", "gateway"))

@@ -27,6 +27,7 @@ PROBE_INTERVAL_S = 0.25
 RESTART_WAIT_S = 0.2
 MAX_FAILED_STARTS = 5  # in a row, of one process
 PROBE_TIMEOUT_S = 2.0
+_GPU_DEVICES = "/dev/nvidia"
 
 
 class ChaosFailure(Exception):
@@ -322,8 +323,13 @@ def processes_of(sessions: set[int]) -> list[int]:
     return found
 
 
-def num_open_files(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+def num_open_files(pid: int, folder: Path = Path("/proc")) -> int:
+    """Return the number of open files of a process, without those of the GPU's driver, which opens them on demand."""
+    count = 0
+    for path in (folder / str(pid) / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            count += not os.readlink(path).startswith(_GPU_DEVICES)
+    return count
 
 
 def tail(path: Path, num_lines: int = 20) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,11 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos import Load
+from chaos import Load, parse
 from chaos_checks import held_in, longest_pauses
-from chaos_cluster import ChaosCluster, Suspension, family_of, processes_of
+from chaos_cluster import ChaosCluster, ChaosFailure, Suspension, family_of, num_open_files, processes_of
 from chaos_faults import Fault, blackouts, may_begin, plan_faults, role_of
 from chaos_load import Answer, Case, Choice, Comparison, StreamReader, difference, make_cases, prefix_difference
+from chaos_plan import check_gpus, plans_of, seconds_of_load
 
 NAMES = ["prefill-0", "prefill-1", "decode-0", "unified-0", "gateway-0", "gateway-1"]
 
@@ -243,3 +245,57 @@ async def test_a_stream_that_was_cut_with_its_gateway_is_sent_again_and_its_part
     assert tally.num_streams > 0
     tally = (await read_some([TWIN[1]], gateway_ends=True)).tally
     assert (tally.num_cut, tally.errors, len(tally.wrong)) == (1, [], 1)
+
+
+GPU_RUN = ("--compare=lengths", "--model-path=FOLDER", "--prefill=1", "--decode=2", "--unified=1")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--gpus=2", *GPU_RUN), None),
+        (("--gpus=1", *GPU_RUN), None),
+        (("--gpus=3", *GPU_RUN), "give --gpus 2"),
+        (("--gpus=2", "--model-path=FOLDER"), "--compare lengths"),
+        (("--gpus=2", "--compare=lengths"), "--model-path"),
+        ((), None),
+    ],
+)
+def test_gpus_that_a_run_cannot_use_are_an_error_before_anything_starts(
+    options: tuple[str, ...], problem: str | None
+) -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": "4,5"}
+    if problem is None:
+        check_gpus(parse(options), environ)
+    else:
+        with pytest.raises(ChaosFailure, match=problem):
+            check_gpus(parse(options), environ)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_workers_share_the_gpus_of_a_run_and_their_memory(num_gpus: int, tmp_path: Path) -> None:
+    flags = ("--", "--load-format", "dummy", "--max-total-tokens", "65536")
+    plans, reference = plans_of(parse((f"--gpus={num_gpus}", *GPU_RUN, *flags)), tmp_path)
+    workers = [plan.argv for plan in plans if role_of(plan.name) != "gateway"]
+    places = [next(word for word in argv if word.startswith("--base-gpu-id=")) for argv in workers]
+    assert places == [f"--base-gpu-id={index % num_gpus}" for index in range(4)]
+    shares = {word for argv in workers for word in argv if word.startswith("--mem-fraction-static=")}
+    assert shares == {f"--mem-fraction-static={0.8 * num_gpus / 4:.4f}"}
+    assert all(argv.count("--max-total-tokens") == 1 and "--max-total-tokens=4096" not in argv for argv in workers)
+    assert reference is None, "the cluster computes the twins itself"
+
+
+def test_a_bounded_run_shortens_its_load_by_a_long_start_and_keeps_time_for_the_checks() -> None:
+    assert seconds_of_load(600, None, 300) == 600
+    assert seconds_of_load(400, 580, 50) == 400
+    assert seconds_of_load(600, 580, 100) == 420
+    with pytest.raises(ChaosFailure, match="--within-s 180"):
+        seconds_of_load(600, 180, 130)
+
+
+def test_open_files_of_the_gpu_driver_do_not_count(tmp_path: Path) -> None:
+    folder = tmp_path / "7" / "fd"
+    folder.mkdir(parents=True)
+    for name, target in {"0": "/dev/null", "1": "/dev/nvidia0", "2": "/dev/nvidiactl", "3": "socket:[1]"}.items():
+        (folder / name).symlink_to(target)
+    assert num_open_files(7, tmp_path) == 2
