@@ -61,7 +61,7 @@ def ask(server: BenchServer, prompt: list[int]) -> tuple[float, dict[str, int]]:
     """Return the seconds until an answer of one token, and the cached tokens by tier."""
     body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
     start_s = time.perf_counter()
-    answer = httpx.post(f"{server.url}/generate", json=body, timeout=120.0, trust_env=False)
+    answer = server.post("/generate", 120.0, json=body)
     took_s = time.perf_counter() - start_s
     if answer.status_code != httpx.codes.OK:
         raise BenchFailure(f"{server.name}: {answer.text}\n{server.log_tail()}")
@@ -70,7 +70,7 @@ def ask(server: BenchServer, prompt: list[int]) -> tuple[float, dict[str, int]]:
 
 def flush(server: BenchServer, tier: str) -> None:
     query = {"tier": "device"} if tier == "device" else {}
-    httpx.post(f"{server.url}/flush_cache", params=query, timeout=60.0, trust_env=False).raise_for_status()
+    server.post("/flush_cache", 60.0, params=query).raise_for_status()
 
 
 def store_all(server: BenchServer, prompts: list[list[int]]) -> None:

@@ -103,6 +103,10 @@ class BenchServer:
             totals[name] = totals.get(name, 0.0) + float(value)
         return totals
 
+    def post(self, path: str, timeout_s: float, **content: Any) -> httpx.Response:
+        """Send a request through the client of this server, whose connection stays open."""
+        return self._http.post(path, timeout=timeout_s, **content)
+
     def bench(self, argv: Sequence[str], json_path: Path, timeout_s: float) -> Report:
         """Run `kvist bench ARGV` and return its report. Raises `BenchFailure` if a request fails."""
         command = (*KVIST, "bench", *argv, f"--base-url={self.url}", f"--json={json_path}")

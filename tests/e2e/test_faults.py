@@ -92,7 +92,12 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     serve = (
         *(*KVIST, "serve", "--model-path", model, "--load-format=dummy", "--num-threads=1", "--max-total-tokens=16384"),
         *("--enable-hierarchical-cache", "--hicache-storage-backend=file", f"--hicache-storage-path={store}"),
-        *("--hicache-storage-size=1", f"--gateway-timeout-s={GATEWAY_TIMEOUT_S}", "--stop-with-stdin"),
+        *(
+            "--hicache-storage-size=1",
+            "--hicache-storage-read-processes=2",
+            f"--gateway-timeout-s={GATEWAY_TIMEOUT_S}",
+            "--stop-with-stdin",
+        ),
     )
     far_flags = (f"--port={far}", f"--engine-port={engine}", f"--engine-advertise-host={FAR_HOST}")
     urls = (f"http://127.0.0.1:{near}", f"http://{FAR_HOST}:{far}")

@@ -206,7 +206,7 @@ def attach(root: Path, path: str, *more_roots: str) -> wire.StorageAnswer:
     clock = MonotonicClock()
     mover = StoreMover(HostPool(4, PAGE_BYTES, pinned=False), wakeup=lambda: None, clock=clock, deadline_s=10)
     context = StoreContext(namespace="model", page_bytes=PAGE_BYTES)
-    storage = StorageControl(mover, config, context, wakeup=lambda: None, clock=clock)
+    storage = StorageControl(mover, config, context, lambda store, *_: store, wakeup=lambda: None, clock=clock)
     wanted = wire.AttachStore(backend="file", options={"path": path, "size": 0.01})
     storage.on_command(b"gateway", wire.StorageCommand(call_id="1", action="attach", store=wanted))
     give_up_s = time.monotonic() + 20

@@ -82,7 +82,7 @@ class TiersInBytes(RuleBasedStateMachine):
         times_ns = itertools.count(time.time_ns(), 1_000_000)
         for module in ("file", "disk_budget"):
             self.patches.enter_context(mock.patch(f"kvist.store.{module}.unix_time_ns", new=times_ns.__next__))
-        draw = "kvist.store.secret.secrets.token_hex"
+        draw = "kvist.page_seals.secret.secrets.token_hex"
         self.patches.enter_context(mock.patch(draw, new=lambda count: "5e" * count))
 
     @property

@@ -4,6 +4,7 @@ test_mooncake_faults.py kills and stops the processes; tests/conformance/test_st
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import threading
 import time
@@ -15,8 +16,10 @@ import pytest
 
 from kvist.cluster.ports import free_ports
 from kvist.errors import ConfigError, StoreError, StoreUnreachable
+from kvist.memory.host_pool import HostPool
 from kvist.mooncake import requirements
 from kvist.mooncake.client import PoolClient
+from kvist.page_readers.reads import read_by_processes
 from kvist.store.backend import HostMemory, StoreContext
 from kvist.store.mooncake import OBJECT_HEADER_BYTES, MooncakeStore
 from kvist.store.mooncake_options import MooncakeStoreOptions
@@ -127,6 +130,35 @@ def test_pages_go_from_and_to_the_registered_host_pool(mooncake_pool: MooncakePo
     assert other.get(KEYS[:4], [row.data for row in pool[4:]]) == 4
     np.testing.assert_array_equal(pool[4:], pool[:4])
     other.close()
+
+
+def test_processes_read_pages_of_the_pool_into_the_host_pool(mooncake_pool: MooncakePool, tmp_path: Path) -> None:
+    host = HostPool(8, PAGE_BYTES, pinned=False)
+    pool = host.tensor.numpy()
+    memory = HostMemory(address=host.tensor.data_ptr(), num_bytes=host.tensor.nbytes, fd=host.fd)
+    context = StoreContext(namespace=str(tmp_path), page_bytes=PAGE_BYTES, host_memory=memory)
+    options = MooncakeStoreOptions(mooncake_master_addr=mooncake_pool.master).resolved()
+    store = MooncakeStore(options, context)
+    assert put(store, KEYS[:3]) == 3
+    by_process = read_by_processes(store, "mooncake", dataclasses.asdict(options), context, most=1)
+    give_up_s = time.monotonic() + 20
+    while not store.stats().num_hits < by_process.stats().num_hits:  # a process has read
+        assert time.monotonic() < give_up_s
+        pool[:] = 0
+        assert by_process.get(KEYS[:4], [row.data for row in pool[:4]]) == 3
+        for key, row in zip(KEYS[:3], pool, strict=False):
+            assert row.data == page_of(key)
+    overwrite(store, KEYS[1], OBJECT_HEADER_BYTES, b"\xaa\x55")
+    assert by_process.get(KEYS[:3], [row.data for row in pool[:3]]) == 1
+    assert by_process.stats().num_broken == 1
+    by_process.close()
+    host.close()
+
+
+def test_a_store_with_a_local_cache_is_read_by_one_process(open_here: Open) -> None:
+    """Each would have a cache of its own."""
+    assert open_here(mooncake_local_cache_size=0.02).max_read_processes == 0
+    assert open_here().max_read_processes > 1
 
 
 def test_a_local_cache_answers_repeated_reads_with_the_same_bytes(open_here: Open) -> None:

@@ -331,9 +331,9 @@ def test_a_store_gets_no_more_threads_than_make_it_faster() -> None:
     threads = Threads(num_readers=4, num_writers=2, make=make)
     host = HostPool(4, PAGE_BYTES, pinned=False)
     mover = StoreMover(host, wakeup=lambda: None, clock=FakeClock(), deadline_s=1.0, threads=threads)
-    for max_threads, expected in ((None, 6), (3, 5), (1, 2)):
+    for max_readers, max_writers, expected in ((None, None, 6), (3, None, 5), (1, 1, 2)):
         store = MemoryStore(StoreContext(namespace="n", page_bytes=PAGE_BYTES))
-        store.max_threads = max_threads
+        store.max_readers, store.max_writers = max_readers, max_writers
         started.clear()
         mover.attach(store, store.stats())
         assert len(started) == expected

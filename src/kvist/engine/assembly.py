@@ -47,6 +47,7 @@ from kvist.memory.persistence import PersistentPages, reusable_bytes
 from kvist.memory.runtime_dir import allocation_lock, host_id, remove_leftovers
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig, load_model_config
+from kvist.page_readers.reads import read_by_processes
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.compat import peer_spec
 from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId, needs_known_token
@@ -394,7 +395,7 @@ def store_context(config: StorageConfig, host_pool: HostPool, namespace: str, ad
     return StoreContext(
         namespace=namespace,
         page_bytes=pages.shape[1],
-        host_memory=HostMemory(address=pages.data_ptr(), num_bytes=pages.nbytes),
+        host_memory=HostMemory(address=pages.data_ptr(), num_bytes=pages.nbytes, fd=host_pool.fd),
         advertised_host=advertised_host,
         secret_path=None if secret_file is None else Path(secret_file).expanduser(),
     )
@@ -405,7 +406,8 @@ def make_storage(
 ) -> StorageControl:
     """Return the storage control of an engine, without an attached store."""
     mover = StoreMover(host_pool, wakeup=wakeup, clock=clock, deadline_s=config.hicache_storage_deadline_s)
-    return StorageControl(mover, config, context, wakeup=wakeup, clock=clock)
+    wrap = partial(read_by_processes, most=config.hicache_storage_read_processes)
+    return StorageControl(mover, config, context, wrap, wakeup=wakeup, clock=clock)
 
 
 def _close_storage(storage: StorageControl, pool_closing: contextlib.ExitStack) -> None:

@@ -3,7 +3,8 @@
 Life cycle: `plan_host_pages` decides the number of pages, and refuses a pool that does not fit; `HostPool` allocates
 the buffer before the engine is ready, and pins it for a GPU, so that copies run while the model computes; `close`
 unpins the buffer after the mover has stopped. All memory is allocated at the start: too little memory is an error at
-that time, and cannot kill the engine later.
+that time, and cannot kill the engine later. The memory has a file descriptor but no name: processes to which the engine
+gives the descriptor read pages into the pool (page_readers/), and no other can.
 
 kv/tiers/host.py decides which slot holds which page.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -56,23 +58,22 @@ def plan_host_pages(
 
 
 class HostPool:
-    """`tensor`: [num_pages, page_bytes], uint8, on the host. Raises `ConfigError` if it cannot be allocated or pinned.
+    """`tensor`: [num_pages, page_bytes], uint8, on the host; `fd`: of its memory, which other processes can map. Raises
+    `ConfigError` if it cannot be allocated or pinned.
 
-    With `persistent`, the pool uses the memory of `persistent`, which outlives the pool.
+    With `persistent`, the pool uses the memory of `persistent`, which outlives the pool, and `fd` is None: a process
+    that outlived the engine could write into the pool of the next one.
     """
 
     def __init__(
         self, num_pages: int, page_bytes: int, *, pinned: bool, persistent: PersistentPages | None = None
     ) -> None:
         self.persistent = persistent
-        try:
-            self.tensor = (
-                torch.empty((num_pages, page_bytes), dtype=torch.uint8) if persistent is None else persistent.tensor
-            )
-        except RuntimeError as error:
-            raise ConfigError(
-                f"no memory for the host tier: {error}; lower --hicache-size", param="hicache_size"
-            ) from error
+        self.fd: int | None = None
+        if persistent is None:
+            self.fd, self.tensor = _shared(num_pages, page_bytes)
+        else:
+            self.tensor = persistent.tensor
         self._pinned = False
         if persistent is None or pinned:
             _make_resident(self.tensor)
@@ -86,6 +87,25 @@ class HostPool:
             _cuda().cudaHostUnregister(self.tensor.data_ptr())
             self._pinned = False
         self.tensor = torch.empty((0, 0), dtype=torch.uint8)
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def _shared(num_pages: int, page_bytes: int) -> tuple[int, Tensor]:
+    """Return memory that other processes can map, with its file descriptor. Raises `ConfigError`."""
+    fd = -1
+    try:
+        fd = os.memfd_create("kvist-host-tier")
+        os.ftruncate(fd, num_pages * page_bytes)
+        memory = mmap.mmap(fd, num_pages * page_bytes)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise ConfigError(
+            f"no memory for the host tier: {error}; lower --hicache-size", param="hicache_size"
+        ) from error
+    return fd, torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
 
 
 def _pin(memory: Tensor) -> None:

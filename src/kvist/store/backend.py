@@ -45,6 +45,7 @@ class HostMemory:
 
     address: int
     num_bytes: int
+    fd: int | None = None  # a file descriptor of the memory, which other processes can map; None: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class StoreContext:
     host_memory: HostMemory | None = None  # None: there is no pool; pages may be anywhere
     advertised_host: str = "127.0.0.1"  # the address of this host for other hosts
     secret_path: Path | None = None  # the file with the store's secret; None: the store has a secret of its own
+    only_reads: bool = False  # a reader process: another process has opened the store, and only `get` is called here
 
 
 class StoreOptions(Protocol):
@@ -93,8 +95,15 @@ class PageStore(Protocol):
     """A store of pages. Several threads may call the methods at once. A page is `page_bytes` contiguous bytes; the
     caller passes `row.data` for a row of a numpy array."""
 
-    max_threads: int | None
-    """More threads than this in each direction, reading and writing, make the store no faster; None: no such limit."""
+    max_readers: int | None
+    """More threads than this that call `get` make the store no faster; None: no such limit."""
+
+    max_writers: int | None
+    """The same for `put`."""
+
+    max_read_processes: int
+    """More processes than this that read for this one (page_readers/) make the store no faster; 0: the store can be
+    read only here."""
 
     def exists(self, keys: Sequence[bytes]) -> int:
         """Return how many leading keys are stored. Only a hint: before `get`, a page may be evicted or found

@@ -52,6 +52,12 @@ class StorageConfig:
     hicache_storage_deadline_s: float = option(
         10.0, "a store that takes longer than this for 128 pages is not used for a while", unit="s", minimum=0.1
     )
+    hicache_storage_read_processes: int | None = option(
+        None,
+        "processes that read the store's pages into the host tier; with 0 threads of the engine do",
+        unset="three quarters of the cores, at most 12; none on fewer than 4 cores",
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         if self.hicache_storage_backend is None and self.hicache_storage_options:

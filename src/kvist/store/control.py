@@ -92,13 +92,16 @@ class StorageControl:
         mover: StoreMover,
         config: StorageConfig,
         context: StoreContext,
+        wrap: Callable[[PageStore, str, Given, StoreContext], PageStore],
         *,
         wakeup: Callable[[], None],
         clock: Clock,
     ) -> None:
+        """`wrap`: puts another store around an opened one, which has this backend and these options."""
         self._mover = mover
         self._config = config
         self._context = context
+        self._wrap = wrap
         self._wakeup = wakeup
         self._clock = clock
         self._attached: StoreChoice | None = None
@@ -293,6 +296,7 @@ class StorageControl:
 
     def _open(self, choice: StoreChoice) -> tuple[PageStore, StoreStats]:
         store = STORES[choice.backend].make(choice.given(), self._context)
+        store = self._wrap(store, choice.backend, choice.given(), self._context)
         return store, store.stats()
 
     def _open_in_thread(self, opening: _Opening) -> None:

@@ -53,7 +53,8 @@ class DiskBudget:
     """The bytes in use and the eviction order. Mutable; used by all threads of one store. The methods raise `OSError`
     if the folder or its lock cannot be used."""
 
-    def __init__(self, root: Path, capacity_bytes: int, tally: Tally) -> None:
+    def __init__(self, root: Path, capacity_bytes: int, tally: Tally, *, scans: bool = True) -> None:
+        """`scans`: count the files now; False if another process that has the folder open has counted them."""
         self._root = root
         self._lock_path = str(root / _LOCK_NAME)
         self._capacity_bytes = capacity_bytes
@@ -63,6 +64,8 @@ class DiskBudget:
         self._num_timeouts = 0
         self._oldest: list[tuple[int, str]] = []  # heap of (mtime_ns at the scan, path)
         self._newest_known_ns = 0  # files newer than this may be unknown
+        if not scans:
+            return
         with self.exclusive(_OPEN_WAIT_S) as fd:
             in_use = self._scan(_load(fd))
             _save(fd, in_use)

@@ -1,13 +1,13 @@
 """The file store: a folder with one file per page, used by any number of processes at once.
 
-    <path>/secret                                                    the store's secret (secret.py), unless set by a
+    <path>/secret                                                    the store's secret (page_seals/), unless set by a
     flag
            in-use.lock                                               the bytes in use (disk_budget.py)
            <hash>/<first byte of the key>/<key>.page                 header (4 KiB), then the page's bytes
                                           <key>.<random>.new         being written; renamed when complete
 
-The folder `<hash>` is for one namespace and one secret, and every page has a seal (seal.py): a page written without the
-secret is not accepted. Only regular files of this user are read.
+The folder `<hash>` is for one namespace and one secret, and every page has a seal (page_seals/): a page written
+without the secret is not accepted. Only regular files of this user are read.
 
 A page file appears by a rename, so a reader finds the whole page or none. Two writers of one key write the same bytes,
 and the last rename wins. Nothing is synced to disk: after a power loss, an incomplete page has a wrong seal and is a
@@ -33,12 +33,12 @@ from kvist.clock import Clock, MonotonicClock, unix_time_ns
 from kvist.errors import ConfigError, StoreError, StoreUnreachable
 from kvist.kv.keys import DIGEST_BYTES
 from kvist.own_files import is_own_file, own_folder
+from kvist.page_seals.seal import PageSeals
+from kvist.page_seals.secret import has_secret, keep_secret, read_secret, secret_of
 from kvist.store.backend import StoreContext, StoreStats, Tally
 from kvist.store.disk_budget import PAGE_SUFFIX, UNFINISHED_SUFFIX, DiskBudget, open_with_folder
-from kvist.store.seal import PageSeals
-from kvist.store.secret import has_secret, keep_secret, read_secret, secret_of
 
-_HEADER_BYTES = 4096  # that of seal.py, then the namespace
+_HEADER_BYTES = 4096  # that of PageSeals, then the namespace
 _TOUCH_NS = 60 * 10**9  # the mtime of a page in use is updated at most once a minute: an update is a disk write
 _STEP_NS = 1000  # each page of a call is dated this much earlier than the page before it
 _SUSPEND_S = 5.0
@@ -49,7 +49,9 @@ logger = logging.getLogger(__name__)
 class FileStore:
     """A `PageStore` in a folder. Raises `ConfigError` if no page fits, `StoreError` if the folder cannot be written."""
 
-    max_threads: int | None = None
+    max_readers: int | None = None
+    max_writers: int | None = None
+    max_read_processes = 64
 
     def __init__(self, folder: Path, context: StoreContext, *, capacity_bytes: int, clock: Clock | None = None) -> None:
         if capacity_bytes < context.page_bytes:
@@ -67,13 +69,14 @@ class FileStore:
         secret = None if context.secret_path is None else read_secret(context.secret_path)
         try:
             own_folder(self._root)  # checked before any file in it is opened
-            self._budget = DiskBudget(self._root, capacity_bytes, self._tally)
+            self._budget = DiskBudget(self._root, capacity_bytes, self._tally, scans=not context.only_reads)
             with self._budget.exclusive():
                 self._own_secret = None if secret else secret_of(self._root)
-            self._seals = PageSeals(context, secret or self._own_secret)
+            self._seals = PageSeals(context.namespace, context.page_bytes, secret or self._own_secret)
             self._folder = str(self._root / self._seals.space.hex())
             own_folder(self._folder)
-            tempfile.TemporaryFile(dir=self._folder).close()  # raises if the folder is not writable
+            if not context.only_reads:
+                tempfile.TemporaryFile(dir=self._folder).close()  # raises if the folder is not writable
         except OSError as error:
             raise StoreError(
                 f"cannot open the file store in {folder}: {error}. Name a folder that only this user may write to",

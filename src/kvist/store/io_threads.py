@@ -40,8 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 def num_readers() -> int:
-    """Return the number of reading threads. Four are faster than fewer even on two busy cores."""
-    return min(8, max(4, num_usable_cores() // 2))
+    """Return the number of reading threads. Four are faster than fewer even on two busy cores; each of many threads
+    waits for a process of its own (page_readers/)."""
+    return min(12, max(4, 3 * num_usable_cores() // 4))
 
 
 def num_writers() -> int:
@@ -106,11 +107,11 @@ class StoreThreads:
         self._pages = io.host.tensor.numpy()  # [num_pages, page_bytes] uint8
         self._io = io
         self._lock = io.threads.make_lock()
-        num_readers, num_writers = (
-            min(number, store.max_threads or number) for number in (io.threads.num_readers, io.threads.num_writers)
-        )
-        self._reads = WorkerQueue(io.threads.make_condition(self._lock), num_readers)
-        self._writes = WorkerQueue(io.threads.make_condition(self._lock), num_writers)
+        threads = io.threads
+        num_readers = min(threads.num_readers, store.max_readers or threads.num_readers)
+        num_writers = min(threads.num_writers, store.max_writers or threads.num_writers)
+        self._reads = WorkerQueue(threads.make_condition(self._lock), num_readers)
+        self._writes = WorkerQueue(threads.make_condition(self._lock), num_writers)
         self._queues = (self._reads, self._writes)
         self._breaker = CircuitBreaker()
         self._stopped = False

@@ -7,8 +7,8 @@ workers.
                      ▲                     └── failed: other replicas (replicas.py)
                      └ only on a disk of a store, or with a local cache: through a buffer of ours
 
-An object is a page behind its header (seal.py). Mooncake can return other bytes than those that were put: a put of an
-existing key changes nothing, memory may be reused while it is read, and a restored master can hold old places.
+An object is a page behind its header (page_seals/). Mooncake can return other bytes than those that were put: a put of
+an existing key changes nothing, memory may be reused while it is read, and a restored master can hold old places.
 Therefore every page is verified: a page that is not what its key says is removed, and counts as a miss.
 
 Reads and writes each have one call at a time: more threads are slower. The master evicts pages; its clients keep no
@@ -41,13 +41,14 @@ from kvist.mooncake.client import (
 )
 from kvist.mooncake.engine import MooncakeEngine, open_engine
 from kvist.mooncake.pool_watch import PoolWatch
+from kvist.page_seals.seal import HEADER_BYTES, PageSeals
+from kvist.page_seals.secret import read_secret
 from kvist.store.backend import StoreContext, StoreStats, Tally
 from kvist.store.mooncake_options import STORES_USER, MooncakeStoreOptions
 from kvist.store.replicas import ReadPlan, Replica, SuspectStores, num_leading
-from kvist.store.seal import HEADER_BYTES, PageSeals
-from kvist.store.secret import read_secret
 
-OBJECT_HEADER_BYTES = 128  # that of seal.py, padded
+OBJECT_HEADER_BYTES = 128  # that of PageSeals, padded
+_MAX_READ_PROCESSES = 3  # each has an engine of its own, whose copies use one core
 _CALL_PAGES = 128  # in one call of the library
 _STAGED_PAGES = 16  # in one call through the buffer
 _SMALL_PAGE_BYTES = 512 << 10  # over TCP a copy of a smaller page costs less than a second piece
@@ -76,18 +77,20 @@ class _Direction:
 class MooncakeStore:
     """A `PageStore`. Raises `ConfigError` if Mooncake cannot run here, `StoreError` if the pool cannot be used."""
 
-    max_threads: int | None = 1
+    max_readers: int | None = 1
+    max_writers: int | None = 1
 
     def __init__(self, options: MooncakeStoreOptions, context: StoreContext, *, clock: Clock | None = None) -> None:
         options = options.resolved()
         secret = None if context.secret_path is None else read_secret(context.secret_path)
         api_key = options.master_api_key()
-        self._seals = PageSeals(context, secret)
+        self._seals = PageSeals(context.namespace, context.page_bytes, secret)
         self._page_bytes = context.page_bytes
         self._object_bytes = OBJECT_HEADER_BYTES + context.page_bytes
         self._num_replicas = options.mooncake_replica_num
         self._puts_copies = options.mooncake_protocol == "tcp" and context.page_bytes < _SMALL_PAGE_BYTES
         self._has_cache = options.local_cache_bytes > 0
+        self.max_read_processes = 0 if self._has_cache else _MAX_READ_PROCESSES  # each would have a cache of its own
         self._clock = clock or MonotonicClock()
         self._tally = Tally()
         self._suspects = SuspectStores()
@@ -102,7 +105,7 @@ class MooncakeStore:
         settings = PoolSettings(
             master=options.master,
             tenant=options.mooncake_tenant_id or "default",
-            segment_bytes=options.segment_bytes,
+            segment_bytes=0 if context.only_reads else options.segment_bytes,
             local_cache_bytes=options.local_cache_bytes,
             object_bytes=self._object_bytes,
         )
@@ -119,7 +122,7 @@ class MooncakeStore:
             # These take memory when they are first used.
             self._staging, self._put_staging = (_Memory(engine, _STAGED_PAGES, self._object_bytes) for _ in range(2))
             self._client = PoolClient(engine, settings)
-            self._watch = PoolWatch(options.master_url, api_key=api_key)
+            self._watch = None if context.only_reads else PoolWatch(options.master_url, api_key=api_key)
         except EngineError as error:
             engine.close()
             raise ConfigError(error.message, param="mooncake_protocol") from error
@@ -160,10 +163,11 @@ class MooncakeStore:
         self._check_answers(f"{self._seals.space.hex()}-probe")
 
     def stats(self) -> StoreStats:
-        return self._tally.stats(self._stored_bytes, self._watch.latest)
+        return self._tally.stats(self._stored_bytes, None if self._watch is None else self._watch.latest)
 
     def close(self) -> None:
-        self._watch.close()
+        if self._watch is not None:
+            self._watch.close()
         self._client.close()
 
     # ------------------------------------------------------------ reading

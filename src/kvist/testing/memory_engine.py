@@ -6,6 +6,7 @@ pages use threads, as in any engine. memory_cluster.py connects engines with a g
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -171,7 +172,8 @@ class MemoryEngine:
             host_pool = HostPool(shape.num_host_pages, layout.page_bytes, pinned=False)
             self._mover = PageMover(self._pool, host_pool, wakeup=wakeup, clock=clock)
             context = store_context(shape.storage, host_pool, self.namespace, advertised_host="127.0.0.1")
-            self._storage = make_storage(shape.storage, host_pool, context, wakeup, clock)
+            storage_config = dataclasses.replace(shape.storage, hicache_storage_read_processes=0)
+            self._storage = make_storage(storage_config, host_pool, context, wakeup, clock)
             self._watched = WatchedStorage(self._storage)
             self._storage.open_configured()
         attention = build_attention("torch", self._pool.tensor.device)

@@ -39,7 +39,9 @@ class MemoryStoreOptions:
 class MemoryStore:
     """`is_registered` stands for a transport that needs registered memory: every page must be in that memory."""
 
-    max_threads: int | None = None
+    max_readers: int | None = None
+    max_writers: int | None = None
+    max_read_processes = 0
 
     def __init__(self, context: StoreContext, *, capacity_bytes: int = 1 << 30) -> None:
         if capacity_bytes < context.page_bytes:

@@ -137,7 +137,9 @@ class FaultyStore:
 
     A call pauses before and after each page. Mutable; the test's."""
 
-    max_threads: int | None = None
+    max_readers: int | None = None
+    max_writers: int | None = None
+    max_read_processes = 0
 
     def __init__(self, namespace: str, folder: Path, page_bytes: int, num_pages: int) -> None:
         self.folder = folder

@@ -17,8 +17,7 @@ import xxhash
 from blake3 import blake3
 
 from kvist.kv.keys import DIGEST_BYTES
-from kvist.store.backend import StoreContext
-from kvist.store.secret import page_key
+from kvist.page_seals.secret import page_key
 
 _MAGIC, _VERSION = b"kvist-kv", 2
 _FIELDS = struct.Struct("<8sIQ16s32s")  # magic, version, page_bytes, space, key
@@ -29,12 +28,12 @@ HEADER_BYTES = _FIELDS.size + _SEAL_BYTES
 class PageSeals:
     """Makes the headers of the pages of one namespace. Immutable; used by several threads."""
 
-    def __init__(self, context: StoreContext, secret: bytes | None) -> None:
-        key = page_key(secret or b"", context.namespace)
+    def __init__(self, namespace: str, page_bytes: int, secret: bytes | None) -> None:
+        key = page_key(secret or b"", namespace)
         names_key = blake3(b"names", key=key).digest()
         self._seal_key = blake3(b"seals", key=key).digest() if secret else None
-        self._page_bytes = context.page_bytes
-        self.space = blake3(context.namespace.encode(), key=names_key).digest(length=_SPACE_BYTES)
+        self._page_bytes = page_bytes
+        self.space = blake3(namespace.encode(), key=names_key).digest(length=_SPACE_BYTES)
 
     def header(self, key: bytes, page: memoryview) -> bytes:
         """Return the header of a page with this content, `HEADER_BYTES` long."""
