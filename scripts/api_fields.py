@@ -27,17 +27,21 @@ ENDPOINTS: dict[str, type[msgspec.Struct]] = {
     "/tokenize": schemas.TokenizeRequest,
     "/detokenize": schemas.DetokenizeRequest,
     "/v1/messages": messages.MessagesRequest,
+    "score": schemas.ScoreRequest,
+    "/v1/prefill": schemas.PrefillRequest,
 }
 _V1, _CHAT, _MESSAGES = "chat, completions", "chat", "/v1/messages"
+_PROMPTS = "score, /v1/prefill"
 INSIDE: list[tuple[str, str, type[msgspec.Struct]]] = [  # endpoints, path, struct
     (_V1, "stream_options.", schemas.StreamOptions),
     (f"{_V1}, /generate", "kvist.", schemas.KvistOptions),
-    (f"{_CHAT}, /tokenize", "messages[].", schemas.ChatMessage),
-    (f"{_CHAT}, /tokenize", "messages[].content[].", schemas.ContentPart),
-    (f"{_CHAT}, /tokenize", "messages[].tool_calls[].", schemas.ToolCall),
-    (f"{_CHAT}, /tokenize", "messages[].tool_calls[].function.", schemas.CalledFunction),
-    (f"{_CHAT}, /tokenize", "tools[].", schemas.Tool),
-    (f"{_CHAT}, /tokenize", "tools[].function.", schemas.ToolFunction),
+    (_PROMPTS, "kvist.", schemas.PlaceOptions),
+    (f"{_CHAT}, /tokenize, {_PROMPTS}", "messages[].", schemas.ChatMessage),
+    (f"{_CHAT}, /tokenize, {_PROMPTS}", "messages[].content[].", schemas.ContentPart),
+    (f"{_CHAT}, /tokenize, {_PROMPTS}", "messages[].tool_calls[].", schemas.ToolCall),
+    (f"{_CHAT}, /tokenize, {_PROMPTS}", "messages[].tool_calls[].function.", schemas.CalledFunction),
+    (f"{_CHAT}, /tokenize, {_PROMPTS}", "tools[].", schemas.Tool),
+    (f"{_CHAT}, /tokenize, {_PROMPTS}", "tools[].function.", schemas.ToolFunction),
     (_MESSAGES, "messages[].", messages.InputMessage),
     (_MESSAGES, "messages[].content[].", messages.MessageBlock),
     (_MESSAGES, "system[].", messages.ResultPart),
@@ -51,9 +55,13 @@ INSIDE: list[tuple[str, str, type[msgspec.Struct]]] = [  # endpoints, path, stru
 
 
 def table() -> str:
-    rows = [*_honoured(), *_others()]
+    rows, inside = [*_honoured(), *_others()], list[tuple[str, str, str, str]]()
     for where, prefix, struct in INSIDE:
-        rows.extend((prefix + name, _class_name(cls), where, _says(cls)) for name, cls in classes_of(struct).items())
+        inside.extend((prefix + name, _class_name(cls), where, _says(cls)) for name, cls in classes_of(struct).items())
+    places: dict[tuple[str, str, str], list[str]] = {}  # a field of several structs with one effect has one row
+    for name, kind, where, says in inside:
+        places.setdefault((name, kind, says), []).append(where)
+    rows += [(name, kind, ", ".join(found), says) for (name, kind, says), found in places.items()]
     order = {"honoured": 0, "advisory": 1, "refused": 2}
     rows.sort(key=lambda row: (order[row[1]], row[0]))
     lines = [f"| `{name}` | {kind} | {where} | {says} |" for name, kind, where, says in rows]

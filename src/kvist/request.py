@@ -22,6 +22,7 @@ WorkerId = NewType("WorkerId", str)  # "127.0.0.1:30001": the worker's public na
 MAX_LOGIT_BIAS = 1024  # entries
 MAX_BAD_WORDS = 1024
 MAX_PRIORITY = (1 << 31) - 1
+BACKGROUND_PRIORITY = MAX_PRIORITY + 1  # of requests that are served after all others
 MAX_SHORT_ANSWER = 16  # output tokens that a prefill engine may generate while there is a decode engine
 MAX_BAD_WORD_TOKENS = 4096  # of all bad words of a request together
 # Limits of the runner's tables. Of a request with more or longer bad words, the host checks them (`needs_known_token`).
@@ -156,6 +157,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cache_salt: str = ""  # prompts with different salts share no pages
     priority: int = 0  # a lower value is served earlier, by engines with the scheduling policy "priority"
     client: str = ""  # caller path for fair queueing (fairness.py): "KEY/HOST/CONNECTION", all opaque
+    background: bool = False  # served after all requests that are not, under every scheduling policy
+    # > 0: other requests begin with the same tokens and arrive at the same time. The engine computes these tokens once,
+    # also where they are few, and keeps no page behind them. 0: there are none.
+    num_shared_tokens: int = 0
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -106,3 +106,25 @@ def test_max_tokens_0_computes_the_prompt_alone(world: MemoryCluster, tiny_model
         assert stream.token_ids == []
         assert stream.finish is not None
         assert world.answer(engine, request_of(f"{role} again", each, max_tokens=0)).cached == (length - 1) // 4 * 4
+
+
+def test_continuations_of_one_prompt_are_scored_exactly_over_its_pages(
+    world: MemoryCluster, tiny_model: CausalLM
+) -> None:
+    shared = prompt(18, seed=7)
+    rows = [(*shared, *prompt(length, seed=length)) for length in (1, 2, 7, 9)]
+    engine = world.start(role=Role.PREFILL)
+    asked: dict[str, Any] = {**ASKED, "max_tokens": 0, "prompt_logprobs_start": 18, "num_shared_tokens": 18}
+    for turn in ("new", "cached"):
+        before = engine.scheduler.status().totals["computed_prompt_tokens"]
+        streams = [
+            world.submit_full(engine, request_of(f"{turn} {number}", row, **asked)) for number, row in enumerate(rows)
+        ]
+        world.run()
+        for stream, row in zip(streams, rows, strict=True):
+            check(stream, tiny_model, row, 18)
+        # pages have 4 tokens: each row computes the last 2 of the prompt again
+        computed = engine.scheduler.status().totals["computed_prompt_tokens"] - before
+        assert computed == 19 + 4 * 2 + (16 if turn == "new" else 0)
+    assert engine.scheduler.status().pages.cached == 16 // 4
+    world.check_ledgers()

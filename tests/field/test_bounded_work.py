@@ -20,6 +20,7 @@ from kvist import wire
 from kvist.checkpoint import find_checkpoint
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, TokenLogprobs
+from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.stream import StreamPart
 from kvist.server.app import build_app
 from kvist.server.config import ServerConfig
@@ -61,11 +62,13 @@ class Engine(ScriptedDispatcher):
     blocked_until: threading.Event | None = None  # `model` blocks until it is set
     sends: bool = False  # encode the prompt as a real dispatcher does
 
-    async def generate(self, request: EngineRequest, *, session: str = "") -> AsyncGenerator[StreamPart, None]:  # noqa: ARG002
+    async def generate(
+        self, request: EngineRequest, placement: Placement = ANYWHERE
+    ) -> AsyncGenerator[StreamPart, None]:
         if self.sends:
             page_digests(request.prompt_token_ids, 4, "namespace")
             wire.encode(submit_full(request))
-        async for part in super().generate(request):
+        async for part in super().generate(request, placement):
             yield part
 
     def model(self) -> EngineSpec | None:

@@ -31,6 +31,7 @@ from kvist.request import (
 )
 from kvist.router.config import RouterConfig
 from kvist.router.open_stream import OpenStream
+from kvist.router.placement import Placement
 from kvist.router.registry import Registry, Worker
 from kvist.router.route import Router
 from kvist.router.streams import Streams
@@ -257,7 +258,7 @@ class SimFleet:
         sampling = SamplingParams(max_tokens=max_tokens, num_logprobs=0)
         request = make_request(request_id, prompt, max_tokens=max_tokens, num_logprobs=sampling.num_logprobs)
         try:
-            stream = self.streams.begin(request, self.now_s, session=f"s{prompt[0]}")
+            stream = self.streams.begin(request, self.now_s, Placement(session=f"s{prompt[0]}"))
         except KvistError as error:
             return error
         reader = self.readers[request_id] = Reader(self, stream, began_s=self.now_s)

@@ -11,6 +11,7 @@ from kvist.kv.keys import page_digests
 from kvist.request import FinishReason, Role, WorkerId
 from kvist.router import sessions as module
 from kvist.router.config import RouterConfig, RoutingOptions
+from kvist.router.placement import Placement
 from kvist.router.policies import POLICIES
 from kvist.router.policy import FleetView, Policy, Prompt, WorkerView
 from kvist.router.registry import Worker
@@ -74,7 +75,9 @@ def test_the_sessions_used_least_recently_are_forgotten(monkeypatch: pytest.Monk
 
 async def served(bench: RouterBench, *, session: str) -> Worker:
     sent = len(bench.engines.sent)
-    task = asyncio.create_task(read_all(bench.dispatcher.generate(make_request("r", range(100)), session=session)))
+    task = asyncio.create_task(
+        read_all(bench.dispatcher.generate(make_request("r", range(100)), Placement(session=session)))
+    )
     await settle()
     (worker,) = {worker for worker, _ in bench.engines.sent[sent:]}
     bench.engines.emit(worker, 0, 7, finish=FinishReason.STOP)

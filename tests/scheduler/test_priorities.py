@@ -135,3 +135,21 @@ def test_decode_grants_its_pages_by_priority_and_prefill_computes_by_priority() 
     world.check_settled()
     finished = [name for (name, epoch) in world.ended if epoch == decode.epoch]
     assert finished == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("policy", [PRIORITY, FCFS])
+def test_requests_in_the_background_come_last_under_every_policy(policy: str) -> None:
+    requests = [asked("b1", background=True), asked("a1", 2**31 - 1), asked("b2", background=True), asked("a2")]
+    order = ["a2", "a1", "b1", "b2"] if policy == PRIORITY else ["a1", "a2", "b1", "b2"]
+    assert started(unified(policy), *requests) == order
+
+
+def test_streams_are_in_every_step_and_the_background_gets_what_is_left() -> None:
+    engine = unified(FCFS, max_running_requests=4, chunked_prefill_size=8, max_prefill_tokens=8, max_model_len=100)
+    step(engine, asked("stream", num_tokens=8, max_tokens=30))
+    step(engine, asked("warm", num_tokens=60, max_tokens=0, background=True))
+    for number in range(3):
+        step(engine, asked(f"prompt{number}", num_tokens=7, max_tokens=1))
+        assert list(engine.running)[:2] == ["stream", f"prompt{number}"]
+    engine.world.settle()
+    assert engine.world.outcome("warm", engine) is Outcome.FINISHED

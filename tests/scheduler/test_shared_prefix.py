@@ -177,3 +177,37 @@ def test_a_request_waits_for_pages_whose_own_request_ended_while_they_were_loade
     engine.world.settle()
     engine.world.check_settled()
     assert engine.world.outcome("waits", engine) is Outcome.FINISHED
+
+
+def sharing(name: str, own: int, num_shared: int, **fields: Any) -> EngineRequest:
+    """Return a request whose first `num_shared` tokens others have too, and which generates nothing."""
+    tokens = [*PREFIX[:num_shared], *[own] * 20]
+    return sim_request(name, tokens, ignore_eos=True, max_tokens=0, num_shared_tokens=num_shared, **fields)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("num_shared", [16, 40, 700])
+def test_requests_that_share_tokens_compute_even_few_of_them_once(num_shared: int, overlap: bool) -> None:
+    engine = large_engine(overlap=overlap)
+    submit(engine, *(sharing(f"r{number}", number + 1, num_shared) for number in range(8)))
+    engine.world.settle()
+    engine.world.check_settled()
+    assert computed(engine) == num_shared + 20 + 7 * (num_shared % 16 + 20)
+
+
+def test_requests_that_share_cached_tokens_are_computed_in_one_step() -> None:
+    engine = large_engine()
+    submit(engine, sim_request("before", PREFIX[:640], max_tokens=0))
+    engine.world.settle()
+    num_before = engine.scheduler.status().totals["steps"]
+    submit(engine, *(sharing(f"r{number}", number + 1, 640) for number in range(8)))
+    engine.world.settle()
+    assert engine.scheduler.status().totals["steps"] == num_before + 1
+    assert computed(engine) == 640 + 8 * 20
+
+
+def test_pages_behind_the_shared_tokens_do_not_stay_cached() -> None:
+    engine = large_engine()
+    submit(engine, *(sharing(f"r{number}", number + 1, 40) for number in range(8)))
+    engine.world.settle()
+    assert engine.scheduler.status().pages.cached == 40 // 16

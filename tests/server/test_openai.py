@@ -280,7 +280,7 @@ async def test_a_session_reaches_the_router_as_a_digest_that_depends_on_the_salt
         {},
     ):
         await bench.chat(**fields)
-    one, key, both, salted, number, none = bench.dispatcher.sessions
+    one, key, both, salted, number, none = [placement.session for placement in bench.dispatcher.placements]
     assert one == key == both
     assert len({one, salted, number, none}) == 4
     assert none == ""

@@ -278,7 +278,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     reasoning: Annotated[object, Refused(f"{_RESPONSES}; chats have `reasoning_effort`", ({},))] = None
     include: Annotated[object, Refused(_RESPONSES, ([],))] = None
     truncation: Annotated[object, Refused("shorten the prompt; /tokenize counts its tokens", ("disabled",))] = None
-    prompt: Annotated[object, Refused("a field of /v1/completions and /tokenize")] = None
+    prompt: Annotated[object, Refused("a field of requests that take one as it is; a chat has `messages`")] = None
     text: Annotated[object, Refused("a field of /generate; the prompt is `prompt` or `messages` here")] = None
     input_ids: Annotated[object, Refused("a field of /generate; /v1/completions takes ids as `prompt`")] = None
     tokens: Annotated[object, Refused("a field of /detokenize")] = None
@@ -313,8 +313,10 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     echo: Annotated[object, Refused("a field of /v1/completions", _OFF)] = None
     rid: Annotated[object, Refused("a field of requests that generate")] = None
     request_id: Annotated[object, Refused("a field of requests that generate")] = None
-    cache_salt: Annotated[object, Refused("a field of requests that generate", ("",))] = None
-    kvist: Annotated[object, Refused("a field of requests that generate", ({},))] = None
+    cache_salt: Annotated[object, Refused("a field of requests that compute a prompt", ("",))] = None
+    kvist: Annotated[object, Refused("a field of requests that compute a prompt", ({},))] = None
+    continuations: Annotated[object, Refused("a field of /v1/continuations/score")] = None
+    unconditional: Annotated[object, Refused("a field of /v1/continuations/score", _OFF)] = None
     chat_template_kwargs: Annotated[object, Refused("a field of requests with `messages`", ({},))] = None
     add_generation_prompt: Annotated[object, Refused("a field of requests with `messages`", _ON)] = None
     continue_final_message: Annotated[object, Refused("a field of requests with `messages`", _OFF)] = None

@@ -24,7 +24,8 @@ Session = Annotated[
     str | int | None,
     Honoured(
         "names requests with a common prefix: of workers that are about equal, the router prefers the one that served "
-        "the last of them; `session_id` comes before `prompt_cache_key`; at most 256 bytes"
+        "the last of them; `session_id` comes before `prompt_cache_key`, and both come before the headers "
+        "`X-Session-Id` and `X-SMG-Routing-Key`; at most 256 bytes"
     ),
 ]
 Priority = Annotated[
@@ -34,6 +35,8 @@ Priority = Annotated[
         "header, unless the workers have `--scheduling-policy priority`"
     ),
 ]
+MAX_CONTINUATION_TOKENS = 4096
+Continuations = Annotated[list[str | list[int]], msgspec.Meta(min_length=1)]
 _USE_TOOLS = "use `tools` of the request, `tool_calls` of messages, and messages with the role tool"
 _NO_MEDIA = "only text is supported"
 
@@ -44,7 +47,26 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     include_obfuscation: Annotated[object, Advisory("events are not padded", (False,))] = None
 
 
-class KvistOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class PlaceOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`kvist` of requests that generate nothing."""
+
+    worker: Annotated[
+        str | None,
+        Honoured(
+            "URL or id of the worker that serves the request; while it cannot, another worker does. The header "
+            "`x-kvist-ignored` names the field if there is no such worker"
+        ),
+    ] = None
+    role: Annotated[
+        str | None,
+        Honoured(
+            '"prefill", "decode" or "unified": only workers of this role serve the request (decode: alone; prefill: '
+            "with a decode worker that writes the answer); while none can, other workers do"
+        ),
+    ] = None
+
+
+class KvistOptions(PlaceOptions, forbid_unknown_fields=True, kw_only=True):
     report: Annotated[bool | None, Honoured("report the workers that served the request, and the handoff")] = None
     usage: Annotated[
         bool | None, Honoured("report in `usage` which tiers the cached tokens came from; /generate always does")
@@ -332,6 +354,56 @@ class TokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: TemplateOptions = None
     reasoning_effort: Annotated[
         str | None, Honoured("passed to the chat template, and `enable_thinking` derived from it")
+    ] = None
+
+
+class PromptRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
+    """A prompt that is computed and not answered: one of `prompt` and `messages`."""
+
+    prompt: Annotated[str | list[int] | None, Honoured("one text, or its token ids")] = None
+    messages: Annotated[Messages | None, Honoured("see `messages[].*`")] = None
+    add_special_tokens: Annotated[
+        bool | None, Honoured("whether the tokenizer puts its own tokens around the prompt")
+    ] = None
+    add_generation_prompt: AddGenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    chat_template_kwargs: TemplateOptions = None
+    reasoning_effort: Annotated[
+        str | None, Honoured("passed to the chat template, and `enable_thinking` derived from it")
+    ] = None
+    cache_salt: Salt = None
+    session_id: Session = None
+    prompt_cache_key: Session = None
+    priority: Priority = None
+    kvist: Annotated[PlaceOptions | None, Honoured("only `kvist.worker` and `kvist.role`")] = None
+
+
+class ScoreRequest(PromptRequest, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/continuations/score."""
+
+    continuations: Annotated[
+        Continuations,
+        Honoured(
+            "texts, or lists of token ids, that may follow the prompt: at most --max-choices, each of 1 to "
+            f"{MAX_CONTINUATION_TOKENS} tokens"
+        ),
+    ]
+    unconditional: Annotated[
+        bool | None, Honoured("also score each continuation without the prompt, after the model's start token")
+    ] = None
+
+
+class PrefillRequest(PromptRequest, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/prefill."""
+
+    priority: Annotated[
+        int | None,
+        Honoured(
+            "as in requests that generate; absent: the prompt is computed after all other work, under every "
+            "--scheduling-policy"
+        ),
     ] = None
 
 

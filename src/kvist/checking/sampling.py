@@ -126,10 +126,12 @@ def stop_ids(fields: SamplingFields, vocab_size: int, names: FieldNames) -> tupl
     return tuple(dict.fromkeys(asked))
 
 
-def session_digest(session_id: str | int | None, prompt_cache_key: str | int | None, salt: str) -> str:
-    """Return the name of a session for routing; "" without one. Equal names under different salts are different
-    sessions. Raises `RequestError` for a long name."""
-    for name, value in (("session_id", session_id), ("prompt_cache_key", prompt_cache_key)):
+def session_digest(
+    session_id: str | int | None, prompt_cache_key: str | int | None, salt: str, *, header: str = ""
+) -> str:
+    """Return the name of a session for routing; "" without one. `header`: of the request, if the fields name none.
+    Equal names under different salts are different sessions. Raises `RequestError` for a long name."""
+    for name, value in (("session_id", session_id), ("prompt_cache_key", prompt_cache_key), ("X-Session-Id", header)):
         key = "" if value is None else str(value)
         require(
             len(key.encode()) <= MAX_SALT_BYTES, name, f"may have at most {MAX_SALT_BYTES} bytes in UTF-8", len(key)

@@ -39,6 +39,7 @@ from kvist.cluster.stopping import Drain, StopSignals
 from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
 from kvist.output import output_to
+from kvist.prompt_work import prompt_api
 from kvist.request import Role, WorkerId
 from kvist.router import (
     GatewayTokenizer,
@@ -174,7 +175,7 @@ def _serve(
         model_name=gateway.name.served_model_name or checkpoint.name,
         model_path=str(checkpoint.path),
         grammar=gateway.grammar,
-        apis=agent_apis(),
+        apis=(*agent_apis(), prompt_api),
         sampling_defaults=None if tokenizer is None else _sampling_defaults(checkpoint, gateway.text),
         own_role=role,
         own_engine=no_engine if supervisor is None else lambda: supervisor.spec,

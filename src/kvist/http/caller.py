@@ -1,4 +1,4 @@
-"""Identifies the caller of a request: the API key that the request carries, and its connection.
+"""Identifies the caller of a request: the API key that the request carries, its connection, and its session.
 
 `ApiKeys` is built once from the settings; app.py checks every request with it. The caller is stored in the request's
 scope, where `caller_of` reads it when a job is made. The key itself stays in this module.
@@ -20,6 +20,7 @@ from kvist.http.asgi import header
 _SCOPE_KEY = "kvist.caller"
 _ID_BYTES = 16
 _TAG_BYTES = 4
+_SESSION_HEADERS = (b"x-session-id", b"x-smg-routing-key")  # the first of them counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Caller:
     key_id: str | None  # names an accepted API key, the same after every restart; None when no key is required
     connection: str  # the client's HOST:PORT
     weight: int = 1  # of the API key
+    session: str = ""  # that the request's header names; "": none
 
     @property
     def tag(self) -> str:
@@ -65,7 +67,7 @@ class ApiKeys:
                 )
             key_id = known[0]
         weight = self._weights.get(key_id or "", 1)
-        scope[_SCOPE_KEY] = Caller(key_id=key_id, connection=_connection(scope), weight=weight)
+        scope[_SCOPE_KEY] = Caller(key_id=key_id, connection=_connection(scope), weight=weight, session=_session(scope))
 
     def _accepts(self, given_id: str) -> bool:
         found = [hmac.compare_digest(given_id, one) for one in self._ids]  # no early exit: constant time
@@ -94,6 +96,11 @@ def _keys_of(scope: Scope) -> list[bytes]:
 
 def _digest(key: bytes) -> str:
     return blake2b(key, digest_size=_ID_BYTES, person=b"kvist api key").hexdigest()
+
+
+def _session(scope: Scope) -> str:
+    """Return the name of the session in the request's header, as gateways of SGLang and vLLM name it."""
+    return next((value.decode("latin-1") for name in _SESSION_HEADERS if (value := header(scope, name))), "")
 
 
 def _connection(scope: Scope) -> str:

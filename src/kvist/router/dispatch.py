@@ -23,6 +23,7 @@ from kvist.router.calls import FIRST_VERSIONS, Call, Calls
 from kvist.router.config import RouterConfig
 from kvist.router.fleet import EngineEvents
 from kvist.router.open_stream import OpenStream
+from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.route import Router
 from kvist.router.stream import Cancelled, ClusterSnapshot, StreamPart
@@ -93,14 +94,15 @@ class Dispatcher:
             handoffs=dict(counts.num_handoffs),
         )
 
-    async def generate(self, request: EngineRequest, *, session: str = "") -> AsyncGenerator[StreamPart, None]:
+    async def generate(
+        self, request: EngineRequest, placement: Placement = ANYWHERE
+    ) -> AsyncGenerator[StreamPart, None]:
         """Yield the output of the request. Closing or cancelling the iterator aborts the request at every engine.
-        `session`: a name that requests with a common prefix share, as a hint for routing; "": none.
 
         Raises, before the first part: `PromptTooLong`, `Unavailable`, `Overloaded`; at any time: the error that an
         engine reported and that no other worker can avoid, `WorkerLost`, `HandoffFailed`, `PoisonousRequest`,
         `Timeout`."""
-        stream = self._streams.begin(request, self._clock.now_s(), session=session)
+        stream = self._streams.begin(request, self._clock.now_s(), placement)
         try:
             self._carry_out()
             while True:

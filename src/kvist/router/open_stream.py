@@ -16,6 +16,7 @@ from kvist.request import EngineRequest, RequestId
 from kvist.router.failover import Trouble
 from kvist.router.handoff_ways import Way
 from kvist.router.merge import ChunkMerger
+from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.registry import Worker
 from kvist.router.route import Route
 from kvist.router.stream import StreamPart
@@ -63,7 +64,7 @@ class OpenStream:
 
     request: EngineRequest  # with the client's id
     merger: ChunkMerger
-    session: str = ""  # of the client; "": none
+    placement: Placement = ANYWHERE
     attempt: Attempt | None = None  # the newest; None only before the first
     trouble: Trouble = field(default_factory=Trouble)
     stored: StoredPages | None = None  # of its prompt, if an attempt handed it over through the store

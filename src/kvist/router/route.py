@@ -5,7 +5,8 @@ prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+import contextlib
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
@@ -17,6 +18,7 @@ from kvist.request import MAX_SHORT_ANSWER, EngineRequest, Mode, Role, WorkerId,
 from kvist.router.config import NEVER, RouterConfig
 from kvist.router.handoff_ways import HandoffWay
 from kvist.router.pairs import Pairs
+from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.policies import POLICIES
 from kvist.router.policy import FleetView, Prompt, Reason
 from kvist.router.registry import Registry, Worker, WorkerState
@@ -69,24 +71,35 @@ class Candidates:
     def has_route(self, *, single: bool) -> bool:
         return bool(self.unified) or bool(self.prefill and (self.decode or single))
 
-    def _keep(self, keeps: Callable[[Worker], bool]) -> Candidates:
+    def keep(self, keeps: Callable[[Worker], bool]) -> Candidates:
         return Candidates(
             unified=[w for w in self.unified if keeps(w)],
             prefill=[w for w in self.prefill if keeps(w)],
             decode=[w for w in self.decode if keeps(w)],
         )
 
+    def around(self, wanted: Worker, *, single: bool) -> Candidates:
+        """Keep the routes through one worker. `single`: the request runs on one worker alone."""
+        if single or wanted.role is Role.UNIFIED:
+            return self.keep(lambda worker: worker is wanted)
+        return self.keep(lambda worker: worker is wanted or worker.role not in (wanted.role, Role.UNIFIED))
+
+    def of_role(self, role: Role, *, single: bool) -> Candidates:
+        """Keep the workers of a role, and with PREFILL those that it hands over to."""
+        with_decode = role is Role.PREFILL and not single
+        return self.keep(lambda worker: worker.role is role or (with_decode and worker.role is Role.DECODE))
+
     def that_know(self, request: EngineRequest) -> Candidates:
         """Keep the workers that know every field of the request. An older worker would ignore a newer field."""
-        return self._keep(lambda worker: worker.knows(request))
+        return self.keep(lambda worker: worker.knows(request))
 
     def that_fit(self, request: EngineRequest) -> Candidates:
         """Keep the workers that can hold the request; for prefill workers, the prompt and one token."""
         whole, prompt = num_tokens_needed(request, Mode.FULL), num_tokens_needed(request, Mode.PREFILL)
-        return self._keep(lambda worker: worker.holds(prompt if worker.role is Role.PREFILL else whole))
+        return self.keep(lambda worker: worker.holds(prompt if worker.role is Role.PREFILL else whole))
 
     def with_room_for(self, caller: CallerPath) -> Candidates:
-        return self._keep(lambda worker: worker.has_room_for(caller))
+        return self.keep(lambda worker: worker.has_room_for(caller))
 
     def paired_by(self, pairs: Pairs) -> Candidates:
         """Keep the unified workers, and those that can hand a request over to another candidate or take one over."""
@@ -129,6 +142,7 @@ class Router:
         self._policy = POLICIES[config.routing.policy].make(config.routing.policy_options)
         self._digests = PromptDigests()
         self._sessions = Sessions()
+        self._groups = Sessions()
 
     @property
     def num_remembered_chunks(self) -> int:
@@ -143,29 +157,54 @@ class Router:
             and (bool(ready.decode) or any(worker.writes_alone for worker in ready.prefill))
         )
 
-    def remember(self, session: str, route: Route) -> None:
-        """Remember the workers of a session's request, for its next one."""
-        self._sessions.remember(session, route.prefill.worker_id, route.decode.worker_id)
+    def remember(self, placement: Placement, route: Route) -> None:
+        """Remember the workers of a request, for the next one of its session and of its group."""
+        workers = route.prefill.worker_id, route.decode.worker_id
+        self._sessions.remember(placement.session, *workers)
+        self._groups.remember(placement.group, *workers)
 
     def choose(
         self,
         request: EngineRequest,
         excluded: frozenset[Worker] = frozenset(),
         *,
-        session: str = "",
+        placement: Placement = ANYWHERE,
         is_stored: bool = False,
     ) -> Route:
-        """Choose the workers for a request.
+        """Choose the workers for a request: those of its placement, if they can serve it now.
 
-        `session`: see `Sessions`. `is_stored`: the pages of the prompt are in a store, so one worker is enough. Raises
+        `is_stored`: the pages of the prompt are in a store, so one worker is enough. Raises
         `PromptTooLong` if no route can hold the request, `Unavailable` naming the missing role, the difference between
         the workers of every pair, or the lost worker that could hold the request, `Overloaded` if the queues of all
         suitable workers are full."""
-        look = _LookUp(request, self._sessions.last(session))
+        look = _LookUp(request, self._sessions.last(placement.session))
         ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
-        single = look.single
+        if placement.is_bound:
+            for wanted, may_be_alone in self._wanted(ready, placement, single=look.single):
+                with contextlib.suppress(KvistError):
+                    return self._choose(look, wanted, may_be_alone, is_stored=is_stored)
+        return self._choose(look, ready, lambda _: True, is_stored=is_stored)
+
+    def _wanted(
+        self, ready: Candidates, placement: Placement, *, single: bool
+    ) -> Iterator[tuple[Candidates, Callable[[Worker], bool]]]:
+        """Yield the candidates that a placement asks for, the most wanted first, and which of them may serve the whole
+        request."""
+        last, role = self._groups.last(placement.group), placement.role
+        if last:
+            yield ready.keep(lambda worker: worker.worker_id in last), lambda _: True
+        wanted = next((w for w in ready.all() if placement.worker in (w.url, w.worker_id)), None)
+        if placement.worker and wanted is not None:
+            yield ready.around(wanted, single=single), lambda worker: worker is wanted
+        if role is not None:
+            yield ready.of_role(role, single=single), lambda worker: worker.role is role
+
+    def _choose(
+        self, look: _LookUp, ready: Candidates, may_be_alone: Callable[[Worker], bool], *, is_stored: bool
+    ) -> Route:
+        request, single = look.request, look.single
         known = ready.that_know(request)
-        alone = self._alone(request, known)
+        alone = [worker for worker in self._alone(request, known) if may_be_alone(worker)]
         if is_stored and (writers := [each for each in alone if each.role is not Role.PREFILL]):
             return self._choose_path(look, Candidates.only(writers))
         if not ready.has_route(single=single):

@@ -44,6 +44,7 @@ from kvist.router.failover import Trouble, error_after_wait, final_error, may_wa
 from kvist.router.handoff_ways import Way, WayCause
 from kvist.router.merge import ChunkMerger
 from kvist.router.open_stream import Attempt, OpenStream
+from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.policy import Reason
 from kvist.router.registry import Worker, WorkerState
 from kvist.router.route import Route, Router
@@ -111,11 +112,11 @@ class Streams:
 
     # ---------------------------------------------------------------- events of readers
 
-    def begin(self, request: EngineRequest, now_s: float, *, session: str = "") -> OpenStream:
+    def begin(self, request: EngineRequest, now_s: float, placement: Placement = ANYWHERE) -> OpenStream:
         """Open a stream. Raises `PromptTooLong`, `Unavailable`, `Overloaded`."""
-        route = self._router.choose(request, session=session)
+        route = self._router.choose(request, placement=placement)
         merger = ChunkMerger(request.request_id, len(request.output_token_ids))
-        stream = OpenStream(request=request, merger=merger, session=session)
+        stream = OpenStream(request=request, merger=merger, placement=placement)
         self._deadlines.set(_Due.TIMEOUT, stream, now_s)
         self._launch(stream, request, route)
         return stream
@@ -259,7 +260,7 @@ class Streams:
         )
         counts, self._attempts[request_id] = self.counts, attempt
         counts.num_routes[route.reason] += 1
-        self._router.remember(stream.session, route)
+        self._router.remember(stream.placement, route)
         sent = msgspec.structs.replace(request, request_id=request_id)
         if route.handoff is not None and route.handoff.way is not None:
             counts.num_handoffs[route.handoff.way, route.handoff.cause] += 1
@@ -348,7 +349,7 @@ class Streams:
         excluded = trouble.avoided or [frozenset()]
         for each in [*excluded, frozenset[Worker]()] if again and trouble.avoided else excluded:
             try:
-                route = self._router.choose(request, each, session=stream.session, is_stored=is_stored)
+                route = self._router.choose(request, each, placement=stream.placement, is_stored=is_stored)
             except KvistError as problem:
                 reason = problem
                 continue

@@ -84,7 +84,8 @@ class ActiveRequest:
     mode: ClassVar[Mode] = Mode.FULL
 
     number: int  # in order of arrival: the request with the greatest number is the youngest
-    priority: int = 0  # a lower value is served first; 0 for all requests with the scheduling policy "fcfs"
+    # A lower value is served first. With the scheduling policy "fcfs" 0, and more for requests in the background.
+    priority: int = 0
     request: EngineRequest
     arrived_s: float
     eos_token_ids: InitVar[tuple[int, ...]]
@@ -197,6 +198,10 @@ class ActiveRequest:
         if self.awaits_handoff:
             return len(self.token_ids)
         return self.next_scored - 1 if self.scores_prompt else len(self.token_ids) - 1
+
+    def num_kept_tokens(self, end: int) -> int:
+        """Return how many of the tokens [0, end) stay cached: those that no other request will have do not."""
+        return min(end, self.request.num_shared_tokens or end)
 
     @property
     def scores_prompt(self) -> bool:

@@ -14,7 +14,7 @@ from kvist.errors import Unavailable
 from kvist.fairness import CallerPath
 from kvist.fit import limit_text, num_tokens_needed
 from kvist.kv.cache import PageCache
-from kvist.request import PRIORITY, EngineRequest, Mode, Role, SamplingParams
+from kvist.request import BACKGROUND_PRIORITY, PRIORITY, EngineRequest, Mode, Role, SamplingParams
 from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest, RequestState, StoringRequest
 from kvist.scheduler.config import SchedulerConfig
 from kvist.wire import Submit
@@ -85,9 +85,10 @@ def make_request(
     event: Submit, config: SchedulerConfig, *, number: int, now_s: float, needs_known_token: bool
 ) -> ActiveRequest | Refusal:
     """Return the request, in the class of its mode, or the refusal of a message that lacks a field of that mode."""
+    priority = event.request.priority if config.scheduling_policy == PRIORITY else 0
     common = _CommonFields(
         number=number,
-        priority=event.request.priority if config.scheduling_policy == PRIORITY else 0,
+        priority=BACKGROUND_PRIORITY if event.request.background else priority,
         request=event.request,
         arrived_s=now_s,
         eos_token_ids=config.eos_token_ids,

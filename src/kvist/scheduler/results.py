@@ -125,7 +125,7 @@ class Results:
             token_ids = request.token_ids
             request.num_computed = end = len(token_ids)
             if not end % page_size:
-                self._cache.insert(request.lease, token_ids, end)
+                self._cache.insert(request.lease, token_ids, request.num_kept_tokens(end))
             position = end - request.num_prompt
             if (
                 position
@@ -141,7 +141,7 @@ class Results:
 
     def _apply_chunk(self, request: ActiveRequest, end: int, tokens: Sequence[SampledToken]) -> None:
         request.num_computed = end
-        self._cache.insert(request.lease, request.token_ids, end)
+        self._cache.insert(request.lease, request.token_ids, request.num_kept_tokens(end))
         is_whole = end == len(request.token_ids)
         if isinstance(request, PrefillRequest):
             if is_whole:

@@ -2,7 +2,8 @@
 
 When many requests with one long prefix arrive at once, the first one computes the prefix. The others wait without pages
 (AWAITING_PAGES) until those pages are in the tree, and then match them. A request waits only if this saves enough
-tokens: a wait costs up to one step.
+tokens: a wait costs up to one step. Of requests that say that they share tokens (`EngineRequest.num_shared_tokens`),
+all but the first wait where this saves one page.
 
 Every wait ends: the leader (the request that computes) has pages, never waits for its followers, and is computed in
 steps until it has computed the shared pages, is preempted or ends. A request that may take part in the next step never
@@ -50,7 +51,7 @@ class SharedPrefixes:
                 continue
             num_found = lease.pin.num_pages * self._page_size
             num_shared = self._num_shared(leader, request, num_found)
-            if num_shared - num_found >= self._least_tokens:
+            if num_shared - num_found >= self._least_saving(request):
                 self._waits.setdefault(leader, []).append(_Wait(follower=request, num_tokens=num_shared))
                 return True
         return False
@@ -72,7 +73,10 @@ class SharedPrefixes:
 
     def _has_shareable(self, request: ActiveRequest) -> bool:
         num_left = len(request.token_ids) - request.num_computed
-        return request.state is RequestState.RUNNING and num_left >= self._least_tokens
+        return request.state is RequestState.RUNNING and num_left >= self._least_saving(request)
+
+    def _least_saving(self, request: ActiveRequest) -> int:
+        return self._page_size if request.request.num_shared_tokens else self._least_tokens
 
     def _num_shared(self, leader: ActiveRequest, request: ActiveRequest, start: int) -> int:
         """Return the end of the whole pages that are equal in both requests; `start`: the end of known ones."""

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from starlette.types import Receive, Scope
 
-from kvist.api.schemas import ChatMessage, ChatRequest, TokenizeRequest
+from kvist.api.schemas import ChatMessage, ChatRequest, PromptRequest, TokenizeRequest
 from kvist.clock import Clock
 from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
 from kvist.fit import Limit, limit_text
@@ -33,7 +33,7 @@ from kvist.wire import EngineHealth, EngineSpec
 
 T = TypeVar("T")
 
-_MAX_CHARS_PER_TOKEN = 256  # no supported vocabulary has longer tokens; a far too long text is refused untokenised
+MAX_CHARS_PER_TOKEN = 256  # no supported vocabulary has longer tokens; a far too long text is refused untokenised
 _MAX_TOKENS_SHOWN = 1 << 18  # a model with a larger context raises this limit
 _MAX_JOB_TOKENS = 1 << 20  # prompt tokens that one request may send to engines, counted once for each answer
 _TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt", "tools"})
@@ -188,7 +188,7 @@ class GatewayContext:
 
     def _encode_up_to(self, text: str, max_tokens: int, add_special_tokens: bool, salt: str | None) -> list[int] | None:
         """Tokenise a text; with None as `salt`, nothing of it is looked up or remembered."""
-        if len(text) > max_tokens * _MAX_CHARS_PER_TOKEN:
+        if len(text) > max_tokens * MAX_CHARS_PER_TOKEN:
             return None
         tokenizer = self.require_tokenizer()
         if salt is None or self.encoder is None:
@@ -200,7 +200,10 @@ class GatewayContext:
         _check_job_tokens(num_tokens, self.limit(), param)
 
     def chat_prompt(
-        self, messages: Sequence[ChatMessage], request: ChatRequest | TokenizeRequest, tools: OfferedTools
+        self,
+        messages: Sequence[ChatMessage],
+        request: ChatRequest | TokenizeRequest | PromptRequest,
+        tools: OfferedTools,
     ) -> str:
         """Render the messages and tools with the model's chat template and the template fields of the request. Raises
         `RequestError` that names the faulty message, and `PromptTooLong`."""
@@ -217,7 +220,7 @@ class GatewayContext:
         if not messages:
             raise RequestError("`messages` is empty", param="messages")
         limit = self.limit()
-        max_chars = limit.most * _MAX_CHARS_PER_TOKEN
+        max_chars = limit.most * MAX_CHARS_PER_TOKEN
         num_chars = sum(map(_num_chars, messages))
         if num_chars > max_chars:
             raise PromptTooLong(
@@ -250,7 +253,7 @@ def _check_job_tokens(num_tokens: int, limit: Limit, param: str) -> None:
         )
 
 
-def _template_options(request: ChatRequest | TokenizeRequest) -> dict[str, object]:
+def _template_options(request: ChatRequest | TokenizeRequest | PromptRequest) -> dict[str, object]:
     """Return the extra variables for the chat template."""
     effort = request.reasoning_effort
     options: dict[str, object] = (

@@ -18,6 +18,7 @@ from kvist.errors import EngineError, RequestError
 from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.handoff_ways import HandoffWay
+from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
 from kvist.wire import AnswerT, Command, EngineSpec, HandoffReport, StoredPages, TokenChunk
@@ -29,9 +30,8 @@ _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and the 
 class EngineClient(Protocol):
     """The interface between the server and the router (implemented by router/dispatch.py)."""
 
-    def generate(self, request: EngineRequest, *, session: str = "") -> AsyncGenerator[StreamPart, None]:
-        """Stream the tokens of one request. Raises `KvistError`. `aclose()` aborts the request at every engine.
-        `session`: a name that requests with a common prefix share, as a hint for routing; "": none."""
+    def generate(self, request: EngineRequest, placement: Placement = ANYWHERE) -> AsyncGenerator[StreamPart, None]:
+        """Stream the tokens of one request. Raises `KvistError`. `aclose()` aborts the request at every engine."""
 
     def ready(self) -> bool:
         """Return whether a token can be generated now."""
@@ -70,7 +70,7 @@ class ChoiceState:
         index: int,
         repeats_prompt: bool,
         tokenizer: Tokenizer,
-        session: str = "",
+        placement: Placement = ANYWHERE,
         stops: Sequence[str] = (),
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
@@ -81,7 +81,7 @@ class ChoiceState:
         logprobs in `logprobs`, top logprobs included; 0 keeps none. `shown_special`: special tokens that the text has
         in any case."""
         self.request = request
-        self.session = session
+        self.placement = placement
         self.index = index
         self.repeats_prompt = repeats_prompt  # another choice already counts this prompt in `usage`
         marks = special_token_marks(stops, tokenizer.special_token_pattern) if skip_special_tokens else {}
@@ -277,7 +277,7 @@ async def _run(
     dispatcher: EngineClient, choice: ChoiceState, metrics: GatewayMetrics, clock: Clock
 ) -> AsyncGenerator[Delta, None]:
     start_s = clock.now_s()
-    async with contextlib.aclosing(dispatcher.generate(choice.request, session=choice.session)) as parts:
+    async with contextlib.aclosing(dispatcher.generate(choice.request, choice.placement)) as parts:
         async for part in parts:
             delta = choice.absorb(part)
             now_s = clock.now_s()
@@ -288,7 +288,8 @@ async def _run(
                     metrics.second_token_s.observe(choice.second_token_gap_s)
             else:
                 choice.first_token_s = now_s
-                metrics.time_to_first_token_s.observe(now_s - start_s)
+                if choice.request.sampling.max_tokens:
+                    metrics.time_to_first_token_s.observe(now_s - start_s)
             choice.last_token_s = now_s
             metrics.num_generation_tokens += len(delta.token_ids)
             if delta.finished:

@@ -10,11 +10,11 @@ from starlette.types import Receive, Scope, Send
 
 from kvist.http.asgi import cancel_on_disconnect
 from kvist.http.caller import Caller, caller_of
-from kvist.http.traffic import TokenCounts, exchange_of
+from kvist.http.traffic import exchange_of
 from kvist.server.constraints import compile_constraint
 from kvist.server.gateway import GatewayContext
 from kvist.server.middleware import Endpoint
-from kvist.server.respond import Job, respond
+from kvist.server.respond import Job, counted, respond
 
 
 def generation_endpoint(gateway: GatewayContext, make_job: Callable[[GatewayContext, Caller, bytes], Job]) -> Endpoint:
@@ -36,7 +36,7 @@ async def run_job(gateway: GatewayContext, job: Job, scope: Scope, receive: Rece
         with gateway.lifecycle.open_request():
             await respond(gateway, job, receive, send)
     finally:
-        exchange_of(scope).tokens = _counted(job)
+        exchange_of(scope).tokens = counted(job.choices)
 
 
 async def with_constraint(gateway: GatewayContext, job: Job) -> Job:
@@ -44,13 +44,3 @@ async def with_constraint(gateway: GatewayContext, job: Job) -> Job:
     if job.constraint is None:
         return job
     return replace(job, headers=[*job.headers, *await compile_constraint(gateway, job.constraint)])
-
-
-def _counted(job: Job) -> TokenCounts:
-    first = [choice for choice in job.choices if not choice.repeats_prompt]
-    return TokenCounts(
-        num_prompt=sum(choice.request.num_prompt_tokens for choice in first),
-        num_output=sum(len(choice.token_ids) for choice in job.choices),
-        num_cached=sum(choice.num_cached_tokens for choice in first),
-        is_complete=all(choice.finish_reason is not None for choice in job.choices),
-    )

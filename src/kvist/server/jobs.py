@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kvist.api.decoding import IGNORED
 from kvist.api.schemas import SamplingFields
 from kvist.checking.constraints import RequestedConstraint
 from kvist.checking.requested_logprobs import MAX_KEPT_LOGPROBS, RequestedLogprobs
@@ -16,20 +15,17 @@ from kvist.checking.sampling import (
     MAX_SEED,
     FieldNames,
     num_choices,
-    require,
-    salt_digest,
     sampling_params,
-    session_digest,
     stop_ids,
     stop_strings,
 )
 from kvist.checking.shaping import shaping
 from kvist.errors import RequestError
-from kvist.http.asgi import Headers
 from kvist.http.caller import Caller
-from kvist.request import MAX_PRIORITY, EngineRequest, RequestId, SamplingParams
+from kvist.request import EngineRequest, RequestId, SamplingParams
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
+from kvist.server.routing_fields import Routing
 from kvist.text import SamplingDefaults
 
 
@@ -47,10 +43,7 @@ class JobSpec:
     fields: SamplingFields
     names: FieldNames
     seed: int | None  # of the first answer to each prompt; each further answer has the next seed. None: drawn at random
-    cache_salt: str | None
-    session_id: str | int | None
-    prompt_cache_key: str | int | None
-    priority: int
+    routing: Routing
     min_tokens: int | None
     logprobs: RequestedLogprobs
     constraint: RequestedConstraint | None = None
@@ -65,19 +58,6 @@ def new_job_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def checked_priority(gateway: GatewayContext, priority: int | None, headers: Headers) -> tuple[int, Headers]:
-    """Return the priority, 0 by default, and the headers. They name the field if it has no effect at the workers.
-    Raises `RequestError` for a priority out of range."""
-    if not priority:
-        return 0, headers
-    require(abs(priority) <= MAX_PRIORITY, "priority", f"must be from -{MAX_PRIORITY} to {MAX_PRIORITY}", priority)
-    if gateway.honours_priority():
-        return priority, headers
-    names = [value for name, value in headers if name == IGNORED]
-    others = [each for each in headers if each[0] != IGNORED]
-    return 0, [*others, (IGNORED, b", ".join([*names, b"priority"]))]
-
-
 def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
     """Return the choices in the order of OpenAI's `index`: all answers to the first prompt, then to the second.
     Raises `RequestError` for an invalid field."""
@@ -85,8 +65,6 @@ def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
     num_repeats = num_choices(spec.fields.n, len(spec.prompts), gateway.config.max_choices, names)
     gateway.check_job_tokens(num_repeats * sum(len(prompt.token_ids) for prompt in spec.prompts), names.inside + "n")
     tokenizer, stops = gateway.require_tokenizer(), stop_strings(spec.fields.stop, names)
-    salt = salt_digest(spec.cache_salt, gateway.tenant(spec.caller))
-    session = session_digest(spec.session_id, spec.prompt_cache_key, salt)
     max_kept_logprobs = _max_kept_logprobs(spec, num_repeats)
     first_seed = gateway.draw_seed() if spec.seed is None else spec.seed
     choices: list[ChoiceState] = []
@@ -97,13 +75,13 @@ def make_choices(gateway: GatewayContext, spec: JobSpec) -> list[ChoiceState]:
                 request_id=RequestId(f"{spec.job_id}-{index}"),
                 prompt_token_ids=prompt.token_ids,
                 sampling=msgspec.structs.replace(sampling, seed=(first_seed + repeat) % MAX_SEED),
-                cache_salt=salt,
-                priority=spec.priority,
+                cache_salt=spec.routing.salt,
+                priority=spec.routing.priority,
                 client=spec.caller.tag,
             )
             choice = ChoiceState(
                 request,
-                session=session,
+                placement=spec.routing.placement,
                 index=index,
                 repeats_prompt=repeat > 0,
                 tokenizer=tokenizer,

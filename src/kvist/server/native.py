@@ -17,7 +17,6 @@ from kvist.checking.sampling import (
     check_token_ids,
     num_choices,
     output_limit,
-    salt_digest,
     shows_stop,
     token_lists,
 )
@@ -29,10 +28,11 @@ from kvist.request import TokenLogprobs
 from kvist.server.config import StreamForm
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta
-from kvist.server.jobs import JobSpec, TokenizedPrompt, checked_priority, make_choices, new_job_id
+from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.logprobs import LogprobEntries
 from kvist.server.reporting import report
 from kvist.server.respond import Job
+from kvist.server.routing_fields import checked_routing
 from kvist.text import SamplingDefaults, Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128  # SGLang's
@@ -47,11 +47,10 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     request, headers = _NATIVE.decode(body)
     gateway.check_model(request.model)
     fields = request.sampling_params or NativeSampling()
-    salt = salt_digest(request.cache_salt, gateway.tenant(caller))
-    token_lists, batched, param = _prompts(gateway, request, fields, salt)
+    routing, headers = checked_routing(gateway, caller, request, headers)
+    token_lists, batched, param = _prompts(gateway, request, fields, routing.salt)
     limit = gateway.limit()
     prompts = [_limited(limit, fields, token_ids, param) for token_ids in token_lists]
-    priority, headers = checked_priority(gateway, request.priority, headers)
     constraint = requested_constraint(fields, _WHERE)
     spec = JobSpec(
         caller=caller,
@@ -60,10 +59,7 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
         fields=fields,
         names=_names(param),
         seed=check_seed(fields.sampling_seed, _WHERE + "sampling_seed"),
-        cache_salt=request.cache_salt,
-        session_id=request.session_id,
-        prompt_cache_key=request.prompt_cache_key,
-        priority=priority,
+        routing=routing,
         min_tokens=fields.min_new_tokens,
         keeps_logprobs=not request.stream or gateway.config.stream_form is not StreamForm.INCREMENTAL,
         constraint=constraint,

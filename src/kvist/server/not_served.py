@@ -10,6 +10,7 @@ from kvist.errors import RequestError
 
 _CHAT = "use /v1/chat/completions"
 _TEXT_ONLY = "only text is generated; use /v1/chat/completions or /v1/completions"
+_SCORES = "texts are not compared with each other; /v1/continuations/score gives the logprobs of continuations"
 _ONE_MODEL = "adapters and weights cannot change while the server runs; restart it with another --model-path"
 _RUNNING = "a server cannot be paused or put to sleep; stop it and start it again"
 
@@ -29,8 +30,8 @@ NOT_SERVED: Mapping[str, str] = {
     "/v1/rerank": _TEXT_ONLY,
     "/v2/rerank": _TEXT_ONLY,
     "/rerank": _TEXT_ONLY,
-    "/v1/score": _TEXT_ONLY,
-    "/score": _TEXT_ONLY,
+    "/v1/score": _SCORES,
+    "/score": _SCORES,
     "/pooling": _TEXT_ONLY,
     "/classify": _TEXT_ONLY,
     "/encode": _TEXT_ONLY,

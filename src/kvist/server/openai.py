@@ -15,7 +15,6 @@ from kvist.checking.sampling import (
     check_token_ids,
     num_choices,
     output_limit,
-    salt_digest,
     shows_stop,
     token_lists,
 )
@@ -26,9 +25,10 @@ from kvist.http.caller import Caller
 from kvist.server.answer_parts import AnswerParsing
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
-from kvist.server.jobs import JobSpec, TokenizedPrompt, checked_priority, make_choices, new_job_id
+from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.openai_format import AnswerFields, ChatFormat, CompletionFormat, Envelope
 from kvist.server.respond import Job
+from kvist.server.routing_fields import Routing, checked_routing
 from kvist.server.tools import offered_tools
 from kvist.text import Tokenizer
 
@@ -79,13 +79,14 @@ def chat_run(
     text = gateway.chat_prompt(request.messages, request, tools)
     parsing = AnswerParsing.of(request, tools, tokenizer, text)
     constraint = requested_constraint(request, "")
-    salt = salt_digest(request.cache_salt, gateway.tenant(caller))
-    prompt_ids = gateway.encode(text, add_special_tokens=bool(request.add_special_tokens), param="messages", salt=salt)
+    routing, headers = checked_routing(gateway, caller, request, headers)
+    prompt_ids = gateway.encode(
+        text, add_special_tokens=bool(request.add_special_tokens), param="messages", salt=routing.salt
+    )
     default = gateway.sampling_defaults.max_new_tokens
     prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default, fits_context=fits_context)]
-    priority, headers = checked_priority(gateway, request.priority, headers)
     shown = parsing.formats.special_among(tokenizer.special_tokens) if parsing is not None else ()
-    choices = _choices(gateway, request, caller, prompts, job_id, logprobs, priority, constraint, shown)
+    choices = _choices(gateway, request, caller, prompts, job_id, logprobs, routing, constraint, shown)
     return ChatRun(job_id=job_id, choices=choices, parsing=parsing, constraint=constraint, headers=headers)
 
 
@@ -96,12 +97,11 @@ def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     gateway.check_model(request.model)
     logprobs = of_completion(request, gateway.vocab_size())
     constraint = requested_constraint(request, "")
-    salt = salt_digest(request.cache_salt, gateway.tenant(caller))
-    prompt_ids, limit = _prompt_token_ids(gateway, request, salt), gateway.limit()
+    routing, headers = checked_routing(gateway, caller, request, headers)
+    prompt_ids, limit = _prompt_token_ids(gateway, request, routing.salt), gateway.limit()
     prompts = [_prompt(limit, request, token_ids, default=_DEFAULT_COMPLETION_TOKENS) for token_ids in prompt_ids]
     job_id = new_job_id("cmpl")
-    priority, headers = checked_priority(gateway, request.priority, headers)
-    choices = _choices(gateway, request, caller, prompts, job_id, logprobs, priority, constraint)
+    choices = _choices(gateway, request, caller, prompts, job_id, logprobs, routing, constraint)
     envelope = Envelope.of(gateway, request, job_id, "text_completion")
     fields = _answer_fields(request, logprobs=request.logprobs is not None)
     form = CompletionFormat(envelope, tokenizer, fields, echoes=_echoes(request, tokenizer, choices))
@@ -183,7 +183,7 @@ def _choices(
     prompts: list[TokenizedPrompt],
     job_id: str,
     logprobs: RequestedLogprobs,
-    priority: int,
+    routing: Routing,
     constraint: RequestedConstraint | None,
     shown_special: Collection[str] = (),
 ) -> list[ChoiceState]:
@@ -197,10 +197,7 @@ def _choices(
         fields=request,
         names=FieldNames(prompt="messages" if isinstance(request, ChatRequest) else "prompt"),
         seed=check_seed(request.seed),
-        cache_salt=request.cache_salt,
-        session_id=request.session_id,
-        prompt_cache_key=request.prompt_cache_key,
-        priority=priority,
+        routing=routing,
         min_tokens=request.min_tokens,
         logprobs=logprobs,
         constraint=constraint,

@@ -12,14 +12,13 @@ from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import RoleRequest
 from kvist.errors import Forbidden, RequestError, error_from_wire
 from kvist.http.asgi import send_json
-from kvist.request import Role
 from kvist.server.config import ServerConfig
 from kvist.server.gateway import GatewayContext
+from kvist.server.routing_fields import ROLES
 from kvist.server.web_pages import is_local
 from kvist.wire import RoleAnswer, SetRole
 
 _ROLE = BodyDecoder(RoleRequest)
-_ROLES = {role.value: role for role in Role}
 
 
 def sender_of(scope: Scope) -> str:
@@ -48,7 +47,7 @@ class Operations:
         """Switch a worker to another role, at once; its open requests end as they are."""
         require_operator(self._gateway.config, scope)
         request, headers = await self._gateway.prepare(scope, receive, _ROLE.decode)
-        role = _ROLES.get(request.role)
+        role = ROLES.get(request.role)
         if role is None:
             raise RequestError(f"`role` is {request.role!r}; use prefill, decode or unified", param="role")
         answer = await self._gateway.dispatcher.ask_worker(request.worker, SetRole(call_id="", role=role), RoleAnswer)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from starlette.types import Receive, Send
+from starlette.types import Receive, Scope, Send
 
 from kvist.checking.constraints import RequestedConstraint
 from kvist.errors import EngineError, KvistError, Timeout
 from kvist.fairness import CallerPath, caller_path
 from kvist.http.asgi import JSON_TYPE, ClientDisconnected, Headers, cancel_on_disconnect, send_bytes
+from kvist.http.traffic import TokenCounts, exchange_of
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta, run_choices
 
@@ -78,18 +79,53 @@ async def respond(gateway: GatewayContext, job: Job, receive: Receive, send: Sen
         raise
 
 
-async def _whole(gateway: GatewayContext, job: Job, send: Send) -> None:
+async def compute(gateway: GatewayContext, choices: Sequence[ChoiceState], scope: Scope, receive: Receive) -> None:
+    """Run choices to their ends, for an endpoint that then writes its own response. Raises `KvistError`."""
     try:
-        async with _time_limit(gateway), _running(gateway, job) as deltas:
+        with (
+            gateway.lifecycle.open_request(),
+            gateway.admission.reserve(caller_path(choices[0].request.client), len(choices)),
+        ):
+            async with cancel_on_disconnect(receive):
+                await _run_all(gateway, choices)
+    except ClientDisconnected:
+        gateway.metrics.num_disconnected += 1
+        raise
+    finally:
+        exchange_of(scope).tokens = counted(choices)
+
+
+async def written(gateway: GatewayContext, choices: Sequence[ChoiceState], write: Callable[[], bytes]) -> bytes:
+    """Return the body that `write` makes of the choices, on a thread if it is long."""
+    if sum(map(_size, choices)) <= _INLINE_SIZE:
+        return write()
+    return await gateway.work.run_admitted(caller_path(choices[0].request.client), write)
+
+
+def counted(choices: Sequence[ChoiceState]) -> TokenCounts:
+    """Return the tokens of a job, for the log of requests."""
+    first = [choice for choice in choices if not choice.repeats_prompt]
+    return TokenCounts(
+        num_prompt=sum(choice.request.num_prompt_tokens for choice in first),
+        num_output=sum(len(choice.token_ids) for choice in choices),
+        num_cached=sum(choice.num_cached_tokens for choice in first),
+        is_complete=all(choice.finish_reason is not None for choice in choices),
+    )
+
+
+async def _run_all(gateway: GatewayContext, choices: Sequence[ChoiceState]) -> None:
+    try:
+        async with _time_limit(gateway), _running(gateway, choices) as deltas:
             async for _ in deltas:
                 pass
     except KvistError as error:
         gateway.metrics.num_failed[error.code] += 1
         raise
-    if sum(map(_size, job.choices)) <= _INLINE_SIZE:
-        body = job.format.whole(job.choices)
-    else:
-        body = await gateway.work.run_admitted(job.caller, partial(job.format.whole, job.choices))
+
+
+async def _whole(gateway: GatewayContext, job: Job, send: Send) -> None:
+    await _run_all(gateway, job.choices)
+    body = await written(gateway, job.choices, partial(job.format.whole, job.choices))
     await send_bytes(send, body, headers=[JSON_TYPE, *job.headers])
 
 
@@ -97,7 +133,7 @@ async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
     started = False
     logprobs_per_token = job.choices[0].num_logprobs_per_token
     try:
-        async with _time_limit(gateway), _running(gateway, job) as deltas:
+        async with _time_limit(gateway), _running(gateway, job.choices) as deltas:
             async for choice, delta in deltas:
                 num_scored = len(delta.logprobs) + len(delta.prompt_logprobs)
                 size = _size(choice) if delta.finished else num_scored * logprobs_per_token
@@ -131,8 +167,10 @@ def _size(choice: ChoiceState) -> int:
     return len(choice.token_ids) + choice.num_logprobs + num_prompt_logprobs
 
 
-def _running(gateway: GatewayContext, job: Job) -> contextlib.aclosing[AsyncGenerator[tuple[ChoiceState, Delta], None]]:
-    return contextlib.aclosing(run_choices(gateway.dispatcher, job.choices, gateway.metrics, gateway.clock))
+def _running(
+    gateway: GatewayContext, choices: Sequence[ChoiceState]
+) -> contextlib.aclosing[AsyncGenerator[tuple[ChoiceState, Delta], None]]:
+    return contextlib.aclosing(run_choices(gateway.dispatcher, choices, gateway.metrics, gateway.clock))
 
 
 @contextlib.asynccontextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kvist.api.schemas import ChatMessage, ChatRequest, TokenizeRequest, Tool, ToolCall
+from kvist.api.schemas import ChatMessage, ChatRequest, PromptRequest, TokenizeRequest, Tool, ToolCall
 from kvist.errors import RequestError, UnsupportedField
 from kvist.text import Tokenizer
 from kvist.text.chat import CallArguments
@@ -24,7 +24,7 @@ class OfferedTools:
     parameters: Mapping[str, object] = field(default_factory=dict)  # JSON Schemas, by name of the function
 
 
-def offered_tools(request: ChatRequest | TokenizeRequest, tokenizer: Tokenizer) -> OfferedTools:
+def offered_tools(request: ChatRequest | TokenizeRequest | PromptRequest, tokenizer: Tokenizer) -> OfferedTools:
     """Raises `RequestError` for a faulty tool, and for a model whose calls cannot be recognised."""
     choice = request.tool_choice
     if choice not in (None, "none", "auto"):

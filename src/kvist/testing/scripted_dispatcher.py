@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, field
 
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
+from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.policy import Reason
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.testing.specs import make_spec
@@ -103,15 +104,17 @@ class ScriptedDispatcher:
     storage_answers: Mapping[WorkerId, Answer] = field(default_factory=dict)
     # the calls so far
     requests: list[EngineRequest] = field(default_factory=list)
-    sessions: list[str] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
     num_open: int = 0
     num_closed_early: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # set when a stream ends
 
-    async def generate(self, request: EngineRequest, *, session: str = "") -> AsyncGenerator[StreamPart, None]:
+    async def generate(
+        self, request: EngineRequest, placement: Placement = ANYWHERE
+    ) -> AsyncGenerator[StreamPart, None]:
         self.requests.append(request)
-        self.sessions.append(session)
+        self.placements.append(placement)
         self.num_open += 1
         complete = False
         try:

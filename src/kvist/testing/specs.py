@@ -183,6 +183,8 @@ class RequestFields(SamplingFields, total=False):
     cache_salt: str
     priority: int
     client: str
+    background: bool
+    num_shared_tokens: int
 
 
 _SAMPLING = SamplingParams(max_tokens=4)

@@ -1,0 +1,66 @@
+"""POST /v1/prefill: computes a prompt without an answer, so that the prompts that begin with it find its pages cached.
+
+Without a `priority` the prompt is computed after all other work of its worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from starlette.types import Receive, Scope, Send
+
+from kvist.api.decoding import BodyDecoder
+from kvist.api.schemas import PrefillRequest
+from kvist.clock import unix_time_s
+from kvist.http.asgi import Headers, send_json
+from kvist.http.caller import Caller, caller_of
+from kvist.prompt_work.prompts import computed_and_cached, prompt_choice, prompt_token_ids, usage
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState
+from kvist.server.jobs import new_job_id
+from kvist.server.respond import compute
+from kvist.server.routing_fields import checked_routing
+
+_PREFILL = BodyDecoder(PrefillRequest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    job_id: str
+    choice: ChoiceState
+    headers: Headers
+
+
+class Prefill:
+    """`prefill` is the endpoint, raw ASGI."""
+
+    def __init__(self, gateway: GatewayContext) -> None:
+        self._gateway = gateway
+
+    async def prefill(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway = self._gateway
+        gateway.lifecycle.check()
+        work = await gateway.prepare(scope, receive, partial(self._work, caller_of(scope)))
+        await compute(gateway, [work.choice], scope, receive)
+        num_tokens = work.choice.request.num_prompt_tokens
+        answer = {
+            "id": work.job_id,
+            "object": "prefill",
+            "created": unix_time_s(),
+            "model": gateway.model_name,
+            **computed_and_cached([work.choice]),
+            "usage": usage(num_tokens, [work.choice]),
+        }
+        await send_json(send, answer, headers=work.headers)
+
+    def _work(self, caller: Caller, body: bytes) -> _Work:
+        gateway = self._gateway
+        gateway.require_tokenizer()
+        request, headers = _PREFILL.decode(body)
+        gateway.check_model(request.model)
+        routing, headers = checked_routing(gateway, caller, request, headers)
+        routing = replace(routing, background=request.priority is None)
+        token_ids, job_id = prompt_token_ids(gateway, request, routing.salt), new_job_id("prefill")
+        choice = prompt_choice(gateway, caller, routing, token_ids, request_id=f"{job_id}-0")
+        return _Work(job_id=job_id, choice=choice, headers=headers)

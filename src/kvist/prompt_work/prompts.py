@@ -1,0 +1,89 @@
+"""Reads the prompt of a request that is not answered, and makes engine requests without output tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kvist.api.schemas import PromptRequest
+from kvist.checking.sampling import check_token_ids, output_limit
+from kvist.errors import RequestError
+from kvist.http.caller import Caller
+from kvist.request import EngineRequest, RequestId, SamplingParams
+from kvist.router.placement import Placement
+from kvist.server.gateway import GatewayContext
+from kvist.server.generation import ChoiceState
+from kvist.server.routing_fields import Routing
+from kvist.server.tools import offered_tools
+
+PROMPT_ALONE = SamplingParams(max_tokens=0, temperature=0.0)
+
+
+def prompt_token_ids(gateway: GatewayContext, request: PromptRequest, salt: str) -> list[int]:
+    """Return the token ids of `prompt` or of `messages`. Raises `RequestError` and `PromptTooLong`."""
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("set exactly one of `prompt` and `messages`", param="prompt")
+    param = "prompt" if request.messages is None else "messages"
+    adds = request.add_special_tokens
+    if request.messages is not None:
+        text = gateway.chat_prompt(request.messages, request, offered_tools(request, gateway.require_tokenizer()))
+        token_ids = gateway.encode(text, add_special_tokens=bool(adds), param=param, salt=salt)
+    elif isinstance(request.prompt, str):
+        token_ids = gateway.encode(request.prompt, add_special_tokens=adds is not False, param=param, salt=salt)
+    else:
+        token_ids = request.prompt or []
+        check_token_ids(token_ids, gateway.vocab_size(), param)
+    check_fits(gateway, len(token_ids), param)
+    return token_ids
+
+
+def check_fits(gateway: GatewayContext, num_tokens: int, param: str) -> None:
+    """Raise `RequestError` for no tokens, and `PromptTooLong` for more than the workers can hold."""
+    output_limit(num_tokens, gateway.limit(), asked=0, default=None, param=param, prompt=param, least=0)
+
+
+def prompt_choice(
+    gateway: GatewayContext,
+    caller: Caller,
+    routing: Routing,
+    token_ids: Sequence[int],
+    *,
+    request_id: str,
+    sampling: SamplingParams = PROMPT_ALONE,
+    index: int = 0,
+    group: str = "",
+    num_shared_tokens: int = 0,
+) -> ChoiceState:
+    """Return the state of an engine request for these tokens. `group`, `num_shared_tokens`: see `Placement` and
+    `EngineRequest`."""
+    request = EngineRequest(
+        request_id=RequestId(request_id),
+        prompt_token_ids=tuple(token_ids),
+        sampling=sampling,
+        cache_salt=routing.salt,
+        priority=routing.priority,
+        client=caller.tag,
+        background=routing.background,
+        num_shared_tokens=num_shared_tokens,
+    )
+    placement: Placement = replace(routing.placement, group=group)
+    tokenizer = gateway.require_tokenizer()
+    return ChoiceState(request, index=index, repeats_prompt=index > 0, tokenizer=tokenizer, placement=placement)
+
+
+def computed_and_cached(choices: Sequence[ChoiceState]) -> dict[str, object]:
+    """Return which worker computed the prompt, and how many of its tokens were cached there before, by tier.
+    `computed_tokens` counts the tokens of all engine requests."""
+    first = choices[0]
+    num_tokens = sum(choice.request.num_prompt_tokens - choice.num_cached_tokens for choice in choices)
+    return {"worker": first.prefill_worker, "cached_tokens": first.cached_by_tier, "computed_tokens": num_tokens}
+
+
+def usage(num_prompt: int, choices: Sequence[ChoiceState]) -> dict[str, object]:
+    """Return OpenAI's `usage` for a prompt without an answer."""
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": 0,
+        "total_tokens": num_prompt,
+        "prompt_tokens_details": {"cached_tokens": choices[0].num_cached_tokens},
+    }
