@@ -93,7 +93,22 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     whitespace: str | None = None  # regular expression between the tokens of JSON; None: up to 40 blanks; "": none
 
 
-CONSTRAINT_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar", "structural_tag")
+AFTER_REASONING = "after_reasoning"
+CONSTRAINT_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar", "structural_tag", AFTER_REASONING)
+
+
+class AfterReasoning(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An answer that may begin with reasoning, as the text of a constraint of the kind `AFTER_REASONING`."""
+
+    begin: str  # the mark before the reasoning
+    end: str  # the mark after it
+    closing: str  # written when the budget is used up; has `end`
+    is_open: bool = False  # the prompt has written `begin`
+    max_tokens: int | None = None  # the budget: tokens of the reasoning before `closing`; None: any number
+    then: Constraint | None = None  # the form of the rest; None: any
+
+    def as_constraint(self) -> Constraint:
+        return Constraint(kind=AFTER_REASONING, text=msgspec.json.encode(self).decode())
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -10,6 +10,7 @@ import pytest
 
 from kvist.api.messages import Message, MessagesErrorBody, MessagesEvent
 from kvist.errors import EngineError
+from kvist.request import AFTER_REASONING, AfterReasoning
 from kvist.testing.gateway_bench import GatewayBench
 from tests.agents_api.conftest import prompt_of, tool_bench
 
@@ -194,7 +195,9 @@ async def test_an_output_format_is_a_constraint(bench: GatewayBench) -> None:
     message_of(await bench.post(PATH, {"max_tokens": 5, "messages": [USER], **config}))
     constraint = bench.dispatcher.requests[-1].sampling.constraint
     assert constraint is not None
-    assert (constraint.kind, constraint.strict) == ("json_schema", True)
+    then = msgspec.json.decode(constraint.text, type=AfterReasoning).then
+    assert then is not None
+    assert (constraint.kind, then.kind, then.strict) == (AFTER_REASONING, "json_schema", True)
     config["output_config"]["format"]["schema"] = {"type": "object", "properties": {"a": {"type": "odd"}}}
     error = error_of(await bench.post(PATH, {"max_tokens": 5, "messages": [USER], **config}))
     assert (error.code, error.param) == ("invalid_constraint", "output_config.format.schema.properties.a")

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from kvist.errors import ConfigError, InvalidConstraint
 from kvist.grammar.backend import Grammar, GrammarBackend, Matcher, Vocabulary
 from kvist.grammar.backends import GRAMMAR_BACKENDS
-from kvist.request import CONSTRAINT_KINDS, Constraint
+from kvist.grammar.reasoning import ReasoningBackend
+from kvist.request import CONSTRAINT_KINDS, AfterReasoning, Constraint
 from kvist.testing.tokenizers import END, byte_tokenizer
 
 TOKENS = byte_tokenizer(special_tokens=(END, "<call>"), merges=[("t", "r"), ("u", "e"), ("tr", "ue"), ("{", '"')])
@@ -42,6 +43,13 @@ TAG = {
     "structures": [{"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"}],
     "triggers": ["<f="],
 }
+REASONING = AfterReasoning(
+    begin="<think>",
+    end="</think>",
+    closing="\n</think>\n",
+    max_tokens=12,
+    then=Constraint(kind="regex", text="x[0-9]"),
+)
 Example = tuple[str, str, list[str], list[str]]  # kind, text, texts in the language, texts that are not
 EXAMPLES: list[Example] = [
     ("json_schema", json.dumps(PERSON), ['{"name":"x","age":7,"tags":[]}'], ['{"name":"x","age":151,"tags":[]}', "{}"]),
@@ -50,6 +58,20 @@ EXAMPLES: list[Example] = [
     ("choice", '["yes", "no", "no way", "\\"/\\n"]', ["yes", "no", "no way", '"/\n'], ["y", "no w", ""]),
     ("grammar", 'root ::= "a" item+\nitem ::= [0-9] | "," item', ["a1", "a1,2"], ["a", "a,"]),
     ("structural_tag", json.dumps(TAG), ["hi <f=a>12</f> there", "no tag"], ["<f=a>x</f>", "<f=b>1</f>"]),
+    (
+        "after_reasoning",
+        REASONING.as_constraint().text,
+        ["x1", "<think>so</think>x1", "<think></think>\n\nx2", "<think>123456789012\n</think>\nx3"],
+        [
+            "",
+            "x",
+            "<think>so",
+            "<think>so</think>",
+            "<think>1234567890123</think>x1",
+            "<think>a</think>\n\n\nx1",
+            "<think",
+        ],
+    ),
 ]
 BY_KIND = pytest.mark.parametrize("example", EXAMPLES, ids=[one[0] for one in EXAMPLES])
 
@@ -57,7 +79,7 @@ BY_KIND = pytest.mark.parametrize("example", EXAMPLES, ids=[one[0] for one in EX
 @pytest.fixture(scope="module", params=GRAMMAR_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> GrammarBackend:
     try:
-        return GRAMMAR_BACKENDS[request.param].make({}, VOCABULARY)
+        return ReasoningBackend(GRAMMAR_BACKENDS[request.param].make({}, VOCABULARY))
     except ConfigError as error:
         pytest.skip(error.message)
 

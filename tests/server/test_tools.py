@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jsonschema_rs
 import msgspec
 import pytest
 from openai import AsyncOpenAI
 
 from kvist import settings
 from kvist.errors import ConfigError
-from kvist.request import EngineRequest, FinishReason, WorkerId
+from kvist.grammar.backend import Vocabulary
+from kvist.grammar.backends import GRAMMAR_BACKENDS
+from kvist.grammar.reasoning import ReasoningBackend
+from kvist.request import AFTER_REASONING, AfterReasoning, Constraint, EngineRequest, FinishReason, WorkerId
 from kvist.router.stream import StreamPart
 from kvist.testing.gateway_bench import GatewayBench, events_of, gateway_bench
 from kvist.testing.scripted_dispatcher import BYTE_MODEL, ScriptedDispatcher
@@ -21,6 +26,7 @@ from kvist.testing.tokenizers import END, byte_tokenizer
 from kvist.text.chat import CallArguments, ChatTemplate
 from kvist.text.template_source import find_chat_template
 from kvist.tools import find_formats
+from tests.tools.writing import write
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}?{% endfor %}"
@@ -137,6 +143,167 @@ async def test_parallel_tool_calls_false_returns_the_first_call(bench: GatewayBe
     assert [call["function"]["name"] for call in message["tool_calls"]] == ["weather"]
 
 
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named(name) for name in names]}}
+
+
+def strict(parameters: dict[str, Any], name: str = "f") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "strict": True, "parameters": parameters}}
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 9}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+def constraint_of(bench: GatewayBench) -> Constraint | None:
+    """Return the constraint of the last request, without the rule about reasoning."""
+    found = bench.dispatcher.requests[-1].sampling.constraint
+    return found if found is None or found.kind != AFTER_REASONING else reasoning_of(bench).then
+
+
+def reasoning_of(bench: GatewayBench) -> AfterReasoning:
+    found = bench.dispatcher.requests[-1].sampling.constraint
+    assert found is not None
+    assert found.kind == AFTER_REASONING
+    return msgspec.json.decode(found.text, type=AfterReasoning)
+
+
+async def answers(bench: GatewayBench, *, most: int = 12, **fields: Any) -> list[Any]:
+    """Return the choices of answers that the request's constraint allows."""
+    bench.dispatcher.answer = ANSWER
+    asked = await bench.chat(**fields)
+    assert asked.status_code == 200, asked.text
+    constraint = bench.dispatcher.requests[-1].sampling.constraint
+    assert constraint is not None
+    tokenizer = bench.dispatcher.tokenizer
+    ends = (tokenizer.special_tokens[END],)
+    vocabulary = Vocabulary(tokens=tokenizer, size=tokenizer.vocab_size, end_token_ids=ends)
+    grammar = ReasoningBackend(GRAMMAR_BACKENDS["llguidance"].make({}, vocabulary)).compile(constraint)
+    found = []
+    for seed in range(most):
+        text = write(grammar, tokenizer, random.Random(seed))
+        if text is not None:
+            bench.dispatcher.answer = text
+            found += (await bench.chat(**fields)).json()["choices"]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", {"f", "now"}),
+        (named("f"), {"f"}),
+        (allowed("required", "now"), {"now"}),
+        (allowed("required", "now", "f"), {"f", "now"}),
+    ],
+)
+@pytest.mark.parametrize("parallel", [True, False])
+async def test_an_answer_that_must_call_tools_has_valid_calls_only(
+    bench: GatewayBench, choice: Any, names: set[str], parallel: bool
+) -> None:
+    tools = [TOOL, strict(CITY)]
+    seen, most = set(), 0
+    for answer in await answers(bench, tools=tools, tool_choice=choice, parallel_tool_calls=parallel):
+        assert answer["finish_reason"] == "tool_calls"
+        calls = answer["message"]["tool_calls"]
+        most = max(most, len(calls))
+        for call in calls:
+            seen.add(call["function"]["name"])
+            arguments = json.loads(call["function"]["arguments"])
+            if call["function"]["name"] == "f":
+                assert jsonschema_rs.validator_for(CITY).is_valid(arguments)
+    assert seen == names
+    assert (most > 1) == parallel
+
+
+async def test_a_strict_tool_is_enforced_where_the_model_decides_whether_to_call(bench: GatewayBench) -> None:
+    found = await answers(bench, most=80, tools=[strict(CITY)])
+    assert {answer["finish_reason"] for answer in found} == {"tool_calls", "stop"}
+    for answer in found:
+        for call in answer["message"].get("tool_calls", ()):
+            assert jsonschema_rs.validator_for(CITY).is_valid(json.loads(call["function"]["arguments"]))
+
+
+async def test_an_answer_is_constrained_only_where_something_is_promised(bench: GatewayBench) -> None:
+    for fields, is_constrained in (
+        ({}, False),
+        ({"parallel_tool_calls": True}, False),
+        ({"parallel_tool_calls": False}, True),
+        ({"tool_choice": "auto"}, False),
+        ({"tool_choice": allowed("auto", "now")}, True),
+        ({"tool_choice": "none", "parallel_tool_calls": False}, False),
+        ({"tools": [strict({})]}, True),
+    ):
+        assert (await bench.chat(**{"tools": [TOOL, WEATHER], **fields})).status_code == 200
+        assert (constraint_of(bench) is not None) == is_constrained, fields
+
+
+async def test_with_tools_a_response_format_is_the_alternative_to_calls(bench: GatewayBench) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"enum": ["yes", 7]}}}
+    contents = set()
+    for answer in await answers(bench, tools=[TOOL], response_format=form):
+        message = answer["message"]
+        contents.add((message["content"] or "").strip())
+        assert ("tool_calls" in message) == (message["content"] is None)
+    assert contents & {'"yes"', "7"}
+    assert "" in contents
+    for answer in await answers(bench, tools=[TOOL], response_format=form, tool_choice="required"):
+        assert answer["message"]["tool_calls"]
+
+
+async def test_parts_of_a_schema_that_is_not_strict_are_ignored_and_named(bench: GatewayBench) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}
+    response = await bench.chat(tools=[tool], tool_choice="required")
+    assert response.status_code == 200
+    assert response.headers["x-kvist-ignored"].startswith("tools[0].function.parameters (not supported")
+
+
+async def test_a_constraint_holds_after_the_reasoning(bench: GatewayBench) -> None:
+    for opens in (True, False):
+        assert (await bench.chat(regex="x", chat_template_kwargs={"opens": opens})).status_code == 200
+        rule = reasoning_of(bench)
+        assert (rule.is_open, rule.then, rule.max_tokens) == (opens, Constraint(kind="regex", text="x"), None)
+    assert (await bench.chat()).status_code == 200
+    assert constraint_of(bench) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "budget"),
+    [
+        ({"thinking_token_budget": 20}, 20),
+        ({"thinking_budget": 0}, 0),
+        ({"max_thinking_tokens": 7, "thinking_budget": 7, "thinking_token_budget": -1}, 7),
+        ({"reasoning_effort": "low"}, 1024),
+        ({"reasoning_effort": "none"}, 0),
+        ({"reasoning_effort": "high"}, None),
+        ({"thinking_budget": -1}, None),
+    ],
+)
+async def test_a_budget_ends_the_reasoning(bench: GatewayBench, fields: dict[str, Any], budget: int | None) -> None:
+    assert (await bench.chat(**fields)).status_code == 200
+    if budget is None:
+        assert bench.dispatcher.requests[-1].sampling.constraint is None
+    else:
+        assert (reasoning_of(bench).max_tokens, reasoning_of(bench).then) == (budget, None)
+
+
+async def test_a_budget_needs_a_model_whose_reasoning_is_recognised() -> None:
+    made = gateway_bench()
+    async with made.client:
+        error = (await made.chat(thinking_budget=9)).json()["error"]
+    assert error["param"] == "thinking_budget"
+    assert "--reasoning-parser" in error["message"]
+
+
 async def test_reasoning_can_be_left_in_the_content_or_out(bench: GatewayBench) -> None:
     message = (await bench.chat(include_reasoning=False)).json()["choices"][0]["message"]
     assert "reasoning" not in message
@@ -179,13 +346,32 @@ def with_call(**changes: Any) -> list[Any]:
         ({"tools": [{"type": "function"}]}, "tools[0].function", "missing"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "supported: function"),
         ({"tools": [TOOL, TOOL]}, "tools[1].function.name", "another tool"),
+        ({"tool_choice": "required"}, "tool_choice", "`tools` is empty"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "supported"),
+        ({"tools": [TOOL], "tool_choice": 3}, "tool_choice", "must be"),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice.type", "supported"),
+        ({"tools": [TOOL], "tool_choice": named("x")}, "tool_choice.function.name", "no tool of the request"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "now"}}, "tool_choice", "form"),
+        ({"tools": [TOOL], "tool_choice": allowed("often", "now")}, "tool_choice.allowed_tools.mode", "auto"),
+        ({"tools": [TOOL], "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "at least one"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-            "tools[0].function.strict",
-            "yet",
+            {"tools": [TOOL], "tool_choice": allowed("auto", "now", "x")},
+            "tool_choice.allowed_tools.tools[1].function.name",
+            "no tool",
         ),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "not supported yet"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice", "yet"),
+        (
+            {"tools": [TOOL, strict({"properties": {"a": {"type": "string", "not": {}}}})]},
+            "tools[1].function.parameters.properties.a",
+            "not",
+        ),
+        ({"tools": [strict({"type": "array"})]}, "tools[0].function.parameters.type", "object"),
+        (
+            {"tools": [TOOL], "tool_choice": "required", "regex": "x", "thinking_budget": -2},
+            "thinking_budget",
+            "from 0",
+        ),
+        ({"thinking_budget": 5, "thinking_token_budget": 6}, "thinking_token_budget", "differ"),
+        ({"tools": [TOOL], "ebnf": 'root ::= "x"'}, "ebnf", "exclude each other"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools", "cannot be set"),
         (
             {"messages": with_call(function={"name": "now", "arguments": "{"})},

@@ -177,8 +177,9 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     # -------- reasoning
     reasoning_effort: Annotated[object, Refused("a field of requests with `messages`")] = None
     thinking: Annotated[object, Refused(_THINKING, ({},))] = None
-    thinking_token_budget: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
-    max_thinking_tokens: Annotated[object, Refused("`max_tokens` bounds the whole answer", (-1,))] = None
+    thinking_token_budget: Annotated[object, Refused(_TOOLS, (-1,))] = None
+    thinking_budget: Annotated[object, Refused(_TOOLS, (-1,))] = None
+    max_thinking_tokens: Annotated[object, Refused(_TOOLS, (-1,))] = None
     include_reasoning: Annotated[object, Refused("reasoning is part of the text here", _ON)] = None
     separate_reasoning: Annotated[object, Advisory("reasoning is part of the text here", _BOTH)] = None
     stream_reasoning: Annotated[object, Advisory("reasoning is streamed as it is generated", _ON)] = None

@@ -144,7 +144,10 @@ class ToolFunction(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         dict[str, object] | None, Honoured("JSON Schema, passed to the chat template; gives arguments their types")
     ] = None
     strict: Annotated[
-        object, Refused("arguments are not constrained to the schema yet; omit this field and check them", (False,))
+        bool | None,
+        Honoured(
+            "true: the arguments of every call satisfy the schema, and a schema that cannot be enforced is refused"
+        ),
     ] = None
 
 
@@ -159,7 +162,11 @@ Tools = Annotated[
     Honoured("functions that the answer may call, up to 1024; see `tools[].*` and [tools](tools.md)"),
 ]
 ToolChoice = Annotated[
-    object, Honoured('"auto" (default with tools) or "none": the model sees no tools; others are a 400')
+    object,
+    Honoured(
+        '"auto" (default with tools); "none": the model sees no tools; "required": the answer consists of calls; a '
+        "function: it calls this one; `allowed_tools`: it calls only these, with the mode auto or required"
+    ),
 ]
 
 
@@ -281,16 +288,22 @@ class ChatRequest(Generation, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[Messages, Honoured("see `messages[].*`")]
     tools: Tools = None
     tool_choice: ToolChoice = None
-    parallel_tool_calls: Annotated[bool | None, Honoured("false: only the first call of an answer is returned")] = None
+    parallel_tool_calls: Annotated[bool | None, Honoured("false: an answer has one call at most")] = None
     include_reasoning: Annotated[bool | None, Honoured("false: the response lacks the reasoning")] = None
     separate_reasoning: Annotated[bool | None, Honoured("false: reasoning is part of `content`")] = None
+    thinking_token_budget: Annotated[
+        int | None, Honoured("most tokens of the reasoning, which is then ended; -1: no limit")
+    ] = None
+    thinking_budget: Annotated[int | None, Honoured("the same as `thinking_token_budget`")] = None
+    max_thinking_tokens: Annotated[int | None, Honoured("the same as `thinking_token_budget`")] = None
     logprobs: Annotated[bool | None, Honoured("logprobs of the output tokens")] = None
     top_logprobs: Annotated[int | None, Honoured("0 to 20 of the likeliest tokens beside each")] = None
     add_generation_prompt: AddGenerationPrompt = None
     continue_final_message: ContinueFinalMessage = None
     chat_template_kwargs: TemplateOptions = None
     reasoning_effort: Annotated[
-        str | None, Honoured("passed to the chat template, and `enable_thinking` derived from it")
+        str | None,
+        Honoured("passed to the chat template with `enable_thinking`, or a budget; see [tools](tools.md#reasoning)"),
     ] = None
 
 

@@ -22,6 +22,7 @@ from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError, InvalidConstraint, KvistError, Overloaded
 from kvist.grammar.backend import Grammar, GrammarBackend
 from kvist.grammar.counters import GRAMMAR_COUNTERS
+from kvist.grammar.reasoning import ReasoningBackend
 from kvist.request import CONSTRAINT_KINDS, Constraint
 
 MAX_CONSTRAINT_BYTES = 256 << 10  # of its text
@@ -164,7 +165,7 @@ class GrammarCompiler:
         with self._backend_lock:
             if self._backend is None:
                 try:
-                    self._backend = self._make_backend()
+                    self._backend = ReasoningBackend(self._make_backend())
                     self._backend.compile(Constraint(kind="choice", text='["a"]'))  # reads the vocabulary
                 except KvistError as error:
                     self._backend = error.with_traceback(None)

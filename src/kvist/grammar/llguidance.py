@@ -82,10 +82,9 @@ class LlguidanceBackend:
 
     def _structural_tag(self, constraint: Constraint) -> LlguidanceGrammar:
         tokens = self.vocabulary.tokens
-        special = [tokens.token_bytes(each).decode("utf-8", "replace") for each in tokens.special_token_ids]
-        return self._grammar(
-            llguidance.LLMatcher.grammar_from_lark(to_lark(parse_json(constraint.text), sorted(special)))
-        )
+        special = {tokens.token_bytes(each).decode("utf-8", "replace"): each for each in tokens.special_token_ids}
+        lark = to_lark(parse_json(constraint.text), special, {"whitespace_pattern": _BLANKS})
+        return self._grammar(llguidance.LLMatcher.grammar_from_lark(lark))
 
     def _grammar(self, grammar: str) -> LlguidanceGrammar:
         start = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from kvist.errors import InvalidConstraint
@@ -19,18 +19,21 @@ MAX_RULES = 2048
 _TEXT = r"/(.|\n)*/"
 
 
-def to_lark(tag: Any, special_tokens: Sequence[str]) -> str:
+def to_lark(tag: Any, special_tokens: Mapping[str, int], schema_options: Mapping[str, object]) -> str:
     """Return the grammar in Lark's notation. `special_tokens`: texts that stand for one token each where the tag spells
-    them. Raises `InvalidConstraint` with the path of the faulty part as `param`."""
-    return _Translation(special_tokens).grammar(tag)
+    them, and their ids. `schema_options`: the library's options for JSON schemas. Raises `InvalidConstraint` with the
+    path of the faulty part as `param`."""
+    return _Translation(special_tokens, schema_options).grammar(tag)
 
 
 class _Translation:
     """Mutable: the rules so far."""
 
-    def __init__(self, special_tokens: Sequence[str]) -> None:
-        named = [re.escape(text) for text in special_tokens if re.fullmatch(r"<[^<>\s]+>", text)]
-        self._special = re.compile("(" + "|".join(sorted(named, key=len, reverse=True)) + ")") if named else None
+    def __init__(self, special_tokens: Mapping[str, int], schema_options: Mapping[str, object]) -> None:
+        longest_first = sorted(filter(None, special_tokens), key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        self._ids = special_tokens
+        self._schema_options = schema_options
         self._rules: list[str] = []
         self._types = {
             "const_string": self._const_string,
@@ -72,7 +75,7 @@ class _Translation:
         if self._special is None:
             return json.dumps(text) if text else ""
         pieces = [piece for piece in self._special.split(text) if piece]
-        return " ".join(piece if self._special.fullmatch(piece) else json.dumps(piece) for piece in pieces)
+        return " ".join(f"<[{self._ids[piece]}]>" if piece in self._ids else json.dumps(piece) for piece in pieces)
 
     def _const_string(self, value: Mapping[str, Any], path: Path) -> str:
         return self._literal(_text(value, "value", path)) or '""'
@@ -81,7 +84,11 @@ class _Translation:
         schema = value.get("json_schema")
         if not isinstance(schema, dict | bool):
             raise _fault("must be a JSON schema", (*path, "json_schema"))
-        return self._rule(f"%json {json.dumps(schema if isinstance(schema, dict) else {'allOf': [schema]})}")
+        options = {**self._schema_options}
+        if value.get("strict") is False:
+            options |= {"lenient": True, "coerce_one_of": True}
+        whole = {**schema} if isinstance(schema, dict) else {"allOf": [schema]}
+        return self._rule(f"%json {json.dumps({**whole, 'x-guidance': options})}")
 
     def _regex(self, value: Mapping[str, Any], path: Path) -> str:
         pattern = _text(value, "pattern", path)

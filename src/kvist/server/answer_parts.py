@@ -46,7 +46,7 @@ class AnswerParsing:
         return AnswerParsing(
             formats=formats,
             parameters=tools.parameters,
-            reasoning_open=formats.reasoning is not None and prompt.rstrip().endswith(formats.reasoning.begin),
+            reasoning_open=formats.reasoning is not None and formats.reasoning.is_open(prompt),
             shows_reasoning=request.include_reasoning is not False,
             parallel=request.parallel_tool_calls is not False,
         )

@@ -7,7 +7,7 @@ here first, so that the error is an ordinary 400 that names the field and the pa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -46,17 +46,27 @@ async def compile_constraint(gateway: GatewayContext, requested: RequestedConstr
     are any. Raises `InvalidConstraint` with the path of the faulty part, and `Overloaded`."""
     assert gateway.grammars is not None
     start_s = gateway.clock.now_s()
-    compilation = gateway.grammars.start(requested.constraint)
+    named = []
     try:
-        if not compilation.is_done:
-            await _wait(compilation, gateway.grammar_timeout_s)
-        ignored = compilation.result(0.0).ignored
-    except InvalidConstraint as error:
-        raise _located(error, requested.param) from error
+        for part in (*requested.parts, requested):
+            left_s = start_s + gateway.grammar_timeout_s - gateway.clock.now_s()
+            ignored = await _compiled(gateway.grammars, part, max(left_s, 0.0))
+            if ignored and (part is not requested or not requested.parts):  # the parts have named theirs
+                named.append(f"{part.param} ({'; '.join(ignored)})".replace(",", " "))
     finally:
         gateway.metrics.grammar_compile_s.observe(gateway.clock.now_s() - start_s)
-    named = f"{requested.param} ({'; '.join(ignored)})".replace(",", " ").encode("ascii", "replace")
-    return [(IGNORED, named)] if ignored else []
+    return [(IGNORED, ", ".join(named).encode("ascii", "replace"))] if named else []
+
+
+async def _compiled(grammars: GrammarCompiler, requested: RequestedConstraint, timeout_s: float) -> Sequence[str]:
+    """Wait until the constraint is compiled. Return its parts without effect."""
+    compilation = grammars.start(requested.constraint)
+    try:
+        if not compilation.is_done:
+            await _wait(compilation, timeout_s)
+        return compilation.result(0.0).ignored
+    except InvalidConstraint as error:
+        raise _located(error, requested.param) from error
 
 
 async def _wait(compilation: Compilation, timeout_s: float) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import ChatRequest, CompletionRequest
+from kvist.checking.chat_constraint import after_reasoning, thinking_budget, with_calls
 from kvist.checking.constraints import RequestedConstraint, requested_constraint
 from kvist.checking.requested_logprobs import RequestedLogprobs, of_chat, of_completion
 from kvist.checking.sampling import (
@@ -29,7 +30,7 @@ from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.openai_format import AnswerFields, ChatFormat, CompletionFormat, Envelope
 from kvist.server.respond import Job
 from kvist.server.routing_fields import Routing, checked_routing
-from kvist.server.tools import offered_tools
+from kvist.server.tools import OfferedTools, offered_tools
 from kvist.text import Tokenizer
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -78,7 +79,7 @@ def chat_run(
     tools = offered_tools(request, tokenizer)
     text = gateway.chat_prompt(request.messages, request, tools)
     parsing = AnswerParsing.of(request, tools, tokenizer, text)
-    constraint = requested_constraint(request, "")
+    constraint = _chat_constraint(request, tools, tokenizer, text)
     routing, headers = checked_routing(gateway, caller, request, headers)
     prompt_ids = gateway.encode(
         text, add_special_tokens=bool(request.add_special_tokens), param="messages", salt=routing.salt
@@ -88,6 +89,17 @@ def chat_run(
     shown = parsing.formats.special_among(tokenizer.special_tokens) if parsing is not None else ()
     choices = _choices(gateway, request, caller, prompts, job_id, logprobs, routing, constraint, shown)
     return ChatRun(job_id=job_id, choices=choices, parsing=parsing, constraint=constraint, headers=headers)
+
+
+def _chat_constraint(
+    request: ChatRequest, tools: OfferedTools, tokenizer: Tokenizer, prompt: str
+) -> RequestedConstraint | None:
+    template = tokenizer.chat_template
+    assert template is not None, "the prompt is rendered"
+    constraint = requested_constraint(request, "")
+    if tools.wanted is not None:
+        constraint = with_calls(constraint, tools.wanted)
+    return after_reasoning(constraint, template.formats.reasoning, prompt, thinking_budget(request, template.source))
 
 
 def completion_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:

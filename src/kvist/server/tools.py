@@ -8,36 +8,34 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kvist.api.schemas import ChatMessage, ChatRequest, PromptRequest, TokenizeRequest, Tool, ToolCall
+from kvist.checking.chat_constraint import WantedCalls
+from kvist.checking.tool_choice import ToolChoice, read_tool_choice
 from kvist.errors import RequestError, UnsupportedField
 from kvist.text import Tokenizer
 from kvist.text.chat import CallArguments
-from kvist.tools import is_name
+from kvist.tools import ToolFormat, is_name
+from kvist.tools.constrained import CallableTool
 
 Protect = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
 class OfferedTools:
-    """The tools that the answer may call. Both are empty when it may call none."""
+    """The tools that the answer may call. All are empty when it may call none."""
 
     for_template: Sequence[Mapping[str, object]] = ()
     parameters: Mapping[str, object] = field(default_factory=dict)  # JSON Schemas, by name of the function
+    wanted: WantedCalls | None = None
 
 
 def offered_tools(request: ChatRequest | TokenizeRequest | PromptRequest, tokenizer: Tokenizer) -> OfferedTools:
-    """Raises `RequestError` for a faulty tool, and for a model whose calls cannot be recognised."""
-    choice = request.tool_choice
-    if choice not in (None, "none", "auto"):
-        raise UnsupportedField(
-            "`tool_choice` can be 'none' or 'auto': that a tool must be called is not supported yet",
-            param="tool_choice",
-        )
-    if not request.tools:
-        return OfferedTools()
+    """Raises `RequestError` for a faulty tool or choice, and for a model whose calls cannot be recognised."""
+    tools = request.tools or []
     parameters: dict[str, object] = {}
-    for index, tool in enumerate(request.tools):
+    for index, tool in enumerate(tools):
         _check(tool, f"tools[{index}]", parameters)
-    if choice == "none":
+    choice = read_tool_choice(request.tool_choice, parameters)
+    if choice.mode == "none" or not tools:
         return OfferedTools()
     template = tokenizer.chat_template
     if template is None or "tools" not in template.source:
@@ -51,8 +49,30 @@ def offered_tools(request: ChatRequest | TokenizeRequest | PromptRequest, tokeni
             "the format in which this model writes tool calls is unknown: start the server with --tool-call-parser",
             param="tools",
         )
-    shown = [_protected(_plain(tool), tokenizer.protect, "tools") for tool in request.tools]
-    return OfferedTools([one for one in shown if isinstance(one, dict)], parameters)
+    shown = [_protected(_plain(tool), tokenizer.protect, "tools") for tool in tools]
+    parallel = not isinstance(request, ChatRequest) or request.parallel_tool_calls is not False
+    wanted = _wanted(tools, choice, template.formats.tools, parallel=parallel)
+    return OfferedTools([one for one in shown if isinstance(one, dict)], parameters, wanted)
+
+
+def _wanted(tools: Sequence[Tool], choice: ToolChoice, form: ToolFormat, *, parallel: bool) -> WantedCalls:
+    functions = [(f"tools[{index}].function.parameters", tool.function) for index, tool in enumerate(tools)]
+    callable_tools = [
+        CallableTool(
+            name=function.name, parameters=function.parameters or {}, strict=bool(function.strict), param=where
+        )
+        for where, function in functions
+        if function is not None and (choice.names is None or function.name in choice.names)
+    ]
+    required = choice.mode == "required"
+    is_strict = any(tool.strict for tool in callable_tools)
+    return WantedCalls(
+        form=form,
+        tools=callable_tools,
+        required=required,
+        parallel=parallel,
+        is_free=not required and parallel and not is_strict and choice.names is None,
+    )
 
 
 def _check(tool: Tool, where: str, parameters: dict[str, object]) -> None:
@@ -66,6 +86,9 @@ def _check(tool: Tool, where: str, parameters: dict[str, object]) -> None:
         raise RequestError(f"`{param}` {rule}, not {name[:64]!r}", param=param)
     if name in parameters:
         raise RequestError(f"`{param}` is {name!r}, which another tool has too", param=param)
+    kind, param = (tool.function.parameters or {}).get("type", "object"), f"{where}.function.parameters.type"
+    if kind != "object":
+        raise RequestError(f"`{param}` is {str(kind)[:64]!r}: arguments are an object", param=param)
     parameters[name] = tool.function.parameters or {}
 
 

@@ -166,6 +166,6 @@ class AnswerParser:
 
 def _types_of_all(schema: object) -> dict[str, frozenset[str]]:
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    if not isinstance(properties, Mapping):
+    if not isinstance(schema, Mapping) or not isinstance(properties, Mapping):
         return {}
-    return {str(name): types_of(one) for name, one in properties.items()}
+    return {str(name): types_of(one, schema) for name, one in properties.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from kvist.tools.cursor import HELD_CHARS, Cursor, MalformedCallError, Waiting
 
@@ -15,6 +15,20 @@ _CLOSING = {"{": "}", "[": "]", "(": ")"}
 _OUTSIDE = {_JSON_QUOTES: re.compile(r'["{}\[\]]'), PYTHON_QUOTES: re.compile(r"[\"'{}\[\]()]")}
 _INSIDE = {quote: re.compile(rf"[{quote}\\]") for quote in PYTHON_QUOTES}
 _SCALAR_END = re.compile(r"[\s,}\]]")
+_KEY = re.compile(r"[^\W\d]\w*")
+_ARGUMENT_MARK = re.compile(r"[\"'{}\[\](),]")
+# JSON's names outside of strings, and whole strings, which stay unchanged
+_JSON_NAMES = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:true|false|null)\b", re.DOTALL)
+_MAX_SCHEMA_DEPTH = 8
+_ANY_TYPE = frozenset({"string"})  # of a schema without types: text, as everywhere
+_TYPE_NAMES: Mapping[type, str] = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    list: "array",
+    type(None): "null",
+}
 _LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -120,24 +134,70 @@ def typed(text: str, types: frozenset[str]) -> str:
         return "null"
     if "string" in types or not types:
         return json.dumps(text, ensure_ascii=False)
+    if is_json(bare):
+        return bare
+    if bare.lower() in _LITERALS and len(bare) <= 5:
+        return json.dumps(_LITERALS[bare.lower()])
+    return json.dumps(text, ensure_ascii=False)
+
+
+def is_json(text: str) -> bool:
+    """Return whether the text is JSON. Numbers may have any size."""
     try:
-        return _dumped(json.loads(bare))
+        json.loads(text, parse_int=str, parse_float=str, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        if bare.lower() in _LITERALS and len(bare) <= 5:
-            return json.dumps(_LITERALS[bare.lower()])
-        return json.dumps(text, ensure_ascii=False)
+        return False
+    return True
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def python_call(text: str) -> tuple[str, str]:
-    """Return the name and the JSON arguments of `name(key=literal, ...)`. Raises `MalformedCallError`."""
-    try:
-        call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+    """Return the name and the JSON arguments of `name(key=value, ...)`. Values are Python literals or JSON. Raises
+    `MalformedCallError`."""
+    name, _, rest = text.partition("(")
+    pairs: dict[str, str] = {}
+    for argument in _split_arguments(rest[:-1]):
+        key, mark, value = argument.partition("=")
+        if not mark or not _KEY.fullmatch(key.strip()) or key.strip() in pairs:
             raise MalformedCallError
-        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        return ast.unparse(call.func), _dumped(values)
+        pairs[key.strip()] = _literal(value.strip())
+    return name.strip(), "{" + ", ".join(
+        f"{json.dumps(key, ensure_ascii=False)}: {one}" for key, one in pairs.items()
+    ) + "}"
+
+
+def _split_arguments(text: str) -> Iterator[str]:
+    """Yield the arguments between the commas of the outermost level. A comma after the last one is allowed."""
+    start, at = 0, 0
+    while (found := _ARGUMENT_MARK.search(text, at)) is not None:
+        at = found.start()
+        if found[0] == ",":
+            yield text[start:at]
+            start = at = at + 1
+            continue
+        scanner = BracketScanner(PYTHON_QUOTES)
+        at = scanner.advance(text, at)
+        if not scanner.done:
+            raise MalformedCallError
+    if text[start:].strip():
+        yield text[start:]
+
+
+def _literal(text: str) -> str:
+    """Return the JSON of a value."""
+    if is_json(text):
+        return text
+    try:
+        return _dumped(ast.literal_eval(_JSON_NAMES.sub(_python_name, text)))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise MalformedCallError from error
+
+
+def _python_name(found: re.Match[str]) -> str:
+    return {"true": "True", "false": "False", "null": "None"}.get(found[0], found[0])
 
 
 def _dumped(value: object) -> str:
@@ -146,18 +206,46 @@ def _dumped(value: object) -> str:
     return json.dumps(value) if has_lone_surrogates else text
 
 
-def types_of(schema: object) -> frozenset[str]:
-    """Return the JSON types that a property's schema allows; empty when it names none."""
-    found: set[str] = set()
-    if isinstance(schema, Mapping):
-        named = schema.get("type")
-        found.update([named] if isinstance(named, str) else _texts(named))
-        for key in ("anyOf", "oneOf"):
-            options = schema.get(key)
-            for option in options if isinstance(options, list) else ():
-                named = option.get("type") if isinstance(option, Mapping) else None
-                found.update([named] if isinstance(named, str) else _texts(named))
+def types_of(schema: object, root: Mapping[str, object] | None = None) -> frozenset[str]:
+    """Return the JSON types that a property's schema allows; empty when it names none. `root` has the definitions that
+    the schema may refer to."""
+    return _types_of(schema, root or {}, _MAX_SCHEMA_DEPTH)
+
+
+def _types_of(schema: object, root: Mapping[str, object], depth: int) -> frozenset[str]:
+    known = resolved(schema, root)
+    if depth == 0:
+        return frozenset()
+    named = known.get("type")
+    found = {named} if isinstance(named, str) else set(_texts(named))
+    if not found:
+        values = [known["const"]] if "const" in known else known.get("enum")
+        found = {_TYPE_NAMES.get(type(one), "object") for one in values} if isinstance(values, list) else set()
+    for key in ("anyOf", "oneOf"):
+        options = known.get(key)
+        for option in options if isinstance(options, list) and not found else ():
+            found.update(_types_of(option, root, depth - 1) or _ANY_TYPE)
+    parts = known.get("allOf")
+    for part in parts if isinstance(parts, list) else ():
+        found = found or set(_types_of(part, root, depth - 1))
     return frozenset(found)
+
+
+def resolved(schema: object, root: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the schema with the definition that it refers to; empty for a schema that demands nothing."""
+    known: dict[str, object] = {}
+    for _ in range(_MAX_SCHEMA_DEPTH):
+        if not isinstance(schema, Mapping):
+            break
+        known = {**schema, **known}
+        reference = known.pop("$ref", None)
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            break
+        schema = root
+        for step in reference[2:].split("/"):
+            key = step.replace("~1", "/").replace("~0", "~")
+            schema = schema.get(key) if isinstance(schema, Mapping) else None
+    return known
 
 
 def _texts(value: object) -> Sequence[str]:

@@ -1,0 +1,93 @@
+"""The grammar of one value that is written as plain text between tags, from its JSON Schema.
+
+A value that may be a string is plain text, and every other value is JSON: the parser decides by the types alone
+(`values.typed`), and so does this file. The text of a string does not contain the mark that ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvist.errors import InvalidConstraint
+from kvist.tools.tags import ANY_TEXT, Tag, const, json_schema, one_of, regex, sequence, tag
+from kvist.tools.values import resolved, types_of
+
+NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "nullable"}
+_STRING = {"type", "enum", "const", "minLength", "maxLength"}
+_CHOICES = ("anyOf", "oneOf")
+_DEFINITIONS = ("$defs", "definitions")
+
+
+def tagged_value(
+    schema: object, root: Mapping[str, object], *, begin: str, end: str, newlines: bool, strict: bool, path: str
+) -> Tag:
+    """Return the value between `begin` and `end`. `root`: the schema of all arguments, whose definitions may be
+    referred to. `newlines`: one newline on each side of the text does not belong to the value. Raises
+    `InvalidConstraint` for a part of the schema of a string that cannot be enforced, if `strict`."""
+    types, line = types_of(schema, root), "\n" if newlines else ""
+    if types and "string" not in types:
+        return tag(begin + line, json_schema(embedded(schema, root), strict=strict), line + end)
+    text = _StringSchema(types, strict=strict)
+    text.read(schema, root, path)
+    return text.tag(begin + line, line, end)
+
+
+def embedded(schema: object, root: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the schema of a part with the definitions of the whole, to which it may refer."""
+    own = schema if isinstance(schema, Mapping) else {}
+    return {name: root[name] for name in _DEFINITIONS if name in root} | dict(own)
+
+
+class _StringSchema:
+    """The demands of a schema on a value that may be a string. Mutable: filled by `read`."""
+
+    def __init__(self, types: frozenset[str], *, strict: bool) -> None:
+        self._has_null = "null" in types
+        self._strict = strict
+        self._texts: list[str] | None = None  # the only values; None: any
+        self._least = 0  # characters
+        self._most: int | None = None
+
+    def read(self, schema: object, root: Mapping[str, object], path: str) -> None:
+        known = resolved(schema, root)
+        for name in known.keys() - NOTES - _STRING - {*_DEFINITIONS, *_CHOICES}:
+            self._refuse(f"`{name}` cannot be enforced", f"{path}.{name}")
+        for name in _CHOICES:
+            self._read_choices(known.get(name), root, f"{path}.{name}")
+        texts = [known["const"]] if "const" in known else known.get("enum")
+        if isinstance(texts, list):
+            self._texts = [one for one in texts if isinstance(one, str)]
+        least, most = known.get("minLength"), known.get("maxLength")
+        self._least = max(self._least, least if isinstance(least, int) else 0)
+        self._most = most if isinstance(most, int) else self._most
+
+    def _read_choices(self, choices: object, root: Mapping[str, object], path: str) -> None:
+        """Of several kinds of strings, at most one may have limits: the text of a string does not show its kind."""
+        strings: list[tuple[object, str]] = []
+        for index, choice in enumerate(choices if isinstance(choices, list) else ()):
+            types = types_of(choice, root)
+            if "string" in types or not types:
+                strings.append((choice, f"{path}[{index}]"))
+        if len(strings) == 1:
+            self.read(strings[0][0], root, strings[0][1])
+        elif any(resolved(choice, root).keys() - {"type"} - NOTES for choice, _ in strings):
+            self._refuse("several kinds of strings look alike", path)
+
+    def _refuse(self, problem: str, path: str) -> None:
+        if self._strict:
+            raise InvalidConstraint(f"{problem} where the model writes strings as plain text", param=path)
+
+    def tag(self, begin: str, line: str, end: str) -> Tag:
+        """Return the text of the value after `begin`, and `line` and `end` after it."""
+        texts = [text for text in self._texts or () if end not in text]
+        if texts:
+            shown = [*texts, *(["null"] if self._has_null else [])]
+            return tag(begin, one_of([const(text) for text in shown]), line + end)
+        # Characters are counted in texts without `<`, with which the end begins.
+        if self._most is not None:
+            return tag(begin, regex(f"[^<]{{{min(self._least, self._most)},{self._most}}}"), line + end)
+        if self._least:
+            # the last of the least characters is not a newline: a newline before the end is not part of the value
+            first = regex(f"[^<]{{{self._least - 1}}}[^<\\n]")
+            return sequence([const(begin), first, tag("", ANY_TEXT, end)])
+        return tag(begin, ANY_TEXT, end)

@@ -1,0 +1,186 @@
+"""The parser of a format reads all texts that the grammar of the format allows as valid calls."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvist.errors import ConfigError
+from kvist.grammar.backend import Grammar, GrammarBackend, Vocabulary
+from kvist.grammar.backends import GRAMMAR_BACKENDS
+from kvist.request import Constraint
+from kvist.testing.tokenizers import END, byte_tokenizer
+from kvist.tools.constrained import CallableTool, calls_tag
+from kvist.tools.parser import AnswerParser
+from kvist.tools.tables import MISTRAL_V11, TOOL_FORMATS, ToolFormat
+from tests.tools.cases import Answer
+from tests.tools.writing import write
+
+SPECIAL = (
+    *(END, "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|python_start|>", "<|python_end|>"),
+    *("<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>"),
+    *("<|tool_call_end|>", "<|tool_calls_section_end|>"),
+)
+TOKENIZER = byte_tokenizer(special_tokens=SPECIAL)
+words = st.sampled_from(["a", "b-c", "on time", "é", "x.y", "<", "</parameter>", "null", "1", "", "\n"])
+names = st.sampled_from(["city", "days", "x", "text_2", "lines", "mode"])
+strings = st.one_of(
+    st.just({"type": "string"}),
+    st.just({}),
+    st.builds(lambda some: {"type": "string", "enum": sorted(some)}, st.sets(words, min_size=1, max_size=3)),
+    st.builds(
+        lambda least, more: {"type": "string", "minLength": least, "maxLength": least + more}, *[st.integers(0, 3)] * 2
+    ),
+    st.builds(lambda least: {"type": "string", "minLength": least}, st.integers(1, 3)),
+    st.just({"type": ["string", "null"]}),
+    st.just({"anyOf": [{"type": "string", "maxLength": 4}, {"type": "null"}]}),
+)
+others = st.sampled_from(
+    [
+        {"type": "integer"},
+        {"type": "number", "minimum": 0},
+        {"type": "boolean"},
+        {"type": ["integer", "null"]},
+        {"enum": [1, 2, 3]},
+        {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+        {"$ref": "#/$defs/point"},
+        {
+            "type": "object",
+            "properties": {"q": {"type": "string", "maxLength": 3}},
+            "required": ["q"],
+            "additionalProperties": False,
+        },
+    ]
+)
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    named = draw(st.dictionaries(names, st.one_of(strings, others), max_size=4))
+    required = draw(st.lists(st.sampled_from(sorted(named)), unique=True)) if named else []
+    found: dict[str, Any] = {"type": "object", "properties": named, "additionalProperties": False}
+    return found | {"required": required, "$defs": {"point": POINT}}
+
+
+tool_sets = st.dictionaries(
+    st.sampled_from(["f", "get_weather", "now", "a.b:c", "x-1"]),
+    st.one_of(parameters(), st.just({})),
+    min_size=1,
+    max_size=3,
+)
+
+
+@cache
+def backend(name: str) -> GrammarBackend:
+    vocabulary = Vocabulary(tokens=TOKENIZER, size=TOKENIZER.vocab_size, end_token_ids=(TOKENIZER.special_tokens[END],))
+    return GRAMMAR_BACKENDS[name].make({}, vocabulary)
+
+
+def compile_calls(
+    form: ToolFormat,
+    tools: dict[str, Any],
+    *,
+    required: bool,
+    parallel: bool,
+    using: str = "llguidance",
+) -> Grammar:
+    callable_tools = [
+        CallableTool(name=name, parameters=schema, strict=True, param=f"tools[{index}]")
+        for index, (name, schema) in enumerate(tools.items())
+    ]
+    tag = calls_tag(form, callable_tools, required=required, parallel=parallel)
+    return backend(using).compile(Constraint(kind="structural_tag", text=json.dumps(tag)))
+
+
+def read(form: ToolFormat, tools: dict[str, Any], pieces: Sequence[str]) -> Answer:
+    parser, answer = AnswerParser(form, None, parameters=tools), Answer()
+    for event in [event for piece in pieces for event in parser.push(piece)] + parser.finish():
+        answer.add(event)
+    return answer
+
+
+def check(form: ToolFormat, tools: dict[str, Any], text: str, draw: random.Random) -> Answer:
+    answer = read(form, tools, [text])
+    cuts = sorted(draw.choices(range(len(text) + 1), k=4))
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert read(form, tools, pieces) == answer == read(form, tools, list(text))
+    assert len(answer.ended) == len(answer.calls)
+    for name, arguments in answer.calls:
+        schema = tools[name] or {"type": "object", "maxProperties": 0}
+        assert jsonschema_rs.validator_for(schema).is_valid(json.loads(arguments)), (text, arguments)
+    return answer
+
+
+each_format = pytest.mark.parametrize("form", TOOL_FORMATS, ids=lambda form: f"{form.name}-{len(form.template_marks)}")
+
+
+@each_format
+@settings(max_examples=12)
+@given(tools=tool_sets, parallel=st.booleans(), seed=st.integers(0, 1 << 30))
+def test_a_required_call_is_always_a_valid_call(
+    form: ToolFormat, tools: dict[str, Any], parallel: bool, seed: int
+) -> None:
+    grammar = compile_calls(form, tools, required=True, parallel=parallel)
+    draw = random.Random(seed)
+    for _ in range(4):
+        text = write(grammar, TOKENIZER, draw)
+        if text is not None:
+            answer = check(form, tools, text, draw)
+            assert answer.content.strip() == ""
+            assert answer.calls
+            assert parallel or len(answer.calls) == 1
+
+
+@each_format
+@settings(max_examples=6)
+@given(tools=tool_sets, parallel=st.booleans(), seed=st.integers(0, 1 << 30))
+def test_a_call_that_the_model_decides_to_write_is_a_valid_call(
+    form: ToolFormat, tools: dict[str, Any], parallel: bool, seed: int
+) -> None:
+    grammar = compile_calls(form, tools, required=False, parallel=parallel)
+    draw = random.Random(seed)
+    for _ in range(3):
+        text = write(grammar, TOKENIZER, draw, 600)
+        if text is not None:
+            answer = check(form, tools, text, draw)
+            assert parallel or len(answer.calls) <= 1
+            assert text.startswith(answer.content) or form is MISTRAL_V11, "text between calls is content too"
+    for opening in form.openings:  # after an opening, text is not free
+        matcher = grammar.matcher()
+        text = "" if opening.only_first else "Now: "
+        assert not matcher.accept(TOKENIZER.encode(f"{text}{opening.text}no call at all {{"))
+
+
+@each_format
+def test_xgrammar_takes_the_grammar_of_every_format(form: ToolFormat) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "unit": {"enum": ["C", "F"], "type": "string"},
+        },
+        "required": ["days"],
+        "additionalProperties": False,
+    }
+    tools = {"get_weather": schema, "now": {}}
+    draw, num_calls = random.Random(3), 0
+    for required in (True, False):
+        try:
+            grammar = compile_calls(form, tools, required=required, parallel=True, using="xgrammar")
+        except ConfigError as error:  # the package is not installed
+            pytest.skip(error.message)
+        for _ in range(6):
+            text = write(grammar, TOKENIZER, draw)
+            if text is not None:
+                num_calls += len(check(form, tools, text, draw).calls)
+    assert num_calls
