@@ -25,6 +25,8 @@
     ├── EngineError                 a bug in Kvist or a broken device (500)
     │   ├── StepFailed              a step failed on the device, perhaps because of another request in it (retryable)
     │   └── PoisonousRequest        every worker that computed the request died
+    ├── ProgramError                a program of kvist.lang is wrong, or one of its operations failed; names its line
+    │   └── ProgramTimeout          an operation or a tool of a program took too long
     └── ConfigError                 a wrong flag, setting, address or model folder
         ├── ModelLoadError          the checkpoint is missing, broken or of an unknown model family
         └── WireError               the peer has another protocol version or sent undecodable bytes
@@ -173,6 +175,16 @@ class StepFailed(EngineError):
 
 class PoisonousRequest(EngineError):
     code = "poisonous_request"
+
+
+class ProgramError(KvistError):
+    code = "program_error"
+    http_status = 400
+
+
+class ProgramTimeout(ProgramError):
+    code = "program_timeout"
+    http_status = 504
 
 
 class ConfigError(KvistError):

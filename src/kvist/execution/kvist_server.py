@@ -1,0 +1,98 @@
+"""A Kvist server as a backend: with scores in one step, prefill without generation, leases, sessions and its fleet.
+
+A server that turns out not to be Kvist gets plain requests of OpenAI's API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from kvist.errors import RequestError
+from kvist.execution.backend import Hints, Scored, ScoreRequest, total
+from kvist.execution.choices import ScoredChoice
+from kvist.execution.fleet_report import fleet_of
+from kvist.execution.openai_server import NEUTRAL, OpenAIServer, prompt_fields
+from kvist.execution.results import Served
+from kvist.planning.fleet import Fleet, Native, Role
+from kvist.planning.prompt import Prompt
+
+_SCORE, _PREFILL, _INFO = "/v1/continuations/score", "/v1/prefill", "/server_info"
+
+
+class KvistServer(OpenAIServer):
+    """Mutable (its connections, and what the server can do); used in one event loop."""
+
+    _native: frozenset[Native] = frozenset()
+
+    async def fleet(self) -> Fleet:
+        try:
+            info = await self._get(_INFO)
+        except RequestError:  # the 404 of a server of another kind
+            info = None
+        found = fleet_of(info)
+        self._native = frozenset() if found is None else found.native
+        return found or await super().fleet()
+
+    def hint_fields(self, hints: Hints) -> dict[str, object]:
+        if not self._native:
+            return {}
+        place = _place(hints)
+        found: dict[str, object] = {"kvist": {"report": True, **place}}
+        return found | ({"session_id": hints.session} if hints.session else {})
+
+    async def score(self, request: ScoreRequest) -> Scored:
+        if Native.SCORE not in self._native:
+            return await super().score(request)
+        prompts = [request.prompt, *([NEUTRAL] if request.unconditional else [])]
+        answers = await asyncio.gather(*(self._continuations(each, request) for each in prompts))
+        logprobs = [[_logprobs(result) for result in answer["results"]] for answer in answers]
+        choices = tuple(
+            ScoredChoice(
+                token_ids=tuple(result["token_ids"]),
+                logprobs=logprobs[0][index],
+                unconditional=logprobs[1][index] if request.unconditional else (),
+            )
+            for index, result in enumerate(answers[0]["results"])
+        )
+        return Scored(choices=choices, served=total([_served(answer) for answer in answers]))
+
+    async def _continuations(self, prompt: Prompt, request: ScoreRequest) -> Any:
+        body = self._prompt_body(prompt, request.hints)
+        return await self._post(_SCORE, body | {"continuations": list(request.choices)})
+
+    async def prefill(self, prompt: Prompt, hints: Hints) -> Served:
+        body = self._prompt_body(prompt, hints)
+        if not hints.in_background:
+            body["priority"] = 0
+        return _served(await self._post(_PREFILL, body))
+
+    def _prompt_body(self, prompt: Prompt, hints: Hints) -> dict[str, object]:
+        body = prompt_fields(prompt)
+        if hints.session:
+            body["session_id"] = hints.session
+        if place := _place(hints):
+            body["kvist"] = place
+        return body
+
+
+def _place(hints: Hints) -> dict[str, object]:
+    """Return the fields of `kvist` for the hints. A worker named for decode gets a prefill worker beside it; the role
+    alone keeps prompt and answer on one decode worker, which the session finds again."""
+    alone = hints.role is Role.DECODE
+    found = {"worker": None if alone else hints.worker, "role": None if hints.role is None else hints.role.value}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _logprobs(result: Any) -> tuple[float, ...]:
+    return tuple(float("-inf") if each is None else each for each in result["logprobs"])  # null: an impossible token
+
+
+def _served(answer: Any) -> Served:
+    cached = answer.get("cached_tokens") or {}
+    num_cached = sum(cached.values())
+    return Served(
+        num_prompt_tokens=num_cached + answer.get("computed_tokens", 0),
+        num_cached_tokens=num_cached,
+        prefill_worker=answer.get("worker"),
+    )

@@ -1,0 +1,86 @@
+"""The pins of a plan: leases on prefixes, renewed while they are needed and given back after their last use."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvist.errors import KvistError
+from kvist.execution.backend import Backend, Hints
+from kvist.planning.plan import Pin
+
+_RENEWALS_PER_TTL = 3
+_END_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True)
+class _Held:
+    pin: Pin
+    users: set[int]
+    lease_id: str | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Leases:
+    """Mutable; owned by one executor, in its loop. A lease that its client does not renew ends by itself."""
+
+    def __init__(self, backend: Backend, *, ttl_s: float) -> None:
+        self._backend, self._ttl_s = backend, ttl_s
+        self._held: dict[str, _Held] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.problems: list[str] = []
+
+    def hold(self, pin: Pin, *, unfinished: Iterable[int], computed: asyncio.Task[None] | None) -> None:
+        """Take a lease once the prefix is computed, for the uses that are not finished."""
+        held = _Held(pin, set(unfinished))
+        if pin.prompt.outline in self._held or not held.users:
+            return
+        self._held[pin.prompt.outline] = held
+        task = asyncio.create_task(self._keep(held, computed))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def used(self, operation_id: int) -> None:
+        """Record that an operation is done; the lease ends with its last use."""
+        for outline, held in list(self._held.items()):
+            held.users.discard(operation_id)
+            if not held.users:
+                held.ended.set()
+                del self._held[outline]
+
+    @property
+    def outlines(self) -> frozenset[str]:
+        return frozenset(self._held)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(held.pin.num_tokens for held in self._held.values())
+
+    async def close(self) -> None:
+        """End all leases. Takes bounded time; a lease whose end does not reach the server expires."""
+        for held in self._held.values():
+            held.ended.set()
+        self._held.clear()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=_END_TIMEOUT_S)
+            for task in late:
+                task.cancel()
+
+    async def _keep(self, held: _Held, computed: asyncio.Task[None] | None) -> None:
+        hints = Hints(worker=held.pin.worker)
+        try:
+            if computed is not None:
+                await asyncio.wait([computed], timeout=self._ttl_s)
+            while not held.ended.is_set():
+                held.lease_id = await self._backend.lease(held.pin.prompt, held.lease_id, self._ttl_s, hints)
+                if held.lease_id is None:
+                    self.problems.append("the server has no room for a lease: the prefix may be evicted")
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(held.ended.wait(), self._ttl_s / _RENEWALS_PER_TTL)
+            if held.lease_id is not None:
+                await asyncio.wait_for(self._backend.lease(held.pin.prompt, held.lease_id, 0, hints), _END_TIMEOUT_S)
+        except (KvistError, TimeoutError) as error:
+            self.problems.append(f"a lease failed: {error}")  # the pages may be evicted; the answers stay the same

@@ -1,0 +1,72 @@
+"""How the tokens of a generation are chosen: the language's parameters, as a value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+DEFAULT_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. None: as the run says, else as the server does. Names are OpenAI's and SGLang's."""
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    n: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    stop_regex: str | Sequence[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    ignore_eos: bool | None = None
+    return_logprob: bool | None = None
+    logprob_start_len: int | None = None
+    top_logprobs_num: int | None = None
+    seed: int | None = None
+
+    def over(self, defaults: Sampling) -> Sampling:
+        """Return these values, and those of `defaults` where these are None."""
+        pairs = ((one.name, getattr(self, one.name), getattr(defaults, one.name)) for one in fields(self))
+        return Sampling(**{name: default if own is None else own for name, own, default in pairs})
+
+    def problem(self) -> str | None:
+        """Return what is wrong with a value that no server accepts; None if nothing is."""
+        for name, least in (("max_tokens", 1), ("min_tokens", 0), ("n", 1), ("top_logprobs_num", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                return f"`{name}` must be a whole number of at least {least}, not {value!r}"
+        for name, most in (("temperature", None), ("top_p", 1), ("min_p", 1)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 <= value <= (most or value)):
+                bound = "at least 0" if most is None else f"between 0 and {most}"
+                return f"`{name}` must be {bound}, not {value!r}"
+        for name in ("logprob_start_len", "top_logprobs_num"):
+            if getattr(self, name) is not None and not self.return_logprob:
+                return f"`{name}` has no effect without `return_logprob=True`"
+        for pattern in self.stop_patterns():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                return f"`stop_regex` {pattern!r} is not a regular expression: {error}"
+        if self.stop_regex is not None and (self.n or 1) > 1:
+            return "`stop_regex` needs a single answer: use fork() instead of `n`"
+        return None
+
+    def stops(self) -> tuple[str, ...]:
+        return _texts(self.stop)
+
+    def stop_patterns(self) -> tuple[str, ...]:
+        return _texts(self.stop_regex)
+
+
+def _texts(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)

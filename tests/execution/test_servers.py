@@ -1,0 +1,275 @@
+"""Servers over HTTP: the requests that they get, and what becomes of their answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+
+from kvist.errors import EngineError, KvistError, Overloaded, PromptTooLong, RequestError, Unavailable
+from kvist.execution.backend import GenerateRequest, Hints, ScoreRequest
+from kvist.execution.kvist_server import KvistServer
+from kvist.execution.openai_server import OpenAIServer
+from kvist.execution.sampling import Sampling
+from kvist.planning.fleet import Native, Role
+from kvist.planning.prompt import Prompt
+
+CHAT = Prompt().with_open("user").with_text("Why?").with_close("user").with_open("assistant")
+USAGE = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
+ANSWER = {
+    "choices": [
+        {"index": 1, "message": {"content": "second"}, "finish_reason": "stop"},
+        {"index": 0, "message": {"content": "first"}, "finish_reason": "length"},
+    ],
+    "usage": USAGE,
+    "kvist": {"prefill_worker": "p", "decode_worker": "d"},
+}
+INFO = {
+    "version": "1",
+    "pairs": [],
+    "workers": [
+        {
+            "worker_id": "127.0.0.1:1",
+            "role": "prefill",
+            "alive": True,
+            "engine": {"page_size": 32, "num_pages": 100, "max_running_requests": 8},
+            "load": {
+                "num_running": 2,
+                "num_waiting": 3,
+                "totals": {"prompt_step_tokens": 5000, "prompt_step_seconds": 10.0, "requests_finished": 20},
+            },
+        },
+        {"worker_id": "127.0.0.1:2", "role": "decode", "alive": True, "engine": {"page_size": 16}, "load": None},
+        {"worker_id": "127.0.0.1:3", "role": "decode", "alive": False, "engine": None, "load": None},
+    ],
+}
+
+Handler = Callable[[str, Any], httpx.Response]
+
+
+class Recorded:
+    """A transport that keeps the requests and answers by path."""
+
+    def __init__(self, answers: dict[str, object]) -> None:
+        self.bodies: list[tuple[str, Any]] = []
+        self._answers = answers
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content) if request.content else None
+        self.bodies.append((request.url.path, body))
+        answer = self._answers.get(request.url.path, httpx.Response(404, json={"detail": "Not Found"}))
+        return answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
+
+    def openai(self) -> OpenAIServer:
+        return OpenAIServer("http://server/v1", model="m", transport=httpx.MockTransport(self))
+
+    async def kvist(self) -> KvistServer:
+        server = KvistServer("http://server", transport=httpx.MockTransport(self))
+        await server.fleet()
+        self.bodies.clear()
+        return server
+
+
+def _events(*events: object) -> httpx.Response:
+    lines = [f"data: {json.dumps(each)}\n\n" for each in events]
+    return httpx.Response(200, text="".join([*lines, "data: [DONE]\n\n"]))
+
+
+def _piece(text: str, reason: str | None = None) -> dict[str, object]:
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}]}
+
+
+async def test_a_chat_goes_to_the_chat_endpoint_with_its_parameters() -> None:
+    recorded = Recorded({"/v1/chat/completions": ANSWER})
+    sampling = Sampling(max_tokens=5, n=2, stop="\n", temperature=0.5, seed=3, return_logprob=True, top_logprobs_num=1)
+    answer = await recorded.openai().generate(GenerateRequest(prompt=CHAT, sampling=sampling), None)
+    ((path, body),) = recorded.bodies
+    assert path == "/v1/chat/completions"
+    assert body == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "Why?"}],
+        "add_generation_prompt": True,
+        "max_tokens": 5,
+        "n": 2,
+        "stop": ["\n"],
+        "temperature": 0.5,
+        "seed": 3,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
+    assert answer.texts == ("first", "second")
+    assert answer.meta["finish_reason"] == "length"
+    assert answer.served.num_computed_tokens == 5
+    assert (answer.served.prefill_worker, answer.served.decode_worker) == ("p", "d")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "path", "fields"),
+    [
+        (Prompt("Once"), "/v1/completions", {"prompt": "Once"}),
+        (
+            CHAT.with_text("Well, "),
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Well, "}],
+                "add_generation_prompt": False,
+                "continue_final_message": True,
+            },
+        ),
+    ],
+)
+async def test_an_open_message_is_continued_and_a_plain_text_is_completed(
+    prompt: Prompt, path: str, fields: dict[str, object]
+) -> None:
+    whole = {"choices": [{"index": 0, "text": "x", "finish_reason": "stop"}], "usage": USAGE}
+    recorded = Recorded({"/v1/chat/completions": ANSWER, "/v1/completions": whole})
+    await recorded.openai().generate(GenerateRequest(prompt=prompt, sampling=Sampling(max_tokens=1)), None)
+    assert recorded.bodies == [(path, {"model": "m", "max_tokens": 1, **fields})]
+
+
+async def test_forms_of_answers_are_sent_as_constraints() -> None:
+    recorded = Recorded({"/v1/chat/completions": ANSWER})
+    server = recorded.openai()
+    await server.generate(GenerateRequest(prompt=CHAT, sampling=Sampling(), form="regex", form_source="a+"), None)
+    schema = GenerateRequest(prompt=CHAT, sampling=Sampling(), form="json_schema", form_source='{"type": "object"}')
+    await server.generate(schema, None)
+    assert recorded.bodies[0][1]["structured_outputs"] == {"regex": "a+"}
+    assert recorded.bodies[1][1]["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": {"type": "object"}},
+    }
+
+
+async def test_a_stream_is_passed_on_in_pieces() -> None:
+    events = _events(_piece("Be"), _piece("cause", "stop"), {"choices": [], "usage": USAGE})
+    recorded = Recorded({"/v1/chat/completions": events})
+    pieces: list[str] = []
+    answer = await recorded.openai().generate(GenerateRequest(prompt=CHAT, sampling=Sampling()), pieces.append)
+    assert pieces == ["Be", "cause"]
+    assert answer.texts == ("Because",)
+    assert answer.served.num_output_tokens == 2
+    assert recorded.bodies[0][1]["stream"] is True
+
+
+@pytest.mark.parametrize("cuts", [[2, 4], [1, 2, 3, 4, 5, 6], [9]])
+async def test_a_stop_pattern_ends_the_answer_at_its_first_match_however_it_is_cut(cuts: list[int]) -> None:
+    text = "abc12d345"
+    ends = [0, *cuts, len(text)]
+    pieces = [_piece(text[start:end]) for start, end in pairwise(ends)]
+    recorded = Recorded({"/v1/chat/completions": _events(*pieces)})
+    request = GenerateRequest(prompt=CHAT, sampling=Sampling(stop_regex=[r"\d\d", "z"]))
+    answer = await recorded.openai().generate(request, None)
+    assert answer.texts == ("abc",)
+    assert answer.meta["finish_reason"] == "stop"
+
+
+async def test_prompt_logprobs_are_cut_to_the_asked_start() -> None:
+    scored = [None, {"1": {"logprob": -1.0}}, {"2": {"logprob": -2.0}}]
+    recorded = Recorded({"/v1/chat/completions": {**ANSWER, "prompt_logprobs": scored}})
+    sampling = Sampling(return_logprob=True, logprob_start_len=2)
+    answer = await recorded.openai().generate(GenerateRequest(prompt=CHAT, sampling=sampling), print)
+    assert answer.meta["input_token_logprobs"] == scored[2:]
+    assert "stream" not in recorded.bodies[0][1]
+
+
+async def test_a_select_without_native_scores_is_one_request_for_each_choice() -> None:
+    def entry(token_id: int, text: str, logprob: float) -> dict[str, object]:
+        return {str(token_id): {"logprob": logprob, "decoded_token": text}}
+
+    scored = [None, entry(5, "Why?", -1.0), entry(7, "a", -0.5), entry(8, " b", -0.25)]
+    recorded = Recorded({"/v1/chat/completions": {**ANSWER, "prompt_logprobs": scored}})
+    found = await recorded.openai().score(ScoreRequest(prompt=CHAT, choices=("a b", " b")))
+    assert [each.token_ids for each in found.choices] == [(7, 8), (8,)]
+    assert found.choices[0].logprobs == (-0.5, -0.25)
+    assert found.served.num_requests == 2
+    assert [body["messages"][-1]["content"] for _, body in recorded.bodies] == ["a b", " b"]
+    assert all(body["prompt_logprobs"] == 0 for _, body in recorded.bodies)
+
+
+async def test_a_server_without_prompt_logprobs_is_an_error_with_a_remedy() -> None:
+    recorded = Recorded({"/v1/chat/completions": ANSWER})
+    with pytest.raises(RequestError, match="use gen\\(\\) with a `regex`"):
+        await recorded.openai().score(ScoreRequest(prompt=CHAT, choices=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("response", "kind", "retry_after_s"),
+    [
+        (httpx.Response(429, json={"error": {"message": "full"}}, headers={"retry-after": "2"}), Overloaded, 2.0),
+        (httpx.Response(503, text="down"), Unavailable, None),
+        (httpx.Response(400, json={"error": {"message": "x", "code": "context_length_exceeded"}}), PromptTooLong, None),
+        (httpx.Response(422, json={"error": {"message": "x", "code": "odd"}}), RequestError, None),
+        (httpx.Response(500, json={"error": "boom"}), EngineError, None),
+        (httpx.Response(200, text="<html>"), EngineError, None),
+    ],
+)
+async def test_errors_of_a_server_become_errors_of_their_kind(
+    response: httpx.Response, kind: type[KvistError], retry_after_s: float | None
+) -> None:
+    recorded = Recorded({"/v1/chat/completions": response})
+    with pytest.raises(kind) as raised:
+        await recorded.openai().generate(GenerateRequest(prompt=CHAT, sampling=Sampling()), None)
+    assert raised.value.retry_after_s == retry_after_s
+    with pytest.raises(KvistError):
+        await recorded.openai().generate(GenerateRequest(prompt=CHAT, sampling=Sampling()), print)
+
+
+async def test_a_server_that_does_not_answer_is_unavailable_and_may_be_asked_again() -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    server = OpenAIServer("http://server", transport=httpx.MockTransport(refuse))
+    with pytest.raises(Unavailable, match="does not answer") as raised:
+        await server.generate(GenerateRequest(prompt=CHAT, sampling=Sampling()), None)
+    assert raised.value.retryable
+    await server.close()
+
+
+async def test_the_fleet_of_a_kvist_server_has_roles_and_measured_rates() -> None:
+    fleet = await KvistServer("http://server", transport=httpx.MockTransport(Recorded({"/server_info": INFO}))).fleet()
+    prefill, decode = fleet.workers
+    assert (prefill.name, prefill.role, decode.role) == ("127.0.0.1:1", Role.PREFILL, Role.DECODE)
+    assert prefill.prefill_tokens_per_s == 500.0
+    assert prefill.queue_s == 3 * 10.0 / 20
+    assert (prefill.max_running, prefill.num_cache_tokens) == (8, 3200)
+    assert fleet.page_size == 32
+    assert Native.SCORE in fleet.native
+
+
+async def test_a_server_that_is_not_kvist_gets_no_field_of_kvist() -> None:
+    recorded = Recorded({"/v1/chat/completions": ANSWER})
+    server = await recorded.kvist()
+    assert not (await server.fleet()).native
+    hints = Hints(worker="w", role=Role.PREFILL, session="s")
+    await server.generate(GenerateRequest(prompt=CHAT, sampling=Sampling(), hints=hints), None)
+    assert set(recorded.bodies[-1][1]) == {"messages", "add_generation_prompt"}
+
+
+async def test_a_kvist_server_gets_the_hints_of_the_plan_and_native_requests() -> None:
+    results = [{"token_ids": [7], "logprobs": [-0.5]}, {"token_ids": [8, 9], "logprobs": [-0.5, None]}]
+    scored = {"results": results, "worker": "w", "cached_tokens": {"device": 8, "host": 1}, "computed_tokens": 3}
+    paths = {"/server_info": INFO, "/v1/chat/completions": ANSWER, "/v1/continuations/score": scored}
+    recorded = Recorded(paths | {"/v1/prefill": scored})
+    server = await recorded.kvist()
+    hints = Hints(worker="w", role=Role.PREFILL, session="s")
+    await server.generate(GenerateRequest(prompt=CHAT, sampling=Sampling(), hints=hints), None)
+    request = ScoreRequest(prompt=CHAT.with_text("It is "), choices=("a", "b c"), unconditional=True, hints=hints)
+    found = await server.score(request)
+    served = await server.prefill(CHAT, Hints(worker="w"))
+    await server.prefill(CHAT, Hints(role=Role.DECODE, worker="w", in_background=True))
+    generated, first, second, third, fourth = (body for _, body in recorded.bodies)
+    assert generated["kvist"] == {"report": True, "worker": "w", "role": "prefill"}
+    assert generated["session_id"] == "s"
+    assert first["continuations"] == ["a", "b c"]
+    assert first["continue_final_message"] is True
+    assert second["prompt"] == "\n"
+    assert found.choices[1].logprobs == (-0.5, float("-inf"))
+    assert (found.served.num_prompt_tokens, found.served.num_cached_tokens) == (24, 18)
+    assert served.prefill_worker == "w"
+    assert (third["priority"], third["kvist"]) == (0, {"worker": "w"})
+    assert "priority" not in fourth
+    assert fourth["kvist"] == {"role": "decode"}

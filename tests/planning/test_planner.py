@@ -1,0 +1,169 @@
+"""The planner, purely: a graph and a fleet in, a plan out."""
+
+from __future__ import annotations
+
+import time
+
+from kvist.planning.fleet import Fleet, Native, Role, Running, Worker, unknown_fleet
+from kvist.planning.graph import Generate, Graph, Place, Position, Score, Tool
+from kvist.planning.plan import Work
+from kvist.planning.planner import plan
+from kvist.planning.prompt import Prompt, hole
+
+PREFILL, DECODE = Worker(name="p", role=Role.PREFILL), Worker(name="d", role=Role.DECODE)
+PAIR = Fleet(workers=(PREFILL, DECODE), native=frozenset(Native), num_lease_tokens=10_000)
+SHARED = "You answer questions about plants. " * 40  # 350 tokens
+
+
+def _place(operation_id: int, program: int = 0) -> Place:
+    return Place(operation_id=operation_id, position=Position("p.py", operation_id), program=program)
+
+
+def _generate(operation_id: int, prompt: str, *, program: int = 0, max_tokens: int = 32) -> Generate:
+    return Generate(place=_place(operation_id, program), name="a", prompt=Prompt(prompt), max_tokens=max_tokens)
+
+
+def _score(operation_id: int, prompt: str) -> Score:
+    return Score(place=_place(operation_id), name="v", prompt=Prompt(prompt), choices=("yes", "no"))
+
+
+def _graph(*operations: Generate | Score | Tool) -> Graph:
+    return Graph(operations=operations)
+
+
+def test_a_score_is_prefill_work_and_touches_no_decode_worker() -> None:
+    made = plan(_graph(_score(1, SHARED)), PAIR, Running())
+    (placed,) = made.placements
+    assert (placed.work, placed.prefill_worker, placed.decode_worker) == (Work.PREFILL, "p", None)
+    assert placed.num_output_tokens == 0
+
+
+def test_a_long_new_prompt_goes_to_prefill_and_a_short_extension_stays_on_decode() -> None:
+    long = plan(_graph(_generate(1, SHARED)), PAIR, Running()).placements[0]
+    assert (long.work, long.prefill_worker, long.decode_worker) == (Work.SPLIT, "p", "d")
+    cached = Running(cached={"p": (SHARED,), "d": (SHARED,)})
+    short = plan(_graph(_generate(1, SHARED + "And why?")), PAIR, cached).placements[0]
+    assert (short.work, short.prefill_worker, short.decode_worker) == (Work.DECODE, "d", "d")
+    assert short.num_computed_tokens == 2
+    assert short.num_cached_tokens == 350
+
+
+def test_a_slow_handoff_keeps_longer_extensions_on_decode() -> None:
+    slow = Worker(name="d", role=Role.DECODE, handoff_s=1.0)
+    placed = plan(_graph(_generate(1, SHARED)), Fleet(workers=(PREFILL, slow)), Running()).placements[0]
+    assert placed.work is Work.DECODE
+
+
+def test_a_request_goes_to_the_worker_that_has_its_prefix_unless_that_one_is_too_busy() -> None:
+    one, two = Worker(name="u1", role=Role.UNIFIED), Worker(name="u2", role=Role.UNIFIED)
+    running = Running(cached={"u2": (SHARED,)})
+    placed = plan(_graph(_generate(1, SHARED + "x")), Fleet(workers=(one, two)), running).placements[0]
+    assert placed.prefill_worker == "u2"
+    busy = Worker(name="u2", role=Role.UNIFIED, queue_s=5.0)
+    placed = plan(_graph(_generate(1, SHARED + "x")), Fleet(workers=(one, busy)), running).placements[0]
+    assert placed.prefill_worker == "u1"
+
+
+def test_a_shared_prefix_is_computed_once_ahead_and_kept_until_its_last_use() -> None:
+    made = plan(_graph(*(_generate(n, f"{SHARED}Question {n}") for n in range(8))), PAIR, Running())
+    (warm,) = made.warm
+    assert (warm.prompt.outline, warm.worker) == (SHARED + "Question ", "p")
+    assert warm.users == tuple(range(8))
+    (pin,) = made.pin
+    assert (pin.prompt, pin.until) == (warm.prompt, tuple(range(8)))
+    assert all(each.after_warm == warm.prompt.outline for each in made.placements)
+    assert max(each.num_computed_tokens for each in made.placements) <= 1
+    assert len({each.session for each in made.placements}) == 1
+
+
+def test_nothing_is_computed_ahead_for_one_use_or_for_a_short_prefix() -> None:
+    assert not plan(_graph(_generate(1, SHARED)), PAIR, Running()).warm
+    short = plan(_graph(*(_generate(n, f"Hi. Question {n}") for n in range(8))), PAIR, Running())
+    assert not short.warm
+    assert not short.pin
+
+
+def test_a_prefix_that_is_warm_already_is_not_computed_again() -> None:
+    graph = _graph(*(_generate(n, f"{SHARED}Question {n}") for n in range(8)))
+    running = Running(warmed=frozenset({SHARED + "Question "}), pinned=frozenset({SHARED + "Question "}))
+    made = plan(graph, PAIR, running)
+    assert not made.warm
+    assert not made.pin
+
+
+def test_an_outer_prefix_is_computed_before_the_inner_ones() -> None:
+    essays = [f"{SHARED}Essay {letter}: " + f"{letter} " * 600 for letter in "ab"]
+    questions = [_score(10 * n + m, f"{essay}Criterion {m}") for n, essay in enumerate(essays) for m in range(4)]
+    made = plan(_graph(*questions), PAIR, Running())
+    outer, first, second = made.warm
+    assert outer.after_warm is None
+    assert first.after_warm == second.after_warm == outer.prompt.outline
+    assert first.num_tokens < 350  # beyond the outer prefix
+    gates = {each.operation_id: each.after_warm for each in made.placements}
+    assert gates[0] == first.prompt.outline
+    assert gates[13] == second.prompt.outline
+
+
+def test_a_batch_runs_depth_first_over_its_prefix_tree() -> None:
+    texts = {5: "b/2", 1: "a/1", 3: "b/1", 2: "a/2", 4: "a/1/x"}
+    made = plan(_graph(*(_generate(n, text) for n, text in sorted(texts.items()))), PAIR, Running())
+    assert [texts[each] for each in made.order] == ["a/1", "a/1/x", "a/2", "b/1", "b/2"]
+
+
+def test_a_request_that_needs_a_result_is_planned_after_the_request_that_gives_it() -> None:
+    made = plan(_graph(_generate(1, "z"), _generate(2, f"a{hole(1)}")), PAIR, Running())
+    assert made.order == (1, 2)
+    first, second = made.placements
+    assert second.start_ms >= first.start_ms + first.duration_ms
+
+
+def test_pins_stay_within_the_room_for_leases_and_prefer_the_most_useful_prefix() -> None:
+    often = [_generate(n, f"{SHARED}Question {n}") for n in range(8)]
+    seldom = [_generate(20 + n, f"Other {SHARED}Question {n}") for n in range(2)]
+    fleet = Fleet(workers=(PREFILL, DECODE), native=frozenset(Native), num_lease_tokens=400)
+    (pin,) = plan(_graph(*often, *seldom), fleet, Running()).pin
+    assert pin.until == tuple(range(8))
+    full = Running(num_pinned_tokens=100)
+    assert not plan(_graph(*often, *seldom), fleet, full).pin
+
+
+def test_the_known_part_of_the_next_turn_is_computed_while_a_tool_runs_if_prefill_is_idle() -> None:
+    tool = Tool(place=_place(1), name="search", prompt=Prompt(SHARED))
+    (warm,) = plan(_graph(tool), PAIR, Running()).warm
+    assert (warm.prompt.outline, warm.users) == (SHARED, ())
+    assert not plan(_graph(tool), PAIR, Running(num_in_flight=1)).warm
+    assert not plan(_graph(tool), PAIR, Running(warmed=frozenset({SHARED}))).warm
+
+
+def test_the_width_follows_the_client_and_the_page_pools() -> None:
+    graph = _graph(*(_generate(n, f"{n} {SHARED}", max_tokens=64) for n in range(8)))
+    assert plan(graph, PAIR, Running(width=5)).width == 5
+    small = Worker(name="d", role=Role.DECODE, num_cache_tokens=1000)
+    assert plan(graph, Fleet(workers=(PREFILL, small)), Running(width=64)).width == 2
+
+
+def test_a_server_without_native_operations_gets_a_plan_that_names_what_is_missing() -> None:
+    made = plan(_graph(_score(1, SHARED), _score(2, SHARED + "x")), unknown_fleet("http://other"), Running())
+    assert not made.warm
+    assert not made.pin
+    assert [note.partition(":")[0] for note in made.notes] == [
+        "the server has no /v1/continuations/score",
+        "the server has no prefill without generation",
+        "the server has no leases",
+    ]
+
+
+def test_a_fleet_without_workers_still_gives_a_plan() -> None:
+    (placed,) = plan(_graph(_generate(1, "a")), Fleet(workers=()), Running()).placements
+    assert placed.work is Work.CLIENT
+
+
+def test_planning_takes_less_than_a_millisecond_an_operation() -> None:
+    graph = _graph(*(_generate(n, f"{SHARED}{'x' * 4000}Question {n}", program=n) for n in range(200)))
+    cached = Running(cached={"p": tuple(sorted(f"{SHARED}{n}" for n in range(512)))})
+    times = []
+    for _ in range(3):
+        start_s = time.perf_counter()
+        plan(graph, PAIR, cached)
+        times.append(time.perf_counter() - start_s)
+    assert min(times) / 200 < 0.001
