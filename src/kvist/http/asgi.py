@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from kvist.errors import KvistError, RequestError, SlowBody
-from kvist.http.encoding import body_decoder, body_too_large
+from kvist.errors import KvistError, RequestError
+from kvist.http.encoding import BodyLimits, body_decoder
 from kvist.http.work import BodyShare
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -30,27 +30,27 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in headers if key == name), None)
 
 
-async def read_body(scope: Scope, receive: Receive, share: BodyShare, *, limit_bytes: int, timeout_s: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, share: BodyShare, limits: BodyLimits) -> bytes:
     """Read the whole body and decompress it.
 
-    Raises `BodyTooLarge` as soon as the body is known to exceed `limit_bytes`, `Overloaded` when the server already
+    Raises `BodyTooLarge` as soon as the body is known to exceed the limit, `Overloaded` when the server already
     holds too many bytes of bodies, `ClientDisconnected` when the body breaks off, `SlowBody` when the body does not
-    arrive within `timeout_s`, and `UnsupportedMediaType` for a content coding that the server does not read."""
-    decode = body_decoder(header(scope, b"content-encoding"), share, limit_bytes)
+    arrive in time, and `UnsupportedMediaType` for a content coding that the server does not read."""
+    decode = body_decoder(header(scope, b"content-encoding"), share, limits)
     declared = header(scope, b"content-length")
     if declared is not None and declared.isdigit():
-        if len(declared) > _MAX_LENGTH_DIGITS or int(declared) > limit_bytes:
-            raise body_too_large(limit_bytes)
+        if len(declared) > _MAX_LENGTH_DIGITS or int(declared) > limits.max_bytes:
+            raise limits.too_large()
         share.reserve_up_to(int(declared))  # all of it now, so that bodies in progress can finish
     try:
-        async with asyncio.timeout(timeout_s):
-            body = await _collect_body(receive, share, limit_bytes)
+        async with asyncio.timeout(limits.timeout_s):
+            body = await _collect_body(receive, share, limits)
     except TimeoutError as error:
-        raise SlowBody(f"the request body did not arrive within {timeout_s:g} s (--body-timeout-s)") from error
+        raise limits.too_slow() from error
     return body if decode is None else await decode(body)
 
 
-async def _collect_body(receive: Receive, share: BodyShare, limit_bytes: int) -> bytes:
+async def _collect_body(receive: Receive, share: BodyShare, limits: BodyLimits) -> bytes:
     pieces, num_bytes = [], 0
     while True:
         message = await receive()
@@ -58,8 +58,8 @@ async def _collect_body(receive: Receive, share: BodyShare, limit_bytes: int) ->
             raise ClientDisconnected
         piece: bytes = message.get("body", b"")
         num_bytes += len(piece)
-        if num_bytes > limit_bytes:
-            raise body_too_large(limit_bytes)
+        if num_bytes > limits.max_bytes:
+            raise limits.too_large()
         share.reserve_up_to(num_bytes)
         pieces.append(piece)
         if not message.get("more_body", False):

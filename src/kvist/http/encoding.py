@@ -8,20 +8,37 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
-from kvist.errors import BodyTooLarge, RequestError, UnsupportedMediaType
+from kvist.errors import BodyTooLarge, RequestError, SlowBody, UnsupportedMediaType
 from kvist.http.work import BodyShare
 
 _PIECE_BYTES = 1 << 18  # decompressed in about a millisecond
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
-def body_too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is over the limit of {limit_bytes} bytes (--max-body-bytes)")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BodyLimits:
+    """The limits of one request body, before and after decompression, and the flags that set them, if any does."""
+
+    max_bytes: int
+    timeout_s: float
+    bytes_flag: str | None = None
+    timeout_flag: str | None = None
+
+    def too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the request body is over the limit of {self.max_bytes} bytes{_set_by(self.bytes_flag)}")
+
+    def too_slow(self) -> SlowBody:
+        return SlowBody(f"the request body did not arrive within {self.timeout_s:g} s{_set_by(self.timeout_flag)}")
+
+
+def _set_by(flag: str | None) -> str:
+    return "" if flag is None else f" ({flag})"
 
 
 def body_decoder(
-    content_encoding: bytes | None, share: BodyShare, limit_bytes: int
+    content_encoding: bytes | None, share: BodyShare, limits: BodyLimits
 ) -> Callable[[bytes], Awaitable[bytes]] | None:
     """Return the decoder, or None for a body that is not compressed. Raise `UnsupportedMediaType` for an unsupported
     coding."""
@@ -34,12 +51,12 @@ def body_decoder(
         )
 
     async def decode(body: bytes) -> bytes:
-        return await _inflate(body, "deflate" if coding == "deflate" else "gzip", share, limit_bytes)
+        return await _inflate(body, "deflate" if coding == "deflate" else "gzip", share, limits)
 
     return decode
 
 
-async def _inflate(body: bytes, coding: str, share: BodyShare, limit_bytes: int) -> bytes:
+async def _inflate(body: bytes, coding: str, share: BodyShare, limits: BodyLimits) -> bytes:
     inflater = zlib.decompressobj(_GZIP if coding == "gzip" else _deflate_bits(body))
     pieces: list[bytes] = []
     num_bytes, rest = 0, body
@@ -50,8 +67,8 @@ async def _inflate(body: bytes, coding: str, share: BodyShare, limit_bytes: int)
             raise _invalid_encoding(coding) from error
         rest = inflater.unconsumed_tail
         num_bytes += len(piece)
-        if num_bytes > limit_bytes:
-            raise body_too_large(limit_bytes)
+        if num_bytes > limits.max_bytes:
+            raise limits.too_large()
         share.reserve_up_to(len(body) + num_bytes)
         if not piece and not rest and not inflater.eof:
             raise _invalid_encoding(coding)  # truncated

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import httpx
-
 from kvist.clock import MonotonicClock
+from kvist.cluster.config import OperatedServer
+from kvist.cluster.operate import call
 from kvist.errors import Timeout, Unavailable
 from kvist.nodes.config import DrainOptions
 
@@ -19,24 +19,23 @@ REPORT_S = 5.0
 def run_drain(options: DrainOptions) -> int:
     """Empty the store; return 0 when it is empty. Raises `KvistError` if that fails or takes too long."""
     url = options.url
-    headers = {} if options.api_key is None else {"authorization": f"Bearer {options.api_key}"}
+    server = OperatedServer(url=url, api_key=options.api_key)
     clock = MonotonicClock()
     deadline_s, reported_s = clock.now_s() + options.timeout_s, clock.now_s()
-    with httpx.Client(base_url=url, headers=headers, timeout=HTTP_TIMEOUT_S, trust_env=False) as http:
-        progress = _call(http, "POST")
-        while not progress.get("done"):
-            if progress.get("error"):
-                raise Unavailable(f"{url} is not empty: {progress['error']}")
-            if clock.now_s() > deadline_s:
-                raise Timeout(
-                    f"{url} is not empty after {options.timeout_s:g} s ({_described(progress)}); the store goes "
-                    "on, and --timeout-s sets how long to wait"
-                )
-            if clock.now_s() > reported_s + REPORT_S:
-                reported_s = clock.now_s()
-                print(_described(progress), flush=True)
-            time.sleep(POLL_S)
-            progress = _call(http, "GET")
+    progress = _asked(server, "POST")
+    while not progress.get("done"):
+        if progress.get("error"):
+            raise Unavailable(f"{url} is not empty: {progress['error']}")
+        if clock.now_s() > deadline_s:
+            raise Timeout(
+                f"{url} is not empty after {options.timeout_s:g} s ({_described(progress)}); the store goes "
+                "on, and --timeout-s sets how long to wait"
+            )
+        if clock.now_s() > reported_s + REPORT_S:
+            reported_s = clock.now_s()
+            print(_described(progress), flush=True)
+        time.sleep(POLL_S)
+        progress = _asked(server, "GET")
     print(
         f"{progress.get('store')} is empty ({_described(progress)}). Stop the store now: it takes no new pages.",
         flush=True,
@@ -51,15 +50,8 @@ def _described(progress: dict[str, Any]) -> str:
     )
 
 
-def _call(http: httpx.Client, method: str) -> dict[str, Any]:
-    try:
-        response = http.request(method, "/drain")
-        body = response.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise Unavailable(f"no Kvist store answers at {http.base_url}: {error or type(error).__name__}") from error
-    if response.status_code != httpx.codes.OK:
-        message = body.get("error", {}).get("message") if isinstance(body, dict) else None
-        raise Unavailable(f"{http.base_url} refuses: {message or response.status_code}")
-    if not isinstance(body, dict) or "state" not in body:
-        raise Unavailable(f"{http.base_url} is not a Kvist store")
-    return body
+def _asked(server: OperatedServer, method: str) -> dict[str, Any]:
+    progress = call(server, method, "/drain", timeout_s=HTTP_TIMEOUT_S)
+    if "state" not in progress:
+        raise Unavailable(f"{server.url} is not a Kvist store")
+    return progress

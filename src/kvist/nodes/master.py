@@ -22,8 +22,10 @@ from starlette.types import Receive, Scope, Send
 from kvist.clock import MonotonicClock
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.ports import free_ports
-from kvist.errors import BodyTooLarge, Unavailable
-from kvist.http.asgi import header
+from kvist.errors import Unavailable
+from kvist.http.asgi import header, read_body
+from kvist.http.encoding import BodyLimits
+from kvist.http.work import BodyBudget
 from kvist.nodes.config import MasterAddress, NodeKeyOptions, PoolOptions
 from kvist.nodes.master_program import (
     check_program,
@@ -44,7 +46,7 @@ PROXY_TIMEOUT_S = 10.0
 CHECK_INTERVAL_S = 0.5  # between two questions whether the master answers
 SILENT_RESTART_S = 30.0
 MAX_DEATHS = 5
-_MAX_BODY_BYTES = 64 << 10
+BODY_LIMITS = BodyLimits(max_bytes=64 << 10, timeout_s=10.0)
 _MAX_LINE_BYTES = 1 << 16
 _READ = ("/get_all_segments", "/get_segments_detail", "/get_all_keys", "/query_key", "/batch_query_keys")
 _JOBS = ("/api/v1/drain_jobs/query", "/api/v1/drain_jobs/cancel")
@@ -62,6 +64,7 @@ class MasterNode:
         self._http: httpx.AsyncClient | None = None
         self._problem = "the master starts"
         self._num_restarts = 0
+        self._bodies = BodyBudget(limit_bytes=0, free_bytes=BODY_LIMITS.max_bytes)  # connections bound their number
 
     @property
     def pid(self) -> int | None:
@@ -165,7 +168,8 @@ class MasterNode:
         """Pass the request on to the program, and its answer back."""
         if self._http is None:
             raise Unavailable(f"the master does not answer: {self._problem}")
-        body = await _short_body(receive) if scope["method"] == "POST" else b""
+        with self._bodies.open() as share:
+            body = await read_body(scope, receive, share, BODY_LIMITS) if scope["method"] == "POST" else b""
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
         kind = header(scope, b"content-type") or b"application/json"
         try:
@@ -181,17 +185,6 @@ class MasterNode:
                 await send({"type": "http.response.body", "body": b""})
         except httpx.HTTPError as error:
             raise Unavailable(f"the master does not answer: {error or type(error).__name__}") from error
-
-
-async def _short_body(receive: Receive) -> bytes:
-    pieces: bytes = b""
-    while True:
-        message = await receive()
-        pieces += message.get("body", b"")
-        if len(pieces) > _MAX_BODY_BYTES:
-            raise BodyTooLarge(f"the body has more than {_MAX_BODY_BYTES} bytes")
-        if not message.get("more_body", False):
-            return pieces
 
 
 async def _is_serving(http: httpx.AsyncClient) -> bool:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from kvist.config import check_api_key, option
 from kvist.errors import ConfigError
 from kvist.fairness import MAX_WEIGHT
+from kvist.http.encoding import BodyLimits
 
 TENANT_NONE, TENANT_API_KEY = "none", "api-key"
 
@@ -119,6 +120,14 @@ class ServerConfig:
         "each event of a /generate stream repeats all logprobs so far, as in SGLang; the size of such a stream grows "
         "with the square of its length",
     )
+
+    def body_limits(self) -> BodyLimits:
+        return BodyLimits(
+            max_bytes=self.max_body_bytes,
+            timeout_s=self.body_timeout_s,
+            bytes_flag="--max-body-bytes",
+            timeout_flag="--body-timeout-s",
+        )
 
     def __post_init__(self) -> None:
         for key in self.api_key:

@@ -81,11 +81,8 @@ class GatewayContext:
 
         The body is released before the request waits for anything else. `make` must not touch state of the event loop.
         Raises what `read_body` and `make` raise, `Overloaded`, and `Timeout` when no thread was free in time."""
-        config = self.config
         with self.bodies.open() as share:
-            body = await read_body(
-                scope, receive, share, limit_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s
-            )
+            body = await read_body(scope, receive, share, self.config.body_limits())
             return await self.compute(scope, receive, len(body), partial(make, body))
 
     async def compute(self, scope: Scope, receive: Receive, num_bytes: int, make: Callable[[], T]) -> T:
