@@ -28,6 +28,7 @@ from kvist.cluster.config import (
     UnifiedOptions,
 )
 from kvist.config import option
+from kvist.deploy.description import ContainerOptions, Deployment, ManifestOptions, RoleCounts
 from kvist.engine.bench_shapes import StepsConfig
 from kvist.engine.config import EndpointOptions, EngineConfig, EngineOptions, ModelOptions, NameOptions, RuntimeOptions
 from kvist.errors import ConfigError
@@ -302,6 +303,56 @@ class RoleSettings:
     file: FileConfig = group(FileConfig)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainServerSettings:
+    operated: OperatedServer = group(OperatedServer)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedFile:
+    file: Path | None = option(None, "manifest to check", unset="none: it has to be given")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployCheckSettings:
+    checked: CheckedFile = group(CheckedFile)
+    log: LogConfig = group(LogConfig)
+    config: FileConfig = group(FileConfig)
+
+    def manifest_text(self) -> str:
+        """Return the text of the file. Raises `ConfigError`."""
+        path = self.checked.file
+        if path is None:
+            raise ConfigError("name a manifest, as in kvist deploy check cluster.yaml", param="file")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}", param="file") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    output: Path | None = option(None, "file to write", unset="standard output")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderSettings:
+    manifest: ManifestOptions = group(ManifestOptions)
+    counts: RoleCounts = group(RoleCounts)
+    container: ContainerOptions = group(ContainerOptions)
+    output: OutputOptions = group(OutputOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+
+    def __post_init__(self) -> None:
+        self.deployment()
+
+    def deployment(self) -> Deployment:
+        return Deployment(manifest=self.manifest, counts=self.counts, container=self.container)
+
+
 Settings = (
     ServeSettings
     | RouterSettings
@@ -309,6 +360,9 @@ Settings = (
     | StoreSettings
     | DrainSettings
     | RoleSettings
+    | DrainServerSettings
+    | RenderSettings
+    | DeployCheckSettings
     | UpSettings
     | DemoSettings
     | ChatSettings
@@ -323,6 +377,9 @@ _SETTINGS: dict[str, type[Settings]] = {
     "store": StoreSettings,
     "store drain": DrainSettings,
     "role": RoleSettings,
+    "drain": DrainServerSettings,
+    "deploy render": RenderSettings,
+    "deploy check": DeployCheckSettings,
     "up": UpSettings,
     "demo": DemoSettings,
     "chat": ChatSettings,
@@ -338,14 +395,17 @@ _POSITIONAL: dict[str, tuple[str, ...]] = {
     "up": ("model_path",),
     "store drain": ("store",),
     "role": ("worker", "role"),
+    "drain": ("url",),
     "chat": ("target",),
     "bench custom": ("file",),
+    "deploy check": ("file",),
 }
 _ARGUMENTS = {
     "model_path": "[MODEL]",
     "file": "[FILE]",
     "target": "[URL or MODEL]",
     "store": "URL",
+    "url": "[URL]",
     "worker": "WORKER",
     "role": "ROLE",
 }
@@ -370,6 +430,7 @@ _COMMON = {  # shown by `--help`; `--help-all` shows all
     *("url", "worker", "target", "system", "max_tokens", "temperature", "stats"),
     *("rpc_port", "hot_page_replication", "hot_page_replicas", "hicache_mooncake_master_addr", "segment_size"),
     *("ssd_path", "ssd_size", "hicache_mooncake_protocol", "store", "timeout_s"),
+    *("format", "name", "image", "device", "hicache_size", "output"),
 }
 
 

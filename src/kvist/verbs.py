@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from kvist.cluster.pool_plan import PoolShape
 from kvist.cores import num_usable_cores
 from kvist.engine.config import EngineOptions
 from kvist.nodes.config import STOP_MARGIN_S, JoinPoolOptions, PoolOptions, SegmentOptions
-from kvist.options import to_argv
+from kvist.options import given_values, to_argv
 from kvist.runner.config import RunnerOptions
 from kvist.server.config import ServerConfig
 from kvist.settings import (
@@ -26,14 +26,18 @@ from kvist.settings import (
     BenchServerSettings,
     ChatSettings,
     DemoSettings,
+    DeployCheckSettings,
+    DrainServerSettings,
     DrainSettings,
     MasterSettings,
+    RenderSettings,
     RoleSettings,
     RouterSettings,
     ServeSettings,
     Settings,
     StoreSettings,
     UpSettings,
+    read,
 )
 
 DEMO_HOST_TIER_GB = 0.25
@@ -68,6 +72,18 @@ def run(settings: Settings) -> int:
         from kvist.cluster.operate import switch_role
 
         return switch_role(settings.operated, settings.switch)
+    if isinstance(settings, DrainServerSettings):
+        from kvist.cluster.operate import drain_server
+
+        return drain_server(settings.operated)
+    if isinstance(settings, RenderSettings):
+        from kvist.deploy.render import run_render
+
+        return run_render(settings.deployment(), settings.output.output)
+    if isinstance(settings, DeployCheckSettings):
+        from kvist.deploy.check import run_check
+
+        return run_check(settings.manifest_text(), option_values)
     if isinstance(settings, UpSettings):
         from kvist.checkpoint import find_checkpoint
         from kvist.cluster.up import run_up
@@ -89,6 +105,11 @@ def run(settings: Settings) -> int:
     with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
         shape = cluster_shape(with_own_key(with_tiers(settings, folder)))
         return run_demo(shape, question=settings.demo.question, expect=settings.demo.expect)
+
+
+def option_values(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Mapping[str, object]:
+    """Return the values of a verb's options by key. Raises `ConfigError`."""
+    return given_values(read(verb, argv, environ))
 
 
 def _run_node(settings: MasterSettings | StoreSettings | DrainSettings) -> int:

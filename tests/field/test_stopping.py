@@ -13,6 +13,7 @@ import pytest
 
 from kvist.channel import ChannelConfig
 from kvist.checkpoint import find_checkpoint
+from kvist.cli import main
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.serving import LocalEngineTransport, Serving
 from kvist.cluster.stopping import StopSignals
@@ -200,6 +201,40 @@ async def test_a_signal_beside_the_stop_of_the_parent_does_not_hurry(parent_firs
     stop(signal.SIGTERM, None)
     await asyncio.sleep(0)
     assert stop.hurried.is_set()
+
+
+@pytest.mark.case("signal-to-all")
+async def test_the_signal_after_a_drain_does_not_hurry_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes runs the preStop command, which drains, and sends SIGTERM when the command has ended."""
+    monkeypatch.setattr("kvist.cluster.stopping.SAME_REQUEST_S", -1.0)  # the signal comes late
+    stop = StopSignals()
+    stop.watch()
+    stop.drain()
+    await asyncio.sleep(0)
+    assert stop.requested.is_set()
+    stop(signal.SIGTERM, None)
+    await asyncio.sleep(0)
+    assert not stop.hurried.is_set()
+    stop(signal.SIGTERM, None)
+    await asyncio.sleep(0)
+    assert stop.hurried.is_set()
+
+
+async def test_kvist_drain_ends_a_server_after_its_open_requests(
+    serve: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serve() as server:  # type: ignore[attr-defined]
+        server.engine.stop_after = 3
+        streaming = asyncio.create_task(read(server, ASK))
+        await server.until(lambda: server.engine.num_hanging)
+        assert await asyncio.to_thread(main, ["drain", str(server.client.base_url)]) == 0
+        assert "drains: 1 requests are open" in capsys.readouterr().out
+        assert (await server.client.get("/ready")).status_code == 503
+        server.engine.finish_streams()
+        assert (await streaming).endswith("data: [DONE]\n\n")
+        await server.ended()
+    assert await asyncio.to_thread(main, ["drain", str(server.client.base_url)]) == 1
+    assert "no Kvist server answers" in capsys.readouterr().err
 
 
 @pytest.mark.case("signal-to-all")

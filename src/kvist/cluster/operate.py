@@ -1,4 +1,4 @@
-"""The verbs of an operator, as one HTTP request each: `kvist role`."""
+"""The verbs of an operator, as one HTTP request each: `kvist role`, `kvist drain`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def switch_role(server: OperatedServer, options: RoleOptions) -> int:
         raise ConfigError("name a worker and its new role, as in kvist role 127.0.0.1:30001 decode", param="worker")
     call(server, "POST", "/role", {"worker": options.worker, "role": options.role})
     print(f"{options.worker} is a {options.role} worker now; its open requests end as they are", flush=True)
+    return 0
+
+
+def drain_server(server: OperatedServer) -> int:
+    """Let a router or worker refuse new requests, and stop after the open ones; return 0. Raises `KvistError`."""
+    answer = call(server, "POST", "/drain")
+    print(f"{server.url} drains: {answer.get('requests_in_flight')} requests are open", flush=True)
     return 0
 
 

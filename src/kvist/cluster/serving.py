@@ -166,7 +166,7 @@ def _serve(
     joining: Joining | None = None,
 ) -> None:
     """Serve HTTP until the end of the process: over the engine of `supervisor`, which has `role`, or as a router."""
-    lifecycle = Lifecycle(on_drain=listening.stop.stop)
+    lifecycle = Lifecycle(on_drain=listening.stop.drain)
     app = build_app(
         dispatcher=router.dispatcher,
         members=router.members if role is None else None,  # a worker's only engine is its own

@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 class StopSignals:
     """Stop requests from signals and from the parent process. Before `watch`, a signal ends the start by
     `KeyboardInterrupt`; after `watch`, the first signal requests a stop, and another one hurries it. A signal within
-    `SAME_REQUEST_S` after the parent's request counts as the same request: both may come from one service manager."""
+    `SAME_REQUEST_S` after the parent's request counts as the same request: both may come from one service manager.
+    The first signal after `drain` counts as the same request, however late: Kubernetes runs a container's preStop
+    command, and sends the signal after it."""
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
@@ -37,6 +39,7 @@ class StopSignals:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._requested_s: float | None = None
         self._num_signals = 0
+        self._drained = False
 
     def watch(self) -> None:
         """Turn signals into stop requests from now on. Call inside the running event loop."""
@@ -49,9 +52,8 @@ class StopSignals:
         if self._loop is None:
             raise KeyboardInterrupt
         self._num_signals += 1
-        again = self._num_signals > 1 or (
-            self._requested_s is not None and self._loop.time() > self._requested_s + SAME_REQUEST_S
-        )
+        requested_s = None if self._drained else self._requested_s
+        again = self._num_signals > 1 or (requested_s is not None and self._loop.time() > requested_s + SAME_REQUEST_S)
         self._loop.call_soon_threadsafe(self._request if not again else self.hurried.set)
 
     def stop(self) -> None:
@@ -60,6 +62,11 @@ class StopSignals:
             signal_self()
         else:
             self._loop.call_soon_threadsafe(self._request)
+
+    def drain(self) -> None:
+        """Request a stop for a client of `POST /drain`. Safe on any thread."""
+        self._drained = True
+        self.stop()
 
     def hurry(self) -> None:
         """Hurry the stop for the parent process. Safe on any thread."""

@@ -17,7 +17,7 @@ from kvist.pool_status import PoolStatus, read_pool_status
 
 TIMEOUT_S = 5.0
 QUERY_KEYS = 500  # keys in one question about their places
-_MOVES = 1024  # copies moved at once: stores fetch them once a second, and the default is 4
+_MOVES = 1  # copies that the master's own job moves at once; `nodes/emptying.py` moves most of them
 _MAX_REASON_CHARS = 200
 T = TypeVar("T")
 
@@ -59,13 +59,27 @@ class DrainJob(msgspec.Struct, frozen=True):
         return not self.success or self.status_name in ("FAILED", "CANCELED", "CANCELLED")
 
 
+class HeldPage(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of which a store has a copy."""
+
+    key: str
+    num_bytes: int
+    num_copies: int  # in the memory of stores; 0: on SSDs only
+
+
+class _MemoryCopy(msgspec.Struct):
+    num_bytes: int = msgspec.field(name="size_", default=0)
+    session: str = msgspec.field(name="transport_endpoint_", default="")
+
+
 class _DiskCopy(msgspec.Struct):
     client_id: str = ""
+    object_size: int = 0
 
 
 class _Places(msgspec.Struct):
     ok: bool
-    values: list[msgspec.Raw] | None = None  # copies in memory
+    values: list[_MemoryCopy] | None = None
     local_disk_values: list[_DiskCopy] | None = None
 
 
@@ -105,16 +119,33 @@ class MasterAdmin:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 
-    def only_on_disk_of(self, client_id: str, keys: Sequence[str]) -> list[str]:
-        """Return the keys of `keys` that have no copy but those on the SSD of this run of a store. Keys with a comma
+    def only_on_disk_of(self, client_id: str, keys: Sequence[str]) -> list[HeldPage]:
+        """Return the pages of `keys` that have no copy but those on the SSD of this run of a store. Keys with a comma
         cannot be asked for, and count as having other copies."""
+        return [
+            HeldPage(key=key, num_bytes=disks[0].object_size, num_copies=0)
+            for key, places in self._places(keys)
+            if not places.values
+            and (disks := places.local_disk_values)
+            and all(disk.client_id == client_id for disk in disks)
+        ]
+
+    def in_memory_of(self, session: str, keys: Sequence[str]) -> list[HeldPage]:
+        """Return the pages of `keys` that have a copy in the memory of the store whose engine has this session. Keys
+        with a comma cannot be asked for."""
+        return [
+            HeldPage(key=key, num_bytes=copies[0].num_bytes, num_copies=len(copies))
+            for key, places in self._places(keys)
+            if (copies := places.values) and any(copy.session == session for copy in copies)
+        ]
+
+    def _places(self, keys: Sequence[str]) -> list[tuple[str, _Places]]:
         asked = [key for key in keys if "," not in key]
         if not asked:
             return []
         assert len(asked) <= QUERY_KEYS
-        response = self._get("/batch_query_keys", {"keys": ",".join(asked)})
-        places = self._decoded(response, _Answer).data
-        return [key for key in asked if key in places and _is_only_on_disk_of(places[key], client_id)]
+        found = self._decoded(self._get("/batch_query_keys", {"keys": ",".join(asked)}), _Answer).data
+        return [(key, found[key]) for key in asked if key in found and found[key].ok]
 
     def start_drain(self, segment_names: Sequence[str]) -> DrainJob:
         """Start to move all copies in memory away from the segments, which take no new ones from now on."""
@@ -167,8 +198,3 @@ class MasterAdmin:
     def _unreachable(self, error: httpx.HTTPError) -> KvistError:
         reason = (str(error) or type(error).__name__)[:_MAX_REASON_CHARS]
         return Unavailable(f"the Mooncake master's HTTP port at {self.url} does not answer: {reason}")
-
-
-def _is_only_on_disk_of(places: _Places, client_id: str) -> bool:
-    disks = places.local_disk_values or []
-    return places.ok and not places.values and bool(disks) and all(disk.client_id == client_id for disk in disks)

@@ -1,9 +1,11 @@
 """A store is emptied: every page moves to the other stores of the pool, or has a copy there already.
 
-    1. the master moves the copies in memory (a drain job); the store gets no new pages from now on
-    2. pages that are on this store's SSD only are written into the memory of other stores
+    1. a drain job of the master: the store gets no new pages from now on
+    2. pages with a copy in this store's memory are moved by the store itself, in batches; the master's job, which would
+       move 16 a second, moves one at a time, and ends when none is left
+    3. pages that are on this store's SSD only are moved in the same way
 
-A copy that a reader holds a lease on (10 s after the last read) is moved later; the master repeats its attempts.
+A moved page is read, removed with all its copies, and put again with as many: workers that ask in between miss it.
 Emptying has no limit of time of its own: `kvist store drain` has one, and a stop of the store cancels it.
 """
 
@@ -11,17 +13,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Protocol, TypeVar
 
 from kvist.clock import Clock
 from kvist.errors import Conflict, KvistError, Unavailable
-from kvist.mooncake.master_admin import QUERY_KEYS, DrainJob, MasterAdmin, Segment
+from kvist.mooncake.master_admin import QUERY_KEYS, DrainJob, HeldPage, MasterAdmin, Segment
 
 POLL_S = 0.25
 MAX_SILENCE_S = 30.0  # of the master
+BATCH_BYTES = 32 << 20  # moved in one call
 MAX_PASSES = 5  # over the pages on the SSD: some may not find room at once
 T = TypeVar("T")
 
@@ -40,19 +45,17 @@ class Emptying:
         admin: MasterAdmin,
         segment: Segment,
         *,
-        move_to_memory: Callable[[Sequence[str]], Awaitable[int]],
+        session: str,
+        move: Callable[[Sequence[HeldPage]], Awaitable[int]],
         on_end: OnEnd,
         clock: Clock,
     ) -> None:
-        self._admin, self._segment, self._move, self._on_end, self._clock = (
-            admin,
-            segment,
-            move_to_memory,
-            on_end,
-            clock,
-        )
+        """`session`: of the store's engine. `move` moves pages to other stores, and returns how many have arrived."""
+        self._admin, self._segment, self._session = admin, segment, session
+        self._move, self._on_end, self._clock = move, on_end, clock
         self._job = DrainJob(success=True, status_name="CREATED")
-        self._num_moved_from_ssd = 0
+        self._num_moved = self._num_moved_from_ssd = 0
+        self._num_moved_bytes = 0
         self._num_left_on_ssd: int | None = None  # None: not counted yet
         self._error = ""
         self._task = asyncio.create_task(self._run(), name="emptying")
@@ -65,10 +68,10 @@ class Emptying:
         return {
             "done": self._task.done() and not self._error,
             "error": self._error,
-            "num_moved": self._job.succeeded_units,
+            "num_moved": self._num_moved + self._job.succeeded_units,
             "num_waiting": self._job.blocked_units,
             "num_moving": self._job.active_units,
-            "moved_bytes": self._job.migrated_bytes,
+            "moved_bytes": self._num_moved_bytes + self._job.migrated_bytes,
             "num_moved_from_ssd": self._num_moved_from_ssd,
             "num_left_on_ssd": self._num_left_on_ssd,
         }
@@ -94,7 +97,7 @@ class Emptying:
         else:
             logger.info(
                 "emptied: %d pages moved from memory, %d from the SSD; this store can be stopped",
-                self._job.succeeded_units,
+                self._num_moved + self._job.succeeded_units,
                 self._num_moved_from_ssd,
             )
             self._on_end(succeeded=True)
@@ -114,25 +117,42 @@ class Emptying:
             if job.has_failed:
                 reason = job.error_message or job.status_name
                 raise Unavailable(f"the master cannot move the pages ({reason}): are there other stores with room?")
-            await asyncio.sleep(POLL_S)
             try:
+                await self._move_pages_in_memory()
+                await asyncio.sleep(POLL_S)
                 job = await asyncio.to_thread(self._admin.drain_job, job.job_id)
                 answered_s = self._clock.now_s()
             except KvistError:
                 if self._clock.now_s() - answered_s > MAX_SILENCE_S:
                     raise
+                await asyncio.sleep(POLL_S)
         self._job = job
+
+    async def _move_pages_in_memory(self) -> None:
+        """Go once over all pages of the pool."""
+        async for held in self._batches(partial(self._admin.in_memory_of, self._session)):
+            num_moved = await self._move(held)
+            self._num_moved += num_moved
+            self._num_moved_bytes += sum(page.num_bytes for page in held) * num_moved // len(held)
+
+    async def _batches(self, find: Callable[[Sequence[str]], list[HeldPage]]) -> AsyncIterator[list[HeldPage]]:
+        """Yield the pages that `find` finds among the keys of the pool, in batches of about `BATCH_BYTES`."""
+        keys = self._admin.keys()
+        while some := await asyncio.to_thread(_take, keys, QUERY_KEYS):
+            held = await asyncio.to_thread(find, some)
+            while held:
+                ends = itertools.accumulate(page.num_bytes for page in held)
+                num = max(1, sum(1 for end in ends if end <= BATCH_BYTES))
+                yield held[:num]
+                held = held[num:]
 
     async def _move_ssd(self) -> None:
         for _ in range(MAX_PASSES):
             num_left = 0
-            keys = self._admin.keys()
-            while batch := await asyncio.to_thread(_take, keys, QUERY_KEYS):
-                alone = await asyncio.to_thread(self._admin.only_on_disk_of, self._segment.client_id, batch)
-                for key in alone:
-                    num_moved = await self._move([key])
-                    self._num_moved_from_ssd += num_moved
-                    num_left += 1 - num_moved
+            async for held in self._batches(partial(self._admin.only_on_disk_of, self._segment.client_id)):
+                num_moved = await self._move(held)
+                self._num_moved_from_ssd += num_moved
+                num_left += len(held) - num_moved
             self._num_left_on_ssd = num_left
             if not num_left:
                 return

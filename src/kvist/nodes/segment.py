@@ -13,20 +13,27 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
+import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvist.errors import EngineError, Timeout, Unavailable
+from kvist.mooncake.master_admin import HeldPage
 from kvist.mooncake.requirements import Network, load
 
 UNIT_BYTES = 1 << 24  # the library rounds a segment up to a multiple
 HEARTBEAT_S = 1  # between two times that pages in memory are written to the SSD
 _METADATA = "P2PHANDSHAKE"
+_PUT_TRIES, _PUT_PAUSE_S = 5, 0.2
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class NativeThread:
@@ -91,6 +98,8 @@ class Segment:
         self.plan = plan
         self._store: Any = None
         self._ids: list[str] = []
+        self._registered: ctypes.Array[ctypes.c_char] = (ctypes.c_char * 0)()  # see `_buffer`
+        self.session = ""  # of the engine; known when the segment is open
 
     def open(self) -> None:
         """Join the pool. Raises `Unavailable`."""
@@ -124,6 +133,20 @@ class Segment:
                 "--segment-size"
             )
         self._ids = list(mounted["segment_ids"])
+        self.session = self._find_session()
+
+    def _find_session(self) -> str:
+        """Return the name that copies in our memory have: that of the engine, which the library tells no one else. A
+        segment that has just been mounted has room for a byte."""
+        key, config = f"kvist-store-{self.plan.name}", load("mooncake.store").ReplicateConfig()
+        config.preferred_segment = self.plan.name
+        self._store.remove(key, True)
+        self._check(self._store.put_from(key, self._buffer(1), 1, config), "storing a byte")
+        copies = self._store.get_replica_desc(key)
+        self._store.remove(key, True)
+        [copy] = [each for each in copies if each.is_memory_replica()]
+        session: str = copy.get_memory_descriptor().buffer_descriptor.transport_endpoint
+        return session
 
     def leave(self, grace_s: int) -> None:
         """Take no new pages. For `grace_s` the master lists the segment as GRACEFULLY_UNMOUNTING: its pages can be
@@ -141,26 +164,63 @@ class Segment:
 
     # ---- pages that move to other stores (emptying.py)
 
-    def move_to_memory(self, keys: Sequence[str]) -> int:
-        """Write pages that are on our SSD only into the memory of other stores. Returns how many have arrived."""
-        num_moved = 0
-        for key in keys:
-            num_bytes = self._store.get_size(key)
-            if num_bytes <= 0:
-                continue
-            page = (ctypes.c_char * num_bytes)()
-            address = ctypes.addressof(page)
-            if self._store.register_buffer(address, num_bytes):
+    def move(self, pages: Sequence[HeldPage]) -> int:
+        """Move pages into the memory of other stores, while this one takes none: read them, remove them with all their
+        copies, and put them again. A reader in between misses. Return how many have arrived."""
+        num_bytes = sum(page.num_bytes for page in pages)
+        if not num_bytes:
+            return 0
+        return self._move_through(pages, self._buffer(num_bytes))
+
+    def _buffer(self, num_bytes: int) -> int:
+        """Return the address of registered memory. It is kept: new memory costs more than the copies into it. Raises
+        `EngineError`."""
+        if num_bytes > len(self._registered):
+            if self._registered:
+                self._store.unregister_buffer(ctypes.addressof(self._registered))
+            self._registered = (ctypes.c_char * num_bytes)()
+            if self._store.register_buffer(ctypes.addressof(self._registered), num_bytes):
+                self._registered = (ctypes.c_char * 0)()
                 raise EngineError(f"Mooncake cannot register {num_bytes} bytes; with RDMA, raise `ulimit -l`")
-            try:
-                if self._store.get_into(key, address, num_bytes) == num_bytes:
-                    # a put of a key that exists changes nothing, and an update without room would remove it
-                    self._store.remove(key, True)
-                    num_moved += self._store.put_from(key, address, num_bytes) == 0
-            finally:
-                self._store.unregister_buffer(address)
-        return num_moved
+        return ctypes.addressof(self._registered)
+
+    def _move_through(self, pages: Sequence[HeldPage], start: int) -> int:
+        """Move pages through registered memory."""
+        ends = list(itertools.accumulate(page.num_bytes for page in pages))
+        placed = [(page, start + end - page.num_bytes) for page, end in zip(pages, ends, strict=True)]
+        codes = self._store.batch_get_into(*_columns(placed))
+        read = [each for each, code in zip(placed, codes, strict=True) if code == each[0].num_bytes]
+        # A put of a key that exists changes nothing, and an update without room would remove it. Copies that the
+        # master's job moves at this moment cannot be removed, and stay.
+        codes = self._store.batch_remove([page.key for page, _ in read], True) if read else []
+        left = [each for each, code in zip(read, codes, strict=True) if code == 0]
+        num_removed = len(left)
+        for attempt in range(_PUT_TRIES):
+            if not left:
+                break
+            if attempt:
+                time.sleep(_PUT_PAUSE_S)  # the master evicts other pages meanwhile
+            left = self._put(left)
+        for page, _ in left:
+            logger.warning("the page %s is lost: no other store had room for it", page.key)
+        return num_removed - len(left)
+
+    def _put(self, placed: Sequence[tuple[HeldPage, int]]) -> list[tuple[HeldPage, int]]:
+        """Put pages with as many copies as they had; return those that were not stored."""
+        failed: list[tuple[HeldPage, int]] = []
+        for num_copies in {max(1, page.num_copies) for page, _ in placed}:
+            group = [each for each in placed if max(1, each[0].num_copies) == num_copies]
+            config = load("mooncake.store").ReplicateConfig()
+            config.replica_num = num_copies
+            codes = self._store.batch_put_from(*_columns(group), config)
+            failed += [each for each, code in zip(group, codes, strict=True) if code]
+        return failed
 
     def _check(self, code: int, doing: str) -> None:
         if code:
             raise Unavailable(f"Mooncake reports the code {code} for {doing}")
+
+
+def _columns(placed: Sequence[tuple[HeldPage, int]]) -> tuple[list[str], list[int], list[int]]:
+    """Return keys, addresses and sizes."""
+    return [page.key for page, _ in placed], [address for _, address in placed], [page.num_bytes for page, _ in placed]

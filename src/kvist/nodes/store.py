@@ -28,7 +28,7 @@ from kvist.channel import bracketed
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError, Conflict, KvistError, Unavailable
 from kvist.http.asgi import send_json
-from kvist.mooncake.master_admin import MasterAdmin
+from kvist.mooncake.master_admin import HeldPage, MasterAdmin
 from kvist.mooncake.master_admin import Segment as ListedSegment
 from kvist.mooncake.requirements import Network, User, obstacle
 from kvist.nodes.config import STOP_MARGIN_S, JoinPoolOptions, NodeKeyOptions, SegmentOptions, StoreAddress
@@ -139,7 +139,7 @@ class StoreNode:
     def _alone(self, keys: Sequence[str]) -> set[str]:
         """Return the keys that have no copy but those on our SSD. Blocks."""
         listed = self._listed
-        return set() if listed is None else set(self._admin.only_on_disk_of(listed.client_id, keys))
+        return set() if listed is None else {page.key for page in self._admin.only_on_disk_of(listed.client_id, keys)}
 
     def _warn_or_tell(self, took_s: float) -> None:
         logger.info(
@@ -322,13 +322,18 @@ class StoreNode:
             check_room(self._listed, await self._ask(self._admin.segments))
             self.state = StoreState.DRAINING
             self._emptying = Emptying(
-                self._admin, self._listed, move_to_memory=self._moved, on_end=self._end_emptying, clock=self._clock
+                self._admin,
+                self._listed,
+                session=self._segment.session,
+                move=self._moved,
+                on_end=self._end_emptying,
+                clock=self._clock,
             )
         progress = {} if self._emptying is None else self._emptying.progress()
         await send_json(send, {"state": self.state.name.lower(), "store": self._plan.name, **progress})
 
-    async def _moved(self, keys: Sequence[str]) -> int:
-        return await self._call(lambda: self._segment.move_to_memory(keys), "moving pages")
+    async def _moved(self, pages: Sequence[HeldPage]) -> int:
+        return await self._call(lambda: self._segment.move(pages), "moving pages")
 
     def _end_emptying(self, *, succeeded: bool) -> None:
         if self.state is StoreState.DRAINING:

@@ -1,0 +1,1 @@
+"""Manifests of a Kvist cluster: from one typed description to YAML for Kubernetes or Compose."""

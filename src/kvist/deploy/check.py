@@ -1,0 +1,269 @@
+"""Checks a manifest: the schemas of its documents, the options of its containers, and what would hurt in production.
+
+Each check is a function from the manifest to its findings. The parser of the options is given by the caller, because
+it knows all verbs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import PurePosixPath
+
+from kvist.deploy.description import MAX_POD_NAME, STOP_MARGIN_S
+from kvist.deploy.manifest import Container, Manifest, Workload, read_manifest
+from kvist.deploy.schemas import schema_problems
+from kvist.errors import ConfigError
+from kvist.nodes.config import STOP_MARGIN_S as STORE_STOP_MARGIN_S
+
+ReadOptions = Callable[[str, Sequence[str], Mapping[str, str]], Mapping[str, object]]
+"""From (verb, arguments, environment) to the values of the verb's options by key. Raises `ConfigError`."""
+
+_LOOPBACK = ("127.", "localhost", "::1")
+_RELEASE = re.compile(r"v?(\d+)\.(\d+)(?:\.\d+)?\b.*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """An error keeps the cluster from working or loses data; a warning costs users something."""
+
+    where: str
+    text: str
+    is_error: bool = True
+
+    def __str__(self) -> str:
+        return f"{'error' if self.is_error else 'warning'}: {self.where}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A container with its options."""
+
+    workload: Workload
+    container: Container
+    options: Mapping[str, object]
+
+    @property
+    def where(self) -> str:
+        return self.container.where
+
+    def number(self, key: str) -> float:
+        value = self.options.get(key)
+        return float(value) if isinstance(value, int | float) else 0.0
+
+    def text(self, key: str) -> str:
+        value = self.options.get(key)
+        return "" if value is None else str(value)
+
+
+def check_manifest(text: str, read_options: ReadOptions) -> list[Finding]:
+    """Return what is wrong with the manifest, in its order. Raises `ConfigError` for text that is not a manifest."""
+    manifest = read_manifest(text)
+    findings = [] if manifest.is_compose else list(_schema_findings(manifest))
+    running = []
+    for workload in manifest.workloads:
+        for container in workload.containers:
+            try:
+                environ = {name: value for name, value in container.env.items() if name.startswith("KVIST_")}
+                options = read_options(container.verb, container.args, environ)
+            except ConfigError as error:
+                findings.append(Finding(where=container.where, text=error.message))
+                continue
+            running.append(_Running(workload, container, options))
+    if not any(workload.containers for workload in manifest.workloads):
+        findings.append(Finding(where="the manifest", text="no container runs kvist serve, router, master or store"))
+    for one in running:
+        for check in _CHECKS:
+            findings += check(one)
+    for check_all in _CHECKS_OF_ALL:
+        findings += check_all(running)
+    return findings
+
+
+def _schema_findings(manifest: Manifest) -> Iterator[Finding]:
+    for document in manifest.documents:
+        metadata = document.get("metadata")
+        name = metadata.get("name") if isinstance(metadata, dict) else None
+        for path, problem in schema_problems(document):
+            yield Finding(where=f"{document.get('kind')} {name}{f', {path}' if path else ''}", text=problem)
+
+
+# ---------------------------------------------------------------- one container
+
+
+def _grace(one: _Running) -> Iterator[Finding]:
+    if one.container.verb in ("serve", "router"):
+        needs, why = max(one.number("shutdown_timeout_s"), one.number("drain_grace_s")) + STOP_MARGIN_S, "the drain"
+    elif one.container.verb == "store" and one.text("ssd_path"):
+        needs, why = one.number("flush_timeout_s") + STORE_STOP_MARGIN_S, "writing its pages to the SSD"
+    else:
+        return
+    if one.workload.grace_s < needs:
+        yield Finding(
+            where=one.where,
+            text=f"is killed after {one.workload.grace_s:g} s, during {why}: terminationGracePeriodSeconds "
+            f"(stop_grace_period of Compose) must be at least {needs:g}",
+        )
+
+
+def _folders(one: _Running) -> Iterator[Finding]:
+    """Pages that a restart of the container must find again are in a volume."""
+    for key, flag, what in (
+        ("hicache_persist", "--hicache-persist", "the host tier"),
+        ("ssd_path", "--ssd-path", "the store's pages"),
+    ):
+        if (folder := one.text(key)) and _volume_at(one, folder) is None:
+            yield Finding(
+                where=one.where,
+                text=f"{flag} {folder} is in no volume: {what} would be lost at each restart of the container. Mount "
+                f"an emptyDir there",
+            )
+    if (
+        one.container.verb == "serve"
+        and one.options.get("enable_hierarchical_cache")
+        and not one.text("hicache_persist")
+    ):
+        yield Finding(
+            where=one.where,
+            text="has a host tier without --hicache-persist: an upgrade in place would lose it",
+            is_error=False,
+        )
+
+
+def _volume_at(one: _Running, folder: str) -> str | None:
+    path = PurePosixPath(folder)
+    mounted = {PurePosixPath(mount): name for mount, name in one.container.mounts.items()}
+    return next((mounted[each] for each in (path, *path.parents) if each in mounted), None)
+
+
+def _memory(one: _Running) -> Iterator[Finding]:
+    """The host tier, and the page pool of a store, fit into the memory that the container may use."""
+    limit = one.container.memory_mb
+    needs_gb = one.number("hicache_size") if one.container.verb == "serve" else one.number("segment_size")
+    if limit is not None and 1000 * needs_gb >= limit:
+        flag = "--hicache-size" if one.container.verb == "serve" else "--segment-size"
+        yield Finding(
+            where=one.where, text=f"{flag} {needs_gb:g} GB does not fit into its memory limit of {limit:g} MB"
+        )
+
+
+def _keys(one: _Running) -> Iterator[Finding]:
+    if _is_loopback(one.text("host")):
+        return
+    if not one.options.get("api_key"):
+        yield Finding(
+            where=one.where,
+            text=f"listens on {one.text('host')} without an API key: set KVIST_API_KEY from a Secret",
+        )
+    needs_key = one.container.verb == "router" or (
+        one.container.verb == "serve" and not _is_loopback(one.text("engine_host"))
+    )
+    if needs_key and not (one.text("cluster_key") or one.text("cluster_key_file")):
+        yield Finding(
+            where=one.where,
+            text="has no cluster key, and cannot talk to the other pods: set KVIST_CLUSTER_KEY from a Secret",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith(_LOOPBACK) or not host
+
+
+def _probes(one: _Running) -> Iterator[Finding]:
+    probes = one.container.probes
+    if "readinessProbe" not in probes:
+        yield Finding(
+            where=one.where,
+            text="has no readiness probe: it gets requests before it can answer. Probe /ready",
+            is_error=False,
+        )
+    if probes.get("livenessProbe") == "/ready":
+        yield Finding(
+            where=one.where,
+            text="has /ready as its liveness probe, which would kill it while it loads or drains. Probe /health",
+        )
+
+
+def _names(one: _Running) -> Iterator[Finding]:
+    if len(one.workload.pod_name) > MAX_POD_NAME:
+        yield Finding(
+            where=one.workload.where,
+            text=f"the name {one.workload.pod_name} has {len(one.workload.pod_name)} characters; DNS allows "
+            f"{MAX_POD_NAME}",
+        )
+
+
+_CHECKS = (_grace, _folders, _memory, _keys, _probes, _names)
+
+
+# ---------------------------------------------------------------- all containers
+
+
+def _replicas(running: list[_Running]) -> Iterator[Finding]:
+    stores = sum(one.workload.replicas for one in running if one.container.verb == "store")
+    for one in running:
+        copies = one.number("hicache_storage_mooncake_replica_num")
+        if one.container.verb == "serve" and stores and copies > stores:
+            yield Finding(
+                where=one.where,
+                text=f"wants {copies:g} copies of each page from {stores} stores: each copy needs a store of its own",
+            )
+
+
+def _releases(running: list[_Running]) -> Iterator[Finding]:
+    """Neighbouring releases hand over to each other; others do not."""
+    workers = [one for one in running if one.container.verb == "serve"]
+    found = {one.where: _release_of(one.container.image) for one in workers}
+    known = sorted({release for release in found.values() if release is not None})
+    if len(known) > 1 and (known[-1][0] != known[0][0] or known[-1][1] - known[0][1] > 1):
+        low, high = (".".join(map(str, release)) for release in (known[0], known[-1]))
+        yield Finding(
+            where="the workers",
+            text=f"run releases {low} and {high}, which do not hand over to each other: at most one release apart",
+        )
+
+
+def _release_of(image: str) -> tuple[int, int] | None:
+    tag = image.rpartition("@")[0] or image
+    match = _RELEASE.fullmatch(tag.rpartition("/")[2].partition(":")[2])
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _ports(running: list[_Running]) -> Iterator[Finding]:
+    """Containers that share an address do not share a port: those of a pod, and those in the network of the host."""
+
+    def address(one: _Running) -> str:
+        return "the host's network" if one.workload.host_network else one.workload.where
+
+    for where, group in groupby(sorted(running, key=address), key=address):
+        used: dict[int, str] = {}
+        for one in group:
+            for key in ("port", "engine_port", "rpc_port"):
+                if port := int(one.number(key)):
+                    if port in used:
+                        yield Finding(where=where, text=f"{one.where} and {used[port]} both use the port {port}")
+                    used[port] = one.where
+
+
+def _can_answer(running: list[_Running]) -> Iterator[Finding]:
+    """Workers and router in one manifest make a cluster that can answer."""
+    roles = {
+        one.text("role") or "unified" for one in running if one.container.verb == "serve" and one.workload.replicas
+    }
+    if roles and "unified" not in roles and not {"prefill", "decode"} <= roles:
+        yield Finding(where="the workers", text=f"are all of the role {', '.join(roles)}: no request can be answered")
+
+
+_CHECKS_OF_ALL = (_replicas, _releases, _ports, _can_answer)
+
+
+def run_check(text: str, read_options: ReadOptions) -> int:
+    """Print the findings; return 1 if there are errors, else 0. Raises `ConfigError`."""
+    findings = check_manifest(text, read_options)
+    for finding in findings:
+        print(finding)
+    errors = sum(finding.is_error for finding in findings)
+    print(f"{errors} errors, {len(findings) - errors} warnings", flush=True)
+    return 1 if errors else 0

@@ -1,0 +1,243 @@
+"""`kvist deploy check` finds the faults of a manifest that somebody changed by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+
+from kvist.deploy.check import check_manifest
+from kvist.deploy.manifest import MAX_BYTES, megabytes, merged, read_manifest
+from kvist.deploy.render import documents_of
+from kvist.errors import ConfigError
+from kvist.verbs import option_values
+from tests.deploy.test_render import SHAPES, deployment
+
+Json = dict[str, Any]
+CLUSTER = documents_of(deployment(**SHAPES["pool"]))
+
+
+def findings(change: Callable[[Json], object], documents: list[Any] = CLUSTER) -> list[str]:
+    """Return the findings after a change of the group, whose roles are also reachable by name."""
+    changed = copy.deepcopy(documents)
+    change(next(one for one in changed if one["kind"] == "RoleBasedGroup"))
+    return [str(finding) for finding in check_manifest(yaml.safe_dump_all(changed), option_values)]
+
+
+def role(group: Json, name: str) -> Json:
+    found: Json = next(one for one in group["spec"]["roles"] if one["name"] == name)
+    return found
+
+
+def pod(group: Json, name: str) -> Json:
+    found: Json = role(group, name)["standalonePattern"]["template"]["spec"]
+    return found
+
+
+def container(group: Json, name: str) -> Json:
+    found: Json = pod(group, name)["containers"][0]
+    return found
+
+
+def with_args(name: str, *args: str) -> Callable[[Json], object]:
+    return lambda group: container(group, name)["args"].extend(args)
+
+
+def without_env(name: str, variable: str) -> Callable[[Json], object]:
+    def change(group: Json) -> None:
+        kept = [one for one in container(group, name)["env"] if one["name"] != variable]
+        container(group, name)["env"] = kept
+
+    return change
+
+
+WRONG: list[tuple[str, Callable[[Json], object], str]] = [
+    ("an unknown field", lambda group: pod(group, "decode").update(colour="red"), "'colour' was unexpected"),
+    ("a wrong type", lambda group: role(group, "decode").update(replicas="two"), 'not of type "integer"'),
+    ("an impossible count", lambda group: role(group, "decode").update(replicas=-1), "less than the minimum of 0"),
+    (
+        "two patterns",
+        lambda group: role(group, "decode").update(leaderWorkerPattern={"size": 2}),
+        "mutually exclusive",
+    ),
+    ("an unknown option", with_args("decode", "--no-such-option"), "--no-such-option"),
+    ("a wrong value", with_args("router", "--policy=best"), "--policy"),
+    (
+        "a short grace",
+        lambda group: pod(group, "decode").update(terminationGracePeriodSeconds=30),
+        "must be at least 90",
+    ),
+    ("a longer drain", with_args("prefill", "--drain-timeout-s=600"), "must be at least 630"),
+    (
+        "a store killed while it writes",
+        lambda group: pod(group, "mooncake-store").update(terminationGracePeriodSeconds=30),
+        "writing its pages to the SSD",
+    ),
+    (
+        "a host tier without its volume",
+        lambda group: container(group, "decode").update(volumeMounts=[]),
+        "is in no volume: the host tier would be lost",
+    ),
+    (
+        "a host tier that is not kept",
+        with_args("decode", "--hicache-persist=none"),
+        "an upgrade in place would lose it",
+    ),
+    ("no room for the host tier", with_args("decode", "--hicache-size=500"), "does not fit into its memory limit"),
+    (
+        "no room for the segment",
+        with_args("mooncake-store", "--segment-size=500"),
+        "--segment-size 500 GB does not fit",
+    ),
+    ("no API key", without_env("router", "KVIST_API_KEY"), "listens on 0.0.0.0 without an API key"),
+    ("no API key of a store", without_env("mooncake-store", "KVIST_API_KEY"), "listens on 0.0.0.0 without an API key"),
+    ("no cluster key", without_env("decode", "KVIST_CLUSTER_KEY"), "has no cluster key"),
+    ("fewer stores than copies", lambda group: role(group, "mooncake-store").update(replicas=1), "wants 2 copies"),
+    (
+        "releases too far apart",
+        lambda group: [
+            container(group, name).update(image=f"registry:5000/kvist:{tag}")
+            for name, tag in (("prefill", "1.2.0"), ("decode", "v1.4.1"))
+        ],
+        "run releases 1.2 and 1.4",
+    ),
+    (
+        "two roles on one port",
+        lambda group: [pod(group, name).update(hostNetwork=True) for name in ("prefill", "decode")],
+        "both use the port 30000",
+    ),
+    (
+        "two containers of one pod on one port",
+        lambda group: pod(group, "decode")["containers"].append({**container(group, "decode"), "name": "other"}),
+        "both use the port 9001",
+    ),
+    ("no readiness probe", lambda group: container(group, "decode").pop("readinessProbe"), "has no readiness probe"),
+    (
+        "a liveness probe that kills",
+        lambda group: container(group, "decode")["livenessProbe"]["httpGet"].update(path="/ready"),
+        "which would kill it while it loads or drains",
+    ),
+    ("a name too long for DNS", lambda group: group["metadata"].update(name="x" * 60), "DNS allows 63"),
+    ("no decode worker", lambda group: role(group, "decode").update(replicas=0), "no request can be answered"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_a_fault_is_named(change: Callable[[Json], object], words: str) -> None:
+    found = findings(change)
+    assert [line for line in found if words in line], found
+
+
+def test_a_finding_that_only_costs_something_is_a_warning() -> None:
+    (line,) = findings(with_args("decode", "--hicache-persist=none"))
+    assert line.startswith("warning: RoleBasedGroup kvist, role decode, container worker: ")
+
+
+def test_neighbouring_releases_are_accepted() -> None:
+    def change(group: Json) -> None:
+        container(group, "prefill")["image"] = "kvist:1.2.7"
+        container(group, "decode")["image"] = "kvist:1.3.0@sha256:" + "0" * 64
+
+    assert findings(change) == []
+
+
+def test_a_role_with_a_shared_template_is_checked_as_the_pod_that_it_makes() -> None:
+    def change(group: Json) -> None:
+        template = role(group, "decode")["standalonePattern"].pop("template")
+        group["spec"]["roleTemplates"] = [{"name": "engine", "template": template}]
+        patch = {
+            "spec": {"containers": [{"name": "worker", "args": [*template["spec"]["containers"][0]["args"], "--x"]}]}
+        }
+        role(group, "decode")["standalonePattern"]["templateRef"] = {"name": "engine", "patch": patch}
+
+    line, also = findings(change)  # a group whose decode workers do not start cannot answer
+    assert "role decode, container worker" in line
+    assert "--x" in line
+    assert "no request can be answered" in also
+
+
+def test_lists_of_named_objects_are_merged_by_name() -> None:
+    base = {"containers": [{"name": "a", "image": "1", "args": ["x"]}, {"name": "b"}], "volumes": [{"name": "v"}]}
+    patch = {"containers": [{"name": "a", "args": ["y"]}, {"name": "c"}]}
+    assert merged(base, patch) == {
+        "containers": [{"name": "a", "image": "1", "args": ["y"]}, {"name": "b"}, {"name": "c"}],
+        "volumes": [{"name": "v"}],
+    }
+
+
+def test_a_container_started_by_a_shell_is_checked_too() -> None:
+    text = yaml.safe_dump(
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "one"},
+            "spec": {
+                "containers": [
+                    {
+                        "name": "main",
+                        "image": "kvist",
+                        "command": ["sh", "-c"],
+                        "args": ["exec python -m kvist serve --host 0.0.0.0 --api-keys=$KEY"],
+                    }
+                ]
+            },
+        }
+    )
+    (line, *_) = map(str, check_manifest(text, option_values))
+    assert "--api-keys" in line
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no objects"),
+        ("- 1\n", "no objects"),
+        ("a: [", "not YAML"),
+        ("[" * 5000, "not YAML"),
+        ("!!python/object/apply:os.system [true]", "not YAML"),
+        (LAUGHS, "over 200000 values"),
+        ("a: &a {b: *a}", "over 200000 values"),
+        ("x" * (MAX_BYTES + 1), "over 4 MiB"),
+    ],
+    ids=["empty", "a list", "cut off", "deep", "an object of Python", "billion laughs", "inside itself", "large"],
+)
+def test_text_that_is_not_a_manifest_is_refused_in_bounded_time(text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_manifest(text)
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "kind: Service\napiVersion: v1\nspec: [1]\n",
+        "kind: RoleBasedGroup\napiVersion: workloads.x-k8s.io/v1alpha2\nspec: {roles: [1, {name: [2]}]}\n",
+        "kind: StatefulSet\napiVersion: apps/v1\nspec: {template: {spec: {containers: [{command: 3}]}}}\n",
+        "kind: 1\n",
+        "kind: Unknown\napiVersion: v9\n",
+        "kind: Unknown\napiVersion: workloads.x-k8s.io/v1alpha2\n",
+        "services: {a: 1, b: {command: [serve], volumes: [1, {}], environment: [A, B=1]}}\n",
+    ],
+)
+def test_a_manifest_of_wrong_types_gives_findings(text: str) -> None:
+    assert check_manifest(text, option_values)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "expected"),
+    [("512Mi", 536.870912), ("2G", 2000.0), ("1500M", 1500.0), (1_000_000, 1.0), ("2 pounds", None), (None, None)],
+)
+def test_quantities_are_read(quantity: object, expected: float | None) -> None:
+    assert megabytes(quantity) == (None if expected is None else pytest.approx(expected))
+
+
+def test_quantities_of_compose_are_binary() -> None:
+    assert megabytes("512m", compose=True) == pytest.approx(536.870912)

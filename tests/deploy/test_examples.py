@@ -1,0 +1,48 @@
+"""The ready-made manifests are what the renderer writes, and pass the check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvist.cli import main
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
+DESCRIPTIONS = sorted(EXAMPLES.glob("*.toml"))
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda path: path.stem)
+def test_an_example_is_what_the_renderer_writes(description: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "render", "--config", str(description)]) == 0
+    assert capsys.readouterr().out == description.with_suffix(".yaml").read_text(encoding="utf-8"), (
+        f"kvist deploy render --config {description.name} --output {description.stem}.yaml"
+    )
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda path: path.stem)
+def test_an_example_passes_the_check(description: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "check", str(description.with_suffix(".yaml"))]) == 0
+    assert capsys.readouterr().out == "0 errors, 0 warnings\n"
+
+
+def test_every_manifest_has_its_description() -> None:
+    assert DESCRIPTIONS
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {path.stem for path in DESCRIPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["check"], "name a manifest"),
+        (["check", "/no/such/file.yaml"], "cannot be read"),
+        (["render", "--output", "/no/such/folder/file.yaml"], "cannot be written"),
+        (["render", "--format", "helm"], "--format"),
+        (["render", "--prefill", "-1"], "--prefill"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["deploy", *argv]) == 2
+    assert words in capsys.readouterr().err
