@@ -29,9 +29,10 @@ ENDPOINTS: dict[str, type[msgspec.Struct]] = {
     "/v1/messages": messages.MessagesRequest,
     "score": schemas.ScoreRequest,
     "/v1/prefill": schemas.PrefillRequest,
+    "/v1/leases": schemas.LeaseRequest,
 }
 _V1, _CHAT, _MESSAGES = "chat, completions", "chat", "/v1/messages"
-_PROMPTS = "score, /v1/prefill"
+_PROMPTS = "score, /v1/prefill, /v1/leases"
 INSIDE: list[tuple[str, str, type[msgspec.Struct]]] = [  # endpoints, path, struct
     (_V1, "stream_options.", schemas.StreamOptions),
     (f"{_V1}, /generate", "kvist.", schemas.KvistOptions),

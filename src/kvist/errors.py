@@ -7,6 +7,7 @@
     │   ├── PromptTooLong           the request has more tokens than the model or the page pool can hold
     │   ├── UnknownModel            a model name that is not served (404)
     │   ├── UnknownWorker           no worker has this URL or name (404)
+    │   ├── LeaseNotFound           the lease of a prompt has ended, or its worker has restarted (404)
     │   ├── BodyTooLarge            the HTTP body is over the limit (413)
     │   ├── SlowBody                the HTTP body did not arrive in time (408)
     │   ├── Conflict                the request conflicts with the current state (409)
@@ -87,6 +88,11 @@ class UnknownModel(RequestError):
 
 class UnknownWorker(RequestError):
     code = "worker_not_found"
+    http_status = 404
+
+
+class LeaseNotFound(RequestError):
+    code = "lease_not_found"
     http_status = 404
 
 

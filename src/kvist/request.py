@@ -23,6 +23,7 @@ MAX_LOGIT_BIAS = 1024  # entries
 MAX_BAD_WORDS = 1024
 MAX_PRIORITY = (1 << 31) - 1
 BACKGROUND_PRIORITY = MAX_PRIORITY + 1  # of requests that are served after all others
+MAX_LEASE_TTL_S = 600.0
 MAX_SHORT_ANSWER = 16  # output tokens that a prefill engine may generate while there is a decode engine
 MAX_BAD_WORD_TOKENS = 4096  # of all bad words of a request together
 # Limits of the runner's tables. Of a request with more or longer bad words, the host checks them (`needs_known_token`).
@@ -162,6 +163,13 @@ def needs_known_token(sampling: SamplingParams) -> bool:
     return len(lengths) > TABLE_BAD_WORDS or max(lengths, default=0) > TABLE_BAD_WORD_TOKENS
 
 
+class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """The lease that a request takes of its prompt's pages (kv/prefix_leases.py)."""
+
+    lease_id: str
+    ttl_s: float  # from the end of the request on, at most MAX_LEASE_TTL_S
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A request as the gateway sends it to an engine."""
 
@@ -176,6 +184,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     # > 0: other requests begin with the same tokens and arrive at the same time. The engine computes these tokens once,
     # also where they are few, and keeps no page behind them. 0: there are none.
     num_shared_tokens: int = 0
+    lease: LeaseTerms | None = None  # None: the pages of the prompt are cached like all others
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """The typed messages between processes: msgspec MessagePack, one union per direction, strict decode, never pickle.
 
-    gateway → engine   Hello ListPages Submit Abort FlushCache StorageCommand SetRole
-    engine → gateway   Welcome StepOutputs LoadReport PageEvents Flushed StorageAnswer RoleAnswer
+    gateway → engine   Hello ListPages Submit Abort FlushCache StorageCommand SetRole LeaseCommand
+    engine → gateway   Welcome StepOutputs LoadReport PageEvents Flushed StorageAnswer RoleAnswer LeaseAnswer
     decode → prefill   Grant Ack Revoke            (protocol: docs/handoff.md)
     prefill → decode   Done Closed
 
@@ -16,6 +16,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from kvist.errors import WireError
+from kvist.lease_messages import LeaseAnswer, LeaseCommand, LeaseCounts, LeaseStatus
 from kvist.pool_status import WatchedPool
 from kvist.protocol import PROTOCOL_VERSION
 from kvist.request import (
@@ -35,8 +36,7 @@ from kvist.request import (
 )
 
 
-class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True):
-    pass
+class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_defaults=True): ...
 
 
 # ---------------------------------------------------------------- in several directions
@@ -51,11 +51,10 @@ class PoolPart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """How a peer can write to a page pool by one transport. `location` is the pool's address in that transport (in shm
-    and cuda-ipc: the path of the pool's file)."""
+    """How a peer can write to a page pool by one transport."""
 
     transport: str  # a key of `transfer.TRANSPORTS`
-    location: str
+    location: str  # the pool's address in that transport; in shm and cuda-ipc the path of its file
     num_pages: int
     page_bytes: int
     layout: str  # `PageLayout.describe`; must be equal on both sides
@@ -229,8 +228,7 @@ class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
     transport_reason: str = ""  # why it was chosen; a text to be read
     num_pages_recomputed: int = 0  # written pages that had arrived changed, and those behind them
     num_pages_missing: int = 0  # full pages that the store did not deliver: decode computed them
-    # Further parts of the time between the first and the second token, each by the clock of one engine. `wait_s` is the
-    # part between `last_copy_s` and `admission_s`; the rest of the time are messages on their way.
+    # Further parts of the time between first and second token; `wait_s` is between `last_copy_s` and `admission_s`.
     grant_wait_s: float = 0.0  # as in `Done`
     last_copy_s: float = 0.0  # as in `Done`
     admission_s: float = 0.0  # pages verified or loaded → planned in the step that samples the second token
@@ -246,8 +244,7 @@ class StoredPages(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step, none in a reference cycle
-    """Consecutive output tokens of one request. `position` counts output tokens from 0, across engines, so that the
-    gateway can merge and de-duplicate the chunks of prefill and decode."""
+    """Consecutive output tokens of one request. `position` counts output tokens from 0, across engines."""
 
     request_id: RequestId
     position: int
@@ -258,6 +255,7 @@ class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in eac
     num_cached_host_tokens: int = 0  # the part of the cached tokens that came from the host tier
     num_cached_storage_tokens: int = 0  # the part from the storage tier; the rest was in the device pool
     handoff: HandoffReport | None = None  # in the first chunk of decode
+    lease: LeaseStatus | None = None  # in the last chunk of a request that leases its prompt
     # Sent before the first token, in pieces without tokens: logprobs of the prompt's tokens from `prompt_position` on.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_position: int = 0
@@ -339,7 +337,6 @@ class StoreHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class PageEvents(_Message, frozen=True):
     """The changes of the cached pages since the previous message, sent to gateways that have sent `ListPages`.
-
     `sequence` grows by one with each message to one gateway; after a gap the gateway lists the pages again. The parts
     apply in the order of the fields. `sums` are of all pages after this message; they come about once a second."""
 
@@ -359,6 +356,7 @@ class LoadReport(_Message, frozen=True):
     num_cached_pages: int
     num_owned_pages: int
     num_in_flight_pages: int
+    leases: LeaseCounts = LeaseCounts()
     service_s: float | None = None  # recent mean time of a request from its first admission to its end
     queue_wait_s: float | None = None  # how long the queue lasts, by the measured rate; None: not measured yet
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
@@ -470,9 +468,11 @@ class Closed(_Message, frozen=True):
     unsettled: bool = False  # a write failed, and its bytes may still be under way: decode must revoke the access first
 
 
-ToScheduler = Submit | Abort | FlushCache  # events of the engine's scheduler; the engine handles all others itself
-Command = FlushCache | StorageCommand | SetRole  # each worker answers with the same `call_id`
-Answer = Flushed | StorageAnswer | RoleAnswer
+ToScheduler = (
+    Submit | Abort | FlushCache | LeaseCommand
+)  # events of the engine's scheduler; the engine handles all others itself
+Command = FlushCache | StorageCommand | SetRole | LeaseCommand  # each worker answers with the same `call_id`
+Answer = Flushed | StorageAnswer | RoleAnswer | LeaseAnswer
 AnswerT = TypeVar("AnswerT", bound=Answer)
 GatewayToEngine = Hello | ListPages | ToScheduler | Command
 EngineToGateway = Welcome | StepOutputs | LoadReport | PageEvents | Answer

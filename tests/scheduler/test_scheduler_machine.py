@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -14,8 +16,9 @@ from hypothesis.stateful import (
 
 from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
+from kvist.lease_messages import LeaseCommand
 from kvist.plan.tiers import StorageAttached
-from kvist.request import FCFS, PRIORITY, Constraint, Role
+from kvist.request import FCFS, PRIORITY, Constraint, LeaseTerms, Role
 from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.engine import Rows, small_config
 from kvist.simulation.store import SimStore
@@ -43,6 +46,7 @@ class OneEngine(RuleBasedStateMachine):
         row_tokens=st.sampled_from([1, 1, 2, 5]),
         known_every=st.sampled_from([0, 1, 3]),
         policy=st.sampled_from([FCFS, PRIORITY]),
+        leased=st.sampled_from([0.0, 0.3, 0.9]),
     )
     def start(
         self,
@@ -57,9 +61,15 @@ class OneEngine(RuleBasedStateMachine):
         row_tokens: int,
         known_every: int,
         policy: str,
+        leased: float,
     ) -> None:
         config = small_config(
-            max_running_requests=running, chunked_prefill_size=chunk, overlap=overlap, scheduling_policy=policy
+            max_running_requests=running,
+            chunked_prefill_size=chunk,
+            overlap=overlap,
+            scheduling_policy=policy,
+            max_lease_fraction=leased,
+            max_lease_fraction_per_key=0.6,
         )
         self.engine = self.world.start(
             "u",
@@ -84,6 +94,8 @@ class OneEngine(RuleBasedStateMachine):
         client=st.sampled_from(["k/h/1", "k/h/2", "k/i/3", "l/h/1"]),
         scored_from=st.sampled_from([None, None, 0, 1, 4, 9]),
         priority=st.sampled_from([0, 0, -3, 1, 7]),
+        lease_s=st.sampled_from([None, None, None, 0.1, 600.0]),
+        shared=st.sampled_from([0, 0, 0, 5, 30]),
     )
     def submit(
         self,
@@ -97,10 +109,14 @@ class OneEngine(RuleBasedStateMachine):
         client: str = "",
         scored_from: int | None = None,
         priority: int = 0,
+        lease_s: float | None = None,
+        shared: int = 0,
     ) -> None:
         self.count += 1
         if self.count % 4:  # every fourth request may be too long
             max_tokens = max(0, min(max_tokens, self.engine.context_len - len(prompt)))
+        if lease_s is not None:
+            max_tokens, resumed = 0, 0
         request = sim_request(
             f"r{self.count}",
             prompt,
@@ -116,9 +132,17 @@ class OneEngine(RuleBasedStateMachine):
             constraint=None if self.count % 5 else Constraint(kind="regex"),
             prompt_logprobs=None if scored_from is None else 2,
             prompt_logprobs_start=scored_from or 0,
+            background=self.count % 7 == 0,
+            num_shared_tokens=0 if lease_s is not None else shared,
+            lease=None if lease_s is None else LeaseTerms(lease_id=f"l{self.count}", ttl_s=lease_s),
         )
         self.world.submit(request, self.engine)
         self.world.deliver(("gateway", "u"))
+
+    @rule(action=st.sampled_from(["renew", "end", "list"]), which=st.integers(1, 30), owner=st.sampled_from("kl"))
+    def command_lease(self, action: Literal["renew", "end", "list"], which: int, owner: str) -> None:
+        command = LeaseCommand(call_id="c", action=action, owner=owner, lease_id=f"l{which}", ttl_s=0.2)
+        self.engine.events.append(command)
 
     @rule(which=st.integers(1, 30))
     def abort(self, which: int) -> None:

@@ -318,6 +318,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     kvist: Annotated[object, Refused("a field of requests that compute a prompt", ({},))] = None
     continuations: Annotated[object, Refused("a field of /v1/continuations/score")] = None
     unconditional: Annotated[object, Refused("a field of /v1/continuations/score", _OFF)] = None
+    ttl_s: Annotated[object, Refused("a field of /v1/leases")] = None
     chat_template_kwargs: Annotated[object, Refused("a field of requests with `messages`", ({},))] = None
     add_generation_prompt: Annotated[object, Refused("a field of requests with `messages`", _ON)] = None
     continue_final_message: Annotated[object, Refused("a field of requests with `messages`", _OFF)] = None

@@ -420,6 +420,18 @@ class PrefillRequest(PromptRequest, forbid_unknown_fields=True, kw_only=True):
     ] = None
 
 
+class LeaseRequest(PromptRequest, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/leases."""
+
+    ttl_s: Annotated[float | None, Honoured("seconds for which the pages stay, 1 to 600; default 60")] = None
+
+
+class RenewRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/leases/ID/renew."""
+
+    ttl_s: Annotated[float | None, Honoured("seconds from now on, 1 to 600; default 60")] = None
+
+
 class DetokenizeRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     tokens: Annotated[list[int | list[int]], Honoured("token ids, or several lists")]
     skip_special_tokens: Annotated[bool | None, Honoured("true: the text omits special tokens")] = None

@@ -18,10 +18,12 @@ from kvist.channel.engine import Inbound
 from kvist.engine.gateways import MAX_GATEWAYS, ConnectedGateway, Gateways, PageReader
 from kvist.engine.roles import RoleSwitch
 from kvist.errors import HandoffFailed, KvistError, Overloaded, RequestError, Unavailable
+from kvist.lease_messages import LeaseCommand
 from kvist.plan.events import Event
 from kvist.request import (
     CONSTRAINT_KINDS,
     MAX_BAD_WORDS,
+    MAX_LEASE_TTL_S,
     MAX_LOGIT_BIAS,
     EngineRequest,
     Outcome,
@@ -30,7 +32,7 @@ from kvist.request import (
 )
 from kvist.scheduler.budget import MAX_STEP_LOGPROBS, num_logprobs_of
 
-MAX_OPEN_FLUSHES = 1024
+MAX_OPEN_CALLS = 1024
 MAX_REQUEST_ID_CHARS = 1024
 _MAX_SEED = 2**63 - 1
 _MAX_FACTOR = 1e6  # logits multiplied or divided by a larger number leave the range of float32
@@ -59,7 +61,7 @@ class Inbox:
         self._on_storage_command = on_storage_command
         self._gateways = gateways
         self._roles = roles
-        self._flushes: OrderedDict[str, bytes] = OrderedDict()  # call id → the gateway that sent the call
+        self._calls: OrderedDict[str, bytes] = OrderedDict()  # that the scheduler answers: call id → gateway
         self._log = BoundedLog(logger)
         self.num_unexpected = 0  # messages with values that no engine may send
         self.draining = False  # new requests are refused
@@ -76,9 +78,9 @@ class Inbox:
                 events.append(translated)
         return events, replies
 
-    def take_flush(self, call_id: str) -> bytes | None:
-        """Return the gateway that sent this flush, and forget the call."""
-        return self._flushes.pop(call_id, None)
+    def take_call(self, call_id: str) -> bytes | None:
+        """Return the gateway that sent this call to the scheduler, and forget the call."""
+        return self._calls.pop(call_id, None)
 
     def _translate_one(self, identity: bytes, message: Inbound, now_s: float) -> Event | Reply | None:
         match message:
@@ -90,6 +92,7 @@ class Inbox:
                 | wire.FlushCache()
                 | wire.StorageCommand()
                 | wire.SetRole()
+                | LeaseCommand()
             ):
                 gateway = self._gateways.note_contact(identity, now_s)
                 if gateway is not None:
@@ -131,10 +134,13 @@ class Inbox:
                 return self._submitted(gateway, message)
             case wire.Abort():
                 return message if self._gateways.owner(message.request_id) == gateway.identity else None
-            case wire.FlushCache():
-                while len(self._flushes) >= MAX_OPEN_FLUSHES:
-                    self._flushes.popitem(last=False)
-                self._flushes[message.call_id] = gateway.identity
+            case wire.FlushCache() | LeaseCommand():
+                if isinstance(message, LeaseCommand) and not is_lease_ttl(message.ttl_s):
+                    self.num_unexpected += 1
+                    return None
+                while len(self._calls) >= MAX_OPEN_CALLS:
+                    self._calls.popitem(last=False)
+                self._calls[message.call_id] = gateway.identity
                 return message
             case wire.StorageCommand():
                 if self._on_storage_command is None:
@@ -184,6 +190,7 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
     repetition = sampling.repetition_penalty
     wrong_bias = next((value for _, value in sampling.logit_bias if not -100 <= value <= 100), None)  # perhaps NaN
     kind = None if sampling.constraint is None else sampling.constraint.kind
+    ttl_s = None if request.lease is None else request.lease.ttl_s
     shortest = min(map(len, sampling.bad_words), default=1)
     for name, value, allowed in (
         ("temperature", sampling.temperature, 0 <= sampling.temperature <= _MAX_FACTOR),
@@ -203,12 +210,19 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
         ("the length of logit_bias", len(sampling.logit_bias), len(sampling.logit_bias) <= MAX_LOGIT_BIAS),
         ("a value of logit_bias", wrong_bias, wrong_bias is None),
         ("the number of bad_words", len(sampling.bad_words), len(sampling.bad_words) <= MAX_BAD_WORDS),
+        ("num_shared_tokens", request.num_shared_tokens, request.num_shared_tokens >= 0),
+        ("the time of a lease", ttl_s, ttl_s is None or is_lease_ttl(ttl_s)),
         ("the kind of constraint", kind, kind is None or kind in CONSTRAINT_KINDS),
         ("the shortest of bad_words", shortest, shortest > 0),
     ):
         if not allowed:
             return f"{name} is {value}, which a gateway must not send: run the same version of Kvist everywhere"
     return None
+
+
+def is_lease_ttl(ttl_s: float) -> bool:
+    """Return whether a lease may have this time; False for NaN."""
+    return 0.0 <= ttl_s <= MAX_LEASE_TTL_S
 
 
 def _named_token_ids(sampling: SamplingParams) -> Iterator[Sequence[int]]:

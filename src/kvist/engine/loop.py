@@ -43,6 +43,7 @@ from kvist.engine.roles import RoleSwitch
 from kvist.engine.step_abort import StepAbort
 from kvist.engine.step_times import StepCpuTimes
 from kvist.errors import HandoffFailed, Unavailable
+from kvist.lease_messages import LeaseAnswer
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event
 from kvist.plan.grammars import CompileGrammar, GrammarCompiled
@@ -377,9 +378,14 @@ class EngineLoop:
             if identity is not None:  # None: the gateway was forgotten
                 self._send(identity, wire.StepOutputs(chunks=tuple(chunks[identity]), ended=tuple(ended[identity])))
         for flush in plan.flushes:
-            caller = self._inbox.take_flush(flush.call_id)
-            if caller is not None:
-                self._send(caller, wire.Flushed(call_id=flush.call_id, num_pages=flush.num_pages))
+            self._answer(wire.Flushed(call_id=flush.call_id, num_pages=flush.num_pages))
+        for answer in plan.lease_answers:
+            self._answer(answer)
+
+    def _answer(self, answer: wire.Flushed | LeaseAnswer) -> None:
+        caller = self._inbox.take_call(answer.call_id)
+        if caller is not None:
+            self._send(caller, answer)
 
     def _send(self, identity: bytes, message: wire.EngineToGateway) -> None:
         if not self._parts.channel.send(identity, message):

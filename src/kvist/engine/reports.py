@@ -55,6 +55,7 @@ class LoadReports:
             num_cached_pages=status.pages.cached,
             num_owned_pages=status.pages.owned,
             num_in_flight_pages=status.pages.in_flight,
+            leases=status.leases,
             service_s=status.service_s,
             queue_wait_s=status.queue_wait_s,
             num_host_pages=_by_state(status.host_pages),

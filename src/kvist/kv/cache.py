@@ -34,7 +34,7 @@ from itertools import islice
 from kvist.kv.changes import PageChanges
 from kvist.kv.counters import CACHE_COUNTERS, HitCounters
 from kvist.kv.device_tier import DeviceTier
-from kvist.kv.keys import iter_page_digests, iter_page_keys, page_keys, root_digest
+from kvist.kv.keys import iter_page_digests, iter_page_keys, page_digests, page_keys, root_digest
 from kvist.kv.lease import PageLease
 from kvist.kv.pages import PageCounts, PageState
 from kvist.kv.tiers.copies import HostCopies
@@ -108,6 +108,14 @@ class PageCache:
         num_pages = min(len(token_ids), max_tokens) // self._page_size
         pin = self._tree.pin(iter_page_keys(token_ids, self._page_size, num_pages), cache_salt)
         return PageLease(page_ids=pin.page_ids, num_cached_tokens=pin.num_pages * self._page_size, pin=pin)
+
+    def page_digests(self, token_ids: Sequence[int], cache_salt: str) -> list[bytes]:
+        """Return the digest of each full page of these tokens, cached or not."""
+        return page_digests(token_ids, self._page_size, self._namespace, cache_salt)
+
+    def digests_of(self, lease: PageLease) -> list[bytes]:
+        """Return the digests of the lease's pages that are in the tree, in prefix order."""
+        return [node.digest for node in self._tree.tail(lease.pin, lease.pin.num_pages)]
 
     def grow(self, lease: PageLease, num_tokens: int) -> bool:
         """Make `lease.page_ids` cover `num_tokens`, evicting pages if too few are free.

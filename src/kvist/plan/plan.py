@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvist.lease_messages import LeaseAnswer
 from kvist.plan.batch import Batch
 from kvist.plan.grammars import CompileGrammar
 from kvist.plan.tiers import TierJob
@@ -42,6 +43,7 @@ class Plan:
     chunks: tuple[TokenChunk, ...] = ()  # to the gateways
     ended: tuple[Ended, ...] = ()
     flushes: tuple[Flush, ...] = ()
+    lease_answers: tuple[LeaseAnswer, ...] = ()
     messages: tuple[ToSource | ToTarget, ...] = ()  # to peer engines
     transfers: tuple[WritePages | VerifyPages | StopWrites, ...] = ()
     tier_jobs: tuple[TierJob, ...] = ()  # copies between device pool, host tier and store

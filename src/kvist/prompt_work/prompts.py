@@ -9,7 +9,7 @@ from kvist.api.schemas import PromptRequest
 from kvist.checking.sampling import check_token_ids, output_limit
 from kvist.errors import RequestError
 from kvist.http.caller import Caller
-from kvist.request import EngineRequest, RequestId, SamplingParams
+from kvist.request import EngineRequest, LeaseTerms, RequestId, SamplingParams
 from kvist.router.placement import Placement
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
@@ -53,9 +53,10 @@ def prompt_choice(
     index: int = 0,
     group: str = "",
     num_shared_tokens: int = 0,
+    lease: LeaseTerms | None = None,
 ) -> ChoiceState:
-    """Return the state of an engine request for these tokens. `group`, `num_shared_tokens`: see `Placement` and
-    `EngineRequest`."""
+    """Return the state of an engine request for these tokens. `group`: see `Placement`; `num_shared_tokens` and
+    `lease`: see `EngineRequest`."""
     request = EngineRequest(
         request_id=RequestId(request_id),
         prompt_token_ids=tuple(token_ids),
@@ -65,6 +66,7 @@ def prompt_choice(
         client=caller.tag,
         background=routing.background,
         num_shared_tokens=num_shared_tokens,
+        lease=lease,
     )
     placement: Placement = replace(routing.placement, group=group)
     tokenizer = gateway.require_tokenizer()

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvist import wire
+from kvist.lease_messages import LeaseCommand
 from kvist.request import WorkerId
 from kvist.router.registry import Worker
 
-FIRST_VERSIONS: Mapping[type[wire.Command], int] = {wire.SetRole: 5}  # of the engines that know a newer command
+FIRST_VERSIONS: Mapping[type[wire.Command], int] = {
+    wire.SetRole: 5,
+    LeaseCommand: 6,
+}  # of the engines that know a newer command
 
 
 @dataclass(slots=True, eq=False)

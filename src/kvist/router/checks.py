@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 
+import msgspec
+
 from kvist.request import EngineRequest, SamplingParams, TokenLogprobs
 from kvist.wire import DIGEST_BYTES, EngineSpec, LoadReport, PageEvents, TokenChunk
 
@@ -69,6 +71,7 @@ def fault_of_report(report: LoadReport) -> str | None:
         report.num_cached_pages,
         report.num_owned_pages,
         report.num_in_flight_pages,
+        *msgspec.structs.astuple(report.leases),
         *report.num_host_pages.values(),
     )
     if min(counts) < 0:

@@ -128,7 +128,7 @@ class LinkOptions:
         minimum=0.1,
     )
     flush_timeout_s: float = option(
-        10.0, "time limit for a request to /flush_cache, for all workers together", unit="seconds", minimum=0.1
+        10.0, "time limit for the workers to answer /flush_cache, and calls about leases", unit="seconds", minimum=0.1
     )
     retry_after_s: float = option(
         1.0, "Retry-After of refused requests if there is no better estimate", unit="seconds", minimum=0.0

@@ -121,13 +121,16 @@ class Dispatcher:
             self._carry_out()
 
     async def ask_workers(self, command: wire.Command, answer_type: type[wire.AnswerT]) -> dict[WorkerId, wire.AnswerT]:
-        """Send the command, with a new `call_id`, to every worker. Return the answers of the workers that are not lost.
+        """Send the command, with a new `call_id`, to every worker that is new enough to know it. Return the answers of
+        the workers that are not lost.
 
         Raises `Unavailable` if no worker is ready, `Timeout` naming the workers that did not answer."""
         workers = {w for w in self._registry.workers if w.state is WorkerState.READY}
         if not workers:
             raise Unavailable("no worker is ready")
-        return await self._ask(workers, command, answer_type)
+        needed = FIRST_VERSIONS.get(type(command), 0)
+        known = {w for w in workers if w.spec is not None and w.spec.protocol_version >= needed}
+        return await self._ask(known, command, answer_type) if known else {}
 
     async def ask_worker(
         self, name: str | None, command: wire.Command, answer_type: type[wire.AnswerT]

@@ -97,6 +97,7 @@ class ChunkMerger:
             num_cached_tokens=cached.num_cached_tokens,
             num_cached_host_tokens=cached.num_cached_host_tokens,
             num_cached_storage_tokens=cached.num_cached_storage_tokens,
+            lease=last.lease,
             handoff=next((c.handoff for c in chunks if c.handoff is not None), None),
             prompt_logprobs=self._take_prompt_logprobs() if self._prompt_logprobs else (),
         )

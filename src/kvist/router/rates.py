@@ -25,6 +25,7 @@ class Rates:
     handoff_bytes_per_s: float = 1e9  # of pages that arrive from a prefill worker, in the time that the stream waits
     # Time of the decode steps of a mean answer; None before the first answer, and for a worker without decode steps.
     decode_s: float | None = None
+    decode_step_s: float | None = None  # of one step without prompt tokens; None until one was measured
 
 
 _START = Rates()
@@ -92,5 +93,6 @@ class RateMeter:
             host_bytes_per_s=self._host.per_s,
             store_bytes_per_s=self._store.per_s,
             decode_s=self._answers.per_s / self._steps.per_s if self._steps.is_measured else None,
+            decode_step_s=1.0 / self._steps.per_s if self._steps.is_measured else None,
             handoff_bytes_per_s=self._handoff.per_s,
         )

@@ -341,6 +341,8 @@ class Registry:
             url=worker.url,
             sources=worker.sources,
             num_in_flight=len(worker.in_flight),
+            num_pending_tokens=worker.num_pending_tokens,
+            rates=worker.meter.rates,
             num_rejected_messages=worker.num_rejected_messages,
             known_pages=KnownPages() if worker.pages is None else worker.pages.known(),
         )

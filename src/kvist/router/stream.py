@@ -14,6 +14,7 @@ from kvist.page_index.page_feed import KnownPages
 from kvist.request import Role, WorkerId
 from kvist.router.handoff_ways import HandoffWay, Way, WayCause
 from kvist.router.policy import Reason
+from kvist.router.rates import Rates
 from kvist.wire import EngineSpec, LoadReport, StoredPages, TokenChunk
 
 
@@ -47,6 +48,8 @@ class WorkerSnapshot:
     url: str = ""  # of its HTTP server
     sources: tuple[str, ...] = ()  # that name the worker: "flags", "http", "announcement", or a --discovery
     num_in_flight: int = 0  # requests of this gateway that have not ended at the worker
+    num_pending_tokens: int = 0  # prompt tokens of these that are not known to be computed
+    rates: Rates = field(default_factory=Rates)
     num_rejected_messages: int = 0  # undecodable or impossible messages
     known_pages: KnownPages = field(default_factory=lambda: KnownPages())
 

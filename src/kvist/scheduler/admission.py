@@ -14,6 +14,7 @@ from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
 from kvist.scheduler.entry import Refusal, TokenRule, find_refusal, make_request, newest_waiting
 from kvist.scheduler.handoff.sides import Handoffs
+from kvist.scheduler.leases import Leases
 from kvist.scheduler.queue_wait import wait_before_s
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
@@ -30,6 +31,7 @@ class Admission:
         cache: PageCache,
         endings: Endings,
         handoffs: Handoffs,
+        leases: Leases,
         *,
         needs_known_token: TokenRule | None,
     ) -> None:
@@ -38,6 +40,7 @@ class Admission:
         self._cache = cache
         self._endings = endings
         self._handoffs = handoffs
+        self._leases = leases
         self._needs_known_token = needs_known_token
         self._num_arrived = 0
 
@@ -55,7 +58,7 @@ class Admission:
             modes=context.modes,
             eos_token_ids=context.config.eos_token_ids,
         )
-        request = refusal or self._make_request(event)
+        request = refusal or self._leases.find_refusal(event) or self._make_request(event)
         if not isinstance(request, ActiveRequest):
             self._refuse(event, *request)
             return

@@ -5,6 +5,7 @@ full. When no page is left, the least urgent request is preempted: the youngest 
 Ungranted PREFILLs come first, then running requests, which are computed again later. A PREFILL with a Grant and a
 DECODE before its Done are never preempted: they hold a bounded number of pages for a bounded time, and a peer may
 access those pages. The most urgent running request is never preempted, so at least one request always runs to its end.
+Leased prefixes (leases.py) keep their pages, unless a request could not go on beside them.
 
 Host tier: a request that leaves the queue with a part of its K/V in the host tier is LOADING, and in no batch, until
 the copy has ended. If the copy fails, those tokens are computed. Other requests do not wait for a LOADING request,
@@ -27,6 +28,7 @@ from kvist.plan.tiers import PagesLoaded
 from kvist.request import Mode
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.context import SchedulerContext
+from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingSteps
 from kvist.scheduler.shared_prefix import SharedPrefixes
 from kvist.scheduler.states import Requests
@@ -45,11 +47,14 @@ class Allocation(enum.Enum):
 class Allocator:
     """Mutable; its one owner is the scheduler."""
 
-    def __init__(self, context: SchedulerContext, requests: Requests, cache: PageCache, pending: PendingSteps) -> None:
+    def __init__(
+        self, context: SchedulerContext, requests: Requests, cache: PageCache, pending: PendingSteps, leases: Leases
+    ) -> None:
         self._context = context
         self._requests = requests
         self._cache = cache
         self._pending = pending
+        self._leases = leases
         self._loads: dict[int, ActiveRequest] = {}  # by job id; some requests have ended
         self._followers: dict[int, list[ActiveRequest]] = defaultdict(list)  # by job id: requests that wait for the job
         self._shared = SharedPrefixes(page_size=cache.page_size, usual_step_tokens=context.config.chunked_prefill_size)
@@ -83,6 +88,8 @@ class Allocator:
             if self._cache.waits_for_copies(lease, num_tokens):
                 return False
             victim = self._last_ungranted() or self._last_running()
+            if victim is None and self._leases.give_up():
+                continue
             if victim is None:
                 return False  # the most urgent request waits for the pages of handoffs, which end in a bounded time
             if not self._preempt(victim) or victim is request:
@@ -128,6 +135,8 @@ class Allocator:
                 continue
             # with enough reclaimable pages, pending copies free them: no victim is needed
             victim = self._last_ungranted() if too_few and not request.ungranted else None
+            if victim is None and self._leases.make_room(lease, num_needed):
+                continue
             if victim is None or not self._preempt(victim):
                 cache.close(lease)
                 self._last_failed_allocation = (request.ticket, cache.num_reclaimable - reserve) if too_few else None

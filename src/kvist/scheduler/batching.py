@@ -26,6 +26,7 @@ from kvist.scheduler.budget import MAX_STEP_LOGPROBS, chunk_tokens, num_logprobs
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
 from kvist.scheduler.handoff.sides import Handoffs
+from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingStep, PendingSteps
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
@@ -42,6 +43,7 @@ class Batcher:
         pending: PendingSteps,
         endings: Endings,
         handoffs: Handoffs,
+        leases: Leases,
     ) -> None:
         self._context = context
         self._requests = requests
@@ -49,7 +51,7 @@ class Batcher:
         self._pending = pending
         self._endings = endings
         self._handoffs = handoffs
-        self._allocator = Allocator(context, requests, cache, pending)
+        self._allocator = Allocator(context, requests, cache, pending, leases)
         self._step_tokens = 0  # token budget of the step being planned
         self._num_logprobs_left = 0  # logprobs of prompts that the step being planned may still report
 

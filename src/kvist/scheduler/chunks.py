@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvist.lease_messages import LeaseStatus
 from kvist.request import FinishReason, Mode, SampledToken, TokenLogprobs
 from kvist.scheduler.active import ActiveRequest, PrefillRequest
 from kvist.scheduler.context import SchedulerContext
@@ -39,6 +40,7 @@ def send_tokens(
     position: int,
     tokens: Sequence[SampledToken],
     finish: FinishReason | None,
+    lease: LeaseStatus | None = None,
 ) -> None:
     if not request.emits_tokens:
         tokens = ()
@@ -55,6 +57,7 @@ def send_tokens(
         num_cached_host_tokens=by_tier[0],
         num_cached_storage_tokens=by_tier[1],
         handoff=request.handoff_report,
+        lease=lease,
     )
     request.handoff_report = None
     context.out.chunks.append(chunk)

@@ -102,6 +102,15 @@ class SchedulerOptions:
         unit="s",
         minimum=0.001,
     )
+    max_lease_fraction: float = option(
+        0.25,
+        "share of the page pool that leased prompts may pin together (/v1/leases); 0: no prompt can be leased",
+        minimum=0.0,
+        maximum=0.9,
+    )
+    max_lease_fraction_per_key: float = option(
+        0.125, "share of the page pool that the leases of one API key may pin", minimum=0.0, maximum=0.9
+    )
     max_remembered_handoffs: int = option(
         4096,
         "maximum number of remembered handoffs: grants that arrived before their request, and closed handoffs, whose "
@@ -134,6 +143,8 @@ class SchedulerConfig:
     handoff_timeout_s: float = _DEFAULTS.handoff_timeout_s
     ack_timeout_s: float = _DEFAULTS.ack_timeout_s
     store_handoff_timeout_s: float = _DEFAULTS.store_handoff_timeout_s
+    max_lease_fraction: float = _DEFAULTS.max_lease_fraction
+    max_lease_fraction_per_key: float = _DEFAULTS.max_lease_fraction_per_key
     max_remembered_handoffs: int = _DEFAULTS.max_remembered_handoffs
     grammar_compile_timeout_s: float = 10.0
     max_model_len: int = 4096  # prompt and answer together

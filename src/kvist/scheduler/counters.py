@@ -60,6 +60,19 @@ SCHEDULER_COUNTERS = CounterGroup(
             unit="requests",
             text="waiting requests removed from a full queue in favour of a caller with fewer requests in it",
         ),
+        Counter(name="leases_granted", unit="leases", text="leases of prompts that this worker has granted"),
+        Counter(
+            name="leases_refused",
+            unit="leases",
+            text="leases refused because the leases of all clients, or of this one, hold as many pages as they may",
+        ),
+        Counter(name="leases_renewed", unit="leases", text="times that a client has renewed a lease"),
+        Counter(name="leases_expired", unit="leases", text="leases that ended because their time was over"),
+        Counter(
+            name="leases_given_up",
+            unit="leases",
+            text="leases that ended early because a request could not go on without their pages",
+        ),
         Counter(
             name="handoffs_sent",
             unit="handoffs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvist.lease_messages import LeaseAnswer
 from kvist.plan.batch import Batch
 from kvist.plan.grammars import CompileGrammar
 from kvist.plan.plan import ChangedPages, Flush, Plan, SeenInStore
@@ -22,6 +23,7 @@ class Outbox:
         self.num_tokenless_chunks = 0  # prompt logprobs, and the ends of requests with `max_tokens` 0
         self.ended: list[Ended] = []
         self.flushes: list[Flush] = []
+        self.lease_answers: list[LeaseAnswer] = []
         self.messages: list[ToSource | ToTarget] = []
         self.transfers: list[WritePages | VerifyPages | StopWrites] = []
         self.grammar_jobs: list[CompileGrammar] = []
@@ -46,6 +48,7 @@ class Outbox:
             chunks=tuple(self.chunks),
             ended=tuple(self.ended),
             flushes=tuple(self.flushes),
+            lease_answers=tuple(self.lease_answers),
             messages=tuple(self.messages),
             transfers=tuple(self.transfers),
             tier_jobs=tuple(tier_jobs),

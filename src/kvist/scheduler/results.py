@@ -16,6 +16,7 @@ from kvist.scheduler.chunks import send_first_token, send_prompt_logprobs, send_
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
 from kvist.scheduler.handoff.sides import Handoffs
+from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingStep, PendingSteps
 from kvist.scheduler.states import Requests
 from kvist.wire import TokenChunk
@@ -38,6 +39,7 @@ class Results:
         pending: PendingSteps,
         endings: Endings,
         handoffs: Handoffs,
+        leases: Leases,
     ) -> None:
         self._context = context
         self._requests = requests
@@ -45,6 +47,7 @@ class Results:
         self._pending = pending
         self._endings = endings
         self._handoffs = handoffs
+        self._leases = leases
         self._step_planned_s = 0.0  # of the step whose results are being applied
         self._last_finished_s = 0.0
 
@@ -164,7 +167,11 @@ class Results:
             num_kept += 1
         if request.handoff_report is not None:
             self._handoffs.on_second_token(request, self._step_planned_s)
-        send_tokens(self._context, request, position, tokens[:num_kept], finish)
+        lease = self._leases.on_computed(request) if finish is not None else None
+        if isinstance(lease, tuple):
+            self._handoffs.end(request, Outcome.FAILED, *lease)
+            return
+        send_tokens(self._context, request, position, tokens[:num_kept], finish, lease)
         if finish is not None:
             self._handoffs.end(request, Outcome.FINISHED)
 

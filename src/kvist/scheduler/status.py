@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvist.kv.pages import PageCounts
 from kvist.kv.tiers.host import HostCounts
+from kvist.lease_messages import LeaseCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,4 +18,5 @@ class SchedulerStatus:
     totals: Mapping[str, float]  # SCHEDULER_COUNTERS, and the cache's CACHE_COUNTERS
     service_s: float | None = None  # recent mean time from admission to end; None: no request has ended yet
     queue_wait_s: float | None = None  # how long the queue lasts at the measured rate; None: not measured yet
+    leases: LeaseCounts = field(default_factory=LeaseCounts)
     host_pages: HostCounts | None = None  # None: there is no host tier

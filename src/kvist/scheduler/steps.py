@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvist.kv.cache import PageCache
+from kvist.lease_messages import LeaseCommand
 from kvist.plan.events import Event, RoleChanged, StepFailed, StepFinished
 from kvist.plan.grammars import GrammarCompiled
 from kvist.plan.plan import Flush, Plan
@@ -30,6 +31,7 @@ from kvist.scheduler.handoff.sides import Handoffs
 from kvist.scheduler.handoff.source import SourceSide
 from kvist.scheduler.handoff.stored import StoredHandoffs
 from kvist.scheduler.handoff.target import TargetSide
+from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingSteps
 from kvist.scheduler.queue_wait import queue_wait_s
 from kvist.scheduler.results import Results
@@ -56,7 +58,7 @@ def build_scheduler(
     context_len = min(config.max_model_len, cache.num_pages * cache.page_size)
     context = SchedulerContext(config=config, role=role, modes=role.modes, context_len=context_len)
     requests = Requests(context, cache)
-    pending = PendingSteps(overlap=config.overlap)
+    pending, leases = PendingSteps(overlap=config.overlap), Leases(context, cache)
     endings = Endings(context, requests, cache, pending)
     parts = SideParts(context=context, requests=requests, cache=cache, endings=endings, epoch=epoch, own=own)
     handoffs = Handoffs(SourceSide(parts), TargetSide(parts), StoredHandoffs(parts), parts)
@@ -65,9 +67,10 @@ def build_scheduler(
         requests=requests,
         cache=cache,
         handoffs=handoffs,
-        admission=Admission(context, requests, cache, endings, handoffs, needs_known_token=needs_known_token),
-        batcher=Batcher(context, requests, cache, pending, endings, handoffs),
-        results=Results(context, requests, cache, pending, endings, handoffs),
+        leases=leases,
+        admission=Admission(context, requests, cache, endings, handoffs, leases, needs_known_token=needs_known_token),
+        batcher=Batcher(context, requests, cache, pending, endings, handoffs, leases),
+        results=Results(context, requests, cache, pending, endings, handoffs, leases),
     )
 
 
@@ -81,6 +84,7 @@ class Steps:
         requests: Requests,
         cache: PageCache,
         handoffs: Handoffs,
+        leases: Leases,
         admission: Admission,
         batcher: Batcher,
         results: Results,
@@ -89,6 +93,7 @@ class Steps:
         self._context = context
         self._cache = cache
         self._handoffs = handoffs
+        self._leases = leases
         self._admission = admission
         self._batcher = batcher
         self._flushing: dict[int, Flush] = {}  # by the id of the job to be reported before the flush is answered
@@ -99,6 +104,7 @@ class Steps:
             StepFinished: results.on_step_finished,
             StepFailed: results.on_step_failed,
             FlushCache: self._flush,
+            LeaseCommand: leases.on_command,
             RoleChanged: context.on_role_changed,
             PagesLoaded: batcher.on_pages_loaded,
             PagesBackedUp: cache.backed_up,
@@ -111,6 +117,7 @@ class Steps:
         self._on_timer: dict[TimerKind, Callable[[str], None]] = {
             TimerKind.COMPILED: admission.on_grammar_timeout,
             TimerKind.QUEUE: admission.on_queue_timeout,
+            TimerKind.LEASE: leases.on_time,
             TimerKind.PREFETCH: admission.on_prefetch_timeout,
             **handoffs.timer_handlers(),
         }
@@ -150,6 +157,7 @@ class Steps:
             num_running=len(self.requests.live) - num_waiting,
             num_waiting=num_waiting,
             pages=self._cache.counts(),
+            leases=self._leases.counts(),
             service_s=self._context.service_time.mean_s,
             queue_wait_s=queue_wait_s(self._context, self.requests),
             host_pages=self._cache.host_counts(),

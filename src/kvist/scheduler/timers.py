@@ -9,6 +9,7 @@ import heapq
 class TimerKind(enum.Enum):
     COMPILED = "compiled"  # a request waits for the grammar of its constraint
     QUEUE = "queue"  # a request waits for its first admission
+    LEASE = "lease"  # the time of a leased prefix is over
     PREFETCH = "prefetch"  # a request waits for a prefetch from the store
     GRANT = "grant"  # prefill waits for the Grant
     EARLY_GRANT = "early grant"  # a Grant waits for its request
@@ -19,7 +20,7 @@ class TimerKind(enum.Enum):
     RESEND = "resend"  # decode sends Grant or Revoke again
 
 
-TimerKey = tuple[TimerKind, str]  # kind; request id or handoff id
+TimerKey = tuple[TimerKind, str]  # kind; request id, handoff id or lease id
 
 
 class Timers:

@@ -17,6 +17,7 @@ from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.http.asgi import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.request import Role
 from kvist.router.stream import WorkerSnapshot
+from kvist.server.capacity import capacity_of
 from kvist.server.gateway import GatewayContext
 from kvist.server.pairs import pair_infos
 from kvist.server.storage_names import decode_store, field_of, named_status
@@ -239,6 +240,7 @@ def _worker_info(worker: WorkerSnapshot) -> dict[str, object]:
         "url": worker.url,
         "sources": worker.sources,
         "requests_in_flight": worker.num_in_flight,
+        "capacity": capacity_of(worker),
         "engine": worker.spec,
         "load": None
         if load is None

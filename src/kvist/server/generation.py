@@ -15,6 +15,7 @@ from typing import Protocol
 
 from kvist.clock import Clock
 from kvist.errors import EngineError, RequestError
+from kvist.lease_messages import LeaseStatus
 from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.handoff_ways import HandoffWay
@@ -114,6 +115,7 @@ class ChoiceState:
         self.route: dict[str, object] = {}  # why these workers
         self.num_failovers = 0
         self.handoff: HandoffReport | None = None
+        self.lease: LeaseStatus | None = None  # of its prompt, once it is computed
         self.handoff_way: HandoffWay | None = None
         self.stored: StoredPages | None = None
         self.second_token_gap_s: float | None = None  # of a request that was handed over
@@ -145,7 +147,7 @@ class ChoiceState:
 
     def _absorb_each(self, chunk: TokenChunk) -> Delta:
         """Absorb token by token, so that tokens after a stop string in the same part are dropped."""
-        reason, num_before = chunk.finish_reason, len(self.token_ids)
+        reason, num_before, self.lease = chunk.finish_reason, len(self.token_ids), chunk.lease
         shown: list[str] = []
         offsets: list[int] = []
         for place, token_id in enumerate(chunk.token_ids):

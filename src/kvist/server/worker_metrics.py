@@ -117,6 +117,10 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     waiting = GaugeMetricFamily("kvist:num_requests_waiting", "requests in the waiting queue", labels=labels)
     usage = GaugeMetricFamily("kvist:kv_cache_usage_perc", "share of pages in use by requests, 0 to 1", labels=labels)
     pages = GaugeMetricFamily("kvist:kv_pages", "pages of the device pool by state", labels=[*labels, "state"])
+    leases = GaugeMetricFamily("kvist:leases", "leases of prompts", labels=labels)
+    leased = GaugeMetricFamily(
+        "kvist:leased_pages", "pages of the device pool that leases pin, a part of the cached ones", labels=labels
+    )
     host_pages = GaugeMetricFamily("kvist:host_pages", "pages of the host tier by state", labels=[*labels, "state"])
     storage = [GaugeMetricFamily(f"kvist:storage_{name}", text, labels=labels) for name, text in _STORAGE_GAUGES]
     errors = CounterMetricFamily(
@@ -173,6 +177,8 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
             pages.add_metric([*label_values, state], count)
         if load is None:
             continue
+        leases.add_metric(label_values, load.leases.num_leases)
+        leased.add_metric(label_values, load.leases.num_pages)
         for state, count in load.num_host_pages.items():
             host_pages.add_metric([*label_values, state], count)
         if (tier := load.storage) is not None:
@@ -219,6 +225,8 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
         waiting,
         usage,
         pages,
+        leases,
+        leased,
         host_pages,
         *storage,
         errors,

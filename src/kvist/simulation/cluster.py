@@ -187,7 +187,8 @@ class SimCluster:
             counts = engine.scheduler.status().pages
             assert counts.owned == 0, f"{engine.epoch} leaks owned pages"
             assert counts.in_flight == 0, f"{engine.epoch} leaks pages in flight"
-            assert counts.evictable == counts.cached, f"{engine.epoch} leaks pins"
+            num_leased = engine.scheduler.status().leases.num_pages
+            assert counts.evictable + num_leased == counts.cached, f"{engine.epoch} leaks pins"
             host = engine.cache.host_counts()
             hung = [] if engine.store is None else engine.store.slots
             assert host is None or host.in_flight == len({slot for _, slot in hung}), f"{engine.epoch} leaks host pages"

@@ -71,6 +71,8 @@ class SchedulerFields(TypedDict, total=False):
     handoff_timeout_s: float
     ack_timeout_s: float
     store_handoff_timeout_s: float
+    max_lease_fraction: float
+    max_lease_fraction_per_key: float
     max_remembered_handoffs: int
     grammar_compile_timeout_s: float
     max_model_len: int

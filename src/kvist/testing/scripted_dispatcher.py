@@ -11,6 +11,7 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvist.lease_messages import LeaseAnswer, LeaseCommand, LeaseStatus
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.policy import Reason
@@ -83,6 +84,14 @@ def _minus_the_ids(request: EngineRequest) -> tuple[float, ...]:
     return tuple(-float(token_id) for token_id in request.sampling.logprob_token_ids)
 
 
+def _leased(request: EngineRequest) -> LeaseStatus | None:
+    """Return the lease that a worker with pages of 4 tokens would grant."""
+    terms, num_pages = request.lease, request.num_prompt_tokens // 4
+    if terms is None:
+        return None
+    return LeaseStatus(lease_id=terms.lease_id, num_pages=num_pages, num_tokens=4 * num_pages, left_s=terms.ttl_s)
+
+
 @dataclass
 class ScriptedDispatcher:
     """Mutable; owned by one test and used in its event loop."""
@@ -102,6 +111,7 @@ class ScriptedDispatcher:
     spec: EngineSpec | None = BYTE_MODEL
     snapshots: ClusterSnapshot = field(default_factory=lambda: ClusterSnapshot(workers=()))
     storage_answers: Mapping[WorkerId, Answer] = field(default_factory=dict)
+    lease_answers: Mapping[WorkerId, LeaseAnswer] = field(default_factory=dict)
     # the calls so far
     requests: list[EngineRequest] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
@@ -141,13 +151,16 @@ class ScriptedDispatcher:
         self.commands.append(command)
         flushed: dict[WorkerId, Answer] = {worker: Flushed(call_id="", num_pages=n) for worker, n in FLUSHED.items()}
         answers = self.storage_answers if isinstance(command, StorageCommand) else flushed
+        answers = self.lease_answers if isinstance(command, LeaseCommand) else answers
         return {worker: answer for worker, answer in answers.items() if isinstance(answer, answer_type)}
 
     async def ask_worker(self, name: str | None, command: Command, answer_type: type[AnswerT]) -> AnswerT:
         self.commands.append(command)
         if self.error is not None:
             raise self.error
-        answer = RoleAnswer(call_id="") if isinstance(command, SetRole) else None
+        answer: Answer | None = RoleAnswer(call_id="") if isinstance(command, SetRole) else None
+        if isinstance(command, LeaseCommand):
+            answer = self.lease_answers.get(WorkerId(name or ""))
         assert isinstance(answer, answer_type), f"no answer to {command} for {name}"
         return answer
 
@@ -205,6 +218,7 @@ class ScriptedDispatcher:
             num_cached_host_tokens=2 if first else 0,
             num_cached_storage_tokens=1 if first else 0,
             handoff=HANDOFF if position == 1 else None,
+            lease=_leased(request),
             prompt_logprobs=self._prompt_logprobs(request) if first else (),
             prompt_position=max(1, request.sampling.prompt_logprobs_start),
         )

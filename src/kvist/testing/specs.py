@@ -11,8 +11,20 @@ from typing import TypedDict, Unpack
 import msgspec
 
 from kvist import wire
+from kvist.lease_messages import LeaseCounts
 from kvist.plan.compat import peer_spec
-from kvist.request import Constraint, EngineRequest, EpochId, HandoffId, Mode, RequestId, Role, SamplingParams, WorkerId
+from kvist.request import (
+    Constraint,
+    EngineRequest,
+    EpochId,
+    HandoffId,
+    LeaseTerms,
+    Mode,
+    RequestId,
+    Role,
+    SamplingParams,
+    WorkerId,
+)
 
 
 class SpecFields(TypedDict, total=False):
@@ -99,6 +111,7 @@ class LoadFields(TypedDict, total=False):
     num_cached_pages: int
     num_owned_pages: int
     num_in_flight_pages: int
+    leases: LeaseCounts
     service_s: float | None
     queue_wait_s: float | None
     num_host_pages: dict[str, int]
@@ -185,6 +198,7 @@ class RequestFields(SamplingFields, total=False):
     client: str
     background: bool
     num_shared_tokens: int
+    lease: LeaseTerms | None
 
 
 _SAMPLING = SamplingParams(max_tokens=4)
