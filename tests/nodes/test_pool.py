@@ -73,7 +73,7 @@ def test_a_drained_store_can_be_killed_and_a_new_one_joins(pool: Pool, capsys: p
     assert pool.admin.pool_status().stores[joined.name].used_bytes > 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workers_store(pool: Pool) -> Iterator[MooncakeStore]:
     """A worker's store on the pool, which has put all `WORKERS_KEYS`."""
     store = open_store(pool.master_addr, "nodes")
@@ -82,7 +82,7 @@ def workers_store(pool: Pool) -> Iterator[MooncakeStore]:
     store.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def restarted(pool: Pool, workers_store: MooncakeStore) -> dict[str, dict[str, int]]:
     """Restart each of the three stores in its own way, at the same time; return what became of each one's pages."""
     pool.wait_on_ssd(workers_store.names(WORKERS_KEYS))
