@@ -250,21 +250,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     rows = measure(args)
-    baseline = percentile(rows["objects"], 0.1)
+    baseline = float(np.quantile(rows["objects"], 0.1))
     print(f"{args.running} running decodes, {args.steps} steps, CPU microseconds a step")
     for part in PARTS:
-        p10, p50, p90 = (percentile(rows[part], share) for share in (0.1, 0.5, 0.9))
+        p10, p50, p90 = np.quantile(rows[part], (0.1, 0.5, 0.9)).tolist()
         calls = len(rows[part]) / args.steps
         times = f" a call, {calls:.0f} calls" if calls > 1.5 else ""
         print(f"{part:>8}: p10 {p10:7.1f}  p50 {p50:7.1f}  p90 {p90:7.1f}   p10 / objects {p10 / baseline:5.2f}{times}")
     if args.json:
         each = [{"part": part, "us": time_us} for part, times in rows.items() for time_us in times]
         write_report(args.json, args, rows=each)
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 if __name__ == "__main__":

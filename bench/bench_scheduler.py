@@ -16,6 +16,8 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
+
 from json_report import write_report
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem
@@ -24,11 +26,6 @@ from kvist.request import EpochId, RequestId, Role, SlotId
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.specs import make_peer_spec, make_request, submit_full
 from kvist.wire import PoolAddress, TokenChunk
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def finished(batch: Batch) -> StepFinished:
@@ -103,7 +100,7 @@ def main() -> None:
     }
     print(f"{args.running} running decodes, {args.steps} steps, CPU milliseconds")
     for name, times_ms in rows.items():
-        shares = "  ".join(f"p{round(share * 100)} {percentile(times_ms, share):.3f}" for share in (0.5, 0.9, 0.99))
+        shares = "  ".join(f"p{round(share * 100)} {np.quantile(times_ms, share):.3f}" for share in (0.5, 0.9, 0.99))
         print(f"{name:>14}: {shares}  mean {statistics.mean(times_ms):.3f}")
     if args.json:
         each = [{"name": name, "step": i, "ms": ms} for name, times in rows.items() for i, ms in enumerate(times)]

@@ -14,6 +14,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from json_report import write_report
 from kvist.request import EngineRequest
 from kvist.simulation.timed_pair import VOCAB, TimedPair, Timing
@@ -31,11 +33,6 @@ class Row:
     second_token_ms: float
     largest_gap_ms: float
     gaps_ms: list[float]
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def make_load(rate: float, seconds: float, seed: int) -> list[tuple[float, str, EngineRequest]]:
@@ -88,9 +85,9 @@ def main() -> None:
             seconds = [row.second_token_ms for row in chats]
             largest = [row.largest_gap_ms for row in chats]
             print(
-                f"{rate:4g}/s {name:>8} {sum(ttfts) / len(ttfts):9.1f} {percentile(ttfts, 0.9):6.1f} |"
-                f"{percentile(seconds, 0.5):17.1f} {percentile(seconds, 0.99):6.1f} |"
-                f"{percentile(largest, 0.5):26.1f} {percentile(largest, 0.99):6.1f} |{percentile(gaps, 0.99):8.1f}"
+                f"{rate:4g}/s {name:>8} {sum(ttfts) / len(ttfts):9.1f} {np.quantile(ttfts, 0.9):6.1f} |"
+                f"{np.quantile(seconds, 0.5):17.1f} {np.quantile(seconds, 0.99):6.1f} |"
+                f"{np.quantile(largest, 0.5):26.1f} {np.quantile(largest, 0.99):6.1f} |{np.quantile(gaps, 0.99):8.1f}"
             )
             each += [
                 {"rate": rate, "loop": name, "kind": row.kind, "ttft_ms": row.ttft_ms, "gaps_ms": row.gaps_ms}

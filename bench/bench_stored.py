@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
 from json_report import write_report
 from kvist.cluster.plan import visible_gpus
@@ -135,7 +136,7 @@ def tabulate(rows: list[Row], names: list[str]) -> str:
         by_name = {name: [row["s"] for row in rows if (row["server"], row["tier"]) == (name, tier)] for name in names}
         for name, times in by_name.items():
             pairs = [ours / other for ours, other in zip(by_name[names[0]], times, strict=True)]
-            p90 = sorted(times)[int(0.9 * (len(times) - 1))]
+            p90 = float(np.quantile(times, 0.9))
             ratio = "" if name == names[0] else f"{statistics.median(pairs):.3f}"
             lines.append((tier, name, f"{1e3 * statistics.median(times):.1f}", f"{1e3 * p90:.1f}", ratio))
     return table(("pages in", "server", "median ms", "p90 ms", f"{names[0]} to it"), lines)

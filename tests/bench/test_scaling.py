@@ -118,11 +118,12 @@ def test_workers_as_fast_as_one_alone_have_an_efficiency_of_one(rate: float, gpu
 def _run(*arguments: str) -> tuple[str, dict[str, Any]]:
     path = next(word.partition("=")[2] for word in arguments if word.startswith("--json="))
     command = [sys.executable, str(SCRIPT), "--cpu", "--tiny", "--seconds=1", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=360, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(Path(path).read_bytes())
 
 
+@pytest.mark.timeout(600)
 def test_a_rehearsal_runs_its_cells_and_goes_on_where_it_ended(tmp_path: Path) -> None:
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     chosen = (
@@ -133,7 +134,7 @@ def test_a_rehearsal_runs_its_cells_and_goes_on_where_it_ended(tmp_path: Path) -
         "links/handoff",
         "unified-x2/climb",
     )
-    shown, found = _run(f"--json={first}", "--budget-s=200", *chosen[:-1])
+    shown, found = _run(f"--json={first}", "--budget-s=300", *chosen[:-1])
     assert {name: cell["status"] for name, cell in found["cells"].items()} == dict.fromkeys(chosen[1:-1], "done"), shown
     load = found["cells"]["auto-1:1/mixed@80%"]["points"][0]
     assert load["rate"] == pytest.approx(0.8 * found["best_goodput"]["7b"])
@@ -146,9 +147,10 @@ def test_a_rehearsal_runs_its_cells_and_goes_on_where_it_ended(tmp_path: Path) -
     assert "not measured, for lack of time (--resume FILE measures them): unified-x2/climb" in shown
 
 
+@pytest.mark.timeout(400)
 def test_a_fleet_that_does_not_start_says_why_and_the_others_go_on(tmp_path: Path) -> None:
     flags = ("--cells", "unified-x1/single", "links/all_reduce", "--places=1", "--up-flags=--page-size=0")
-    shown, found = _run(f"--json={tmp_path / 'file.json'}", "--budget-s=200", *flags)
+    shown, found = _run(f"--json={tmp_path / 'file.json'}", "--budget-s=300", *flags)
     assert {name: cell["status"] for name, cell in found["cells"].items()} == dict.fromkeys(flags[1:3], "failed")
     assert "--page-size" in found["cells"]["unified-x1/single"]["why"]
     assert "needs two places" in shown

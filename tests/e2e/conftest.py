@@ -21,6 +21,8 @@ from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.ports import free_ports
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildPlan, ChildTimeouts, Processes
+from kvist.testing.tiny_model import write_tiny_model
+from kvist.testing.tokenizers import write_byte_tokenizer
 
 START_TIMEOUT_S = 120.0
 STALL_RESTART_S = 8.0  # short enough for a test, long enough for a busy machine
@@ -104,6 +106,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.timeout(240))
     items.sort(key=lambda item: here in item.path.parents and "cluster" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="package")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of two layers and a tokenizer, for tests whose claims do not depend on the model: a token
+    takes a few milliseconds, and a worker starts in half of the time. Its workers need `--load-format=dummy`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_tiny_model(folder, vocab_size=write_byte_tokenizer(folder), max_model_len=32_768)
 
 
 @pytest.fixture(scope="package")

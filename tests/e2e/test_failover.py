@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from kvist.testing.rounds import check_time, in_rounds
 from tests.e2e.conftest import Cluster
 from tests.e2e.test_lifetimes import children_of
 
@@ -85,11 +86,13 @@ def twins(cluster: Cluster) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "victim"), [("decode-0", "engine"), ("decode-0", "worker"), ("prefill-0", "engine")])
+@in_rounds(3)  # on a busy machine, the answers can end before their worker is killed
 def test_streams_of_a_killed_worker_go_on_with_the_same_answers(
     settled: Cluster, twins: dict[str, dict[str, Any]], name: str, victim: str
 ) -> None:
     """The cluster has one worker of each role: the other one serves alone until the killed one is back, and new
     requests, too."""
+    settled.wait_ready()
     failovers, resumed = settled.metric("kvist:failovers_total"), settled.metric("kvist:resumed_streams_total")
     done = settled.metric("kvist:generation_tokens_total")
     with ThreadPoolExecutor(len(REQUESTS) + 1) as pool:
@@ -98,6 +101,7 @@ def test_streams_of_a_killed_worker_go_on_with_the_same_answers(
             settled.wait_until(lambda: settled.metric("kvist:generation_tokens_total") > done + 20, within_s=60)
         else:
             settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") >= 5, within_s=60)
+        is_early = not any(answer.done() for answer in answers.values())
         kill(settled, name, victim)
         assert complete(settled.router, {**GREEDY, "max_tokens": 20})["choices"], "another worker serves it"
         found = {key: answer.result() for key, answer in answers.items()}
@@ -105,13 +109,14 @@ def test_streams_of_a_killed_worker_go_on_with_the_same_answers(
     assert text_of(lines.result()) == twins["greedy"]["choices"][0]["text"]
     for key, twin in twins.items():
         assert comparable(twin) == comparable(found[key]), key
+    settled.wait_ready()
+    check_time(is_early, "an answer ended before its worker was killed")
     if name == "decode-0":
         assert settled.metric("kvist:failovers_total") > failovers
         assert settled.metric("kvist:resumed_streams_total") > resumed
         assert any(answer["kvist"]["failovers"] for answer in found.values())
         assert any(answer["kvist"]["route"]["reason"] == "no_decode" for answer in found.values())
     assert settled.metric("kvist:unresumed_streams_total") == 0
-    settled.wait_ready()
 
 
 def test_prefill_killed_while_it_computes_a_prompt_costs_a_pause(settled: Cluster) -> None:

@@ -87,11 +87,11 @@ def test_a_disconnect_aborts_at_every_worker_long_before_the_answer_ends(settled
         for _event in range(10):
             next(pieces)
         assert settled.num_running() > 0
-    settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 0, within_s=20)
-    settled.wait_until(lambda: num_tokens() > before, within_s=20)  # a load report after this answer
+    settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 0, within_s=60)
+    settled.wait_until(lambda: num_tokens() > before, within_s=60)  # a load report after this answer
     for url in (settled.prefill, settled.decode):  # as reported by each engine, through its own gateway
-        settled.wait_until(partial(is_idle, settled, url), within_s=20)
-    settled.wait_until(lambda: settled.num_pages("in_flight") == 0, within_s=20)
+        settled.wait_until(partial(is_idle, settled, url), within_s=60)
+    settled.wait_until(lambda: settled.num_pages("in_flight") == 0, within_s=60)
     assert num_tokens() - before < 200, "tokens, not seconds: a machine slow to abort is slow to decode, too"
 
 

@@ -17,10 +17,10 @@ import pytest
 from kvist.cluster.ports import free_ports
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildPlan, ChildTimeouts, Processes
+from kvist.testing.rounds import check_time, in_rounds
 
 NUM_PLACES, PHASE_S = 8, 3.0
-BOUND = 1.6  # 1.3 by the simulation; the clients take a part of this machine's two cores
-NUM_ROUNDS = 4  # other work on this machine can slow one phase of a round; without overload control every round shows 3
+BOUND = 1.6  # 1.3 by the simulation; the clients take a part of this machine's two cores; 3 without overload control
 
 
 @pytest.fixture
@@ -70,18 +70,15 @@ class Phase:
             self.latencies_s.append((time.monotonic() - began_s) / (12 + number % 9))
 
 
+@in_rounds(4)  # other work on this machine can slow one phase of a round
 async def test_at_three_times_the_capacity_the_latency_of_admitted_requests_stays_and_others_get_a_429(
     worker: str,
 ) -> None:
-    ratios: list[float] = []
-    for _ in range(NUM_ROUNDS):
-        full, over = Phase(worker), Phase(worker)
-        await full.run(num_mine=2, num_flood=NUM_PLACES - 2)
-        await over.run(num_mine=2, num_flood=3 * NUM_PLACES - 2)
-        ratios.append(statistics.median(over.latencies_s) / statistics.median(full.latencies_s))
-        if ratios[-1] < BOUND:
-            break
-    assert min(ratios) < BOUND, ratios
+    full, over = Phase(worker), Phase(worker)
+    await full.run(num_mine=2, num_flood=NUM_PLACES - 2)
+    await over.run(num_mine=2, num_flood=3 * NUM_PLACES - 2)
     assert over.refused
     assert all(int(response.headers["retry-after"]) >= 1 for response in over.refused)
     assert over.num_served["mine"] > 0, "the flood took every place"
+    ratio = statistics.median(over.latencies_s) / statistics.median(full.latencies_s)
+    check_time(ratio < BOUND, f"latencies are {ratio:.2f} times as long")

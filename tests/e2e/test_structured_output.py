@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -37,18 +38,17 @@ def is_person(text: str) -> bool:
     return bool(jsonschema_rs.validator_for(PERSON).is_valid(json.loads(text)))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_answers_of_one_worker_and_of_a_pair_are_equal_and_valid(settled: Cluster, temperature: float) -> None:
-    fields: dict[str, Any] = {"temperature": temperature, "n": 2, "response_format": FORMAT, "return_token_ids": True}
-    alone, pair = chat(settled.unified, **fields), chat(settled.router, **fields)
-    assert [each["token_ids"] for each in pair] == [each["token_ids"] for each in alone]
-    for choice in alone:
-        assert choice["finish_reason"] == "stop"
-        assert is_person(choice["message"]["content"])
-
-
-def test_penalties_logprobs_and_bad_words_go_with_a_schema(settled: Cluster) -> None:
-    fields: dict[str, Any] = {
+QUESTIONS: dict[str, dict[str, Any]] = {
+    **{
+        f"temperature {temperature}": {
+            "temperature": temperature,
+            "n": 2,
+            "response_format": FORMAT,
+            "return_token_ids": True,
+        }
+        for temperature in (0.0, 1.5)
+    },
+    "with penalties": {
         "structured_outputs": COMPACT,
         "temperature": 1.0,
         "logprobs": True,
@@ -56,8 +56,39 @@ def test_penalties_logprobs_and_bad_words_go_with_a_schema(settled: Cluster) -> 
         "repetition_penalty": 1.2,
         "presence_penalty": 0.5,
         "bad_words": ["2"],
-    }
-    [choice] = chat(settled.router, **fields)
+    },
+    "whole": {"response_format": FORMAT, "temperature": 0.9},
+    "stopped": {"structured_outputs": COMPACT, "stop": ['"age"'], "temperature": 0.0},
+    "chosen": {"guided_choice": ["red", "green"], "min_tokens": 30},
+}
+ALONE = [name for name in QUESTIONS if name.startswith("temperature")]  # asked of the unified worker, too
+Answers = dict[tuple[str, str], list[dict[str, Any]]]  # the choices, by "router" or "unified" and question
+
+
+@pytest.fixture(scope="module")
+def answers(cluster: Cluster) -> Answers:
+    """The answers to all questions, asked at once, which takes little longer than one."""
+    cluster.wait_ready()
+    asked = [("router", name) for name in QUESTIONS] + [("unified", name) for name in ALONE]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        futures = {key: pool.submit(chat, getattr(cluster, key[0]), **QUESTIONS[key[1]]) for key in asked}
+        return {key: future.result() for key, future in futures.items()}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_answers_of_one_worker_and_of_a_pair_are_equal_and_valid(settled: Cluster, answers: Answers, name: str) -> None:
+    del settled
+    alone, pair = answers["unified", name], answers["router", name]
+    assert len(alone) == 2
+    assert [each["token_ids"] for each in pair] == [each["token_ids"] for each in alone]
+    for choice in alone:
+        assert choice["finish_reason"] == "stop"
+        assert is_person(choice["message"]["content"])
+
+
+def test_penalties_logprobs_and_bad_words_go_with_a_schema(settled: Cluster, answers: Answers) -> None:
+    del settled
+    [choice] = answers["router", "with penalties"]
     text = choice["message"]["content"]
     assert is_person(text)
     assert "2" not in text
@@ -67,8 +98,8 @@ def test_penalties_logprobs_and_bad_words_go_with_a_schema(settled: Cluster) -> 
     assert all(len(each["top_logprobs"]) == 2 for each in shown)
 
 
-def test_a_stream_has_the_text_of_the_whole_answer(settled: Cluster) -> None:
-    [whole] = chat(settled.router, response_format=FORMAT, temperature=0.9)
+def test_a_stream_has_the_text_of_the_whole_answer(settled: Cluster, answers: Answers) -> None:
+    [whole] = answers["router", "whole"]
     body = {
         "messages": [{"role": "user", "content": "Describe a person."}],
         "max_tokens": 120,
@@ -85,10 +116,13 @@ def test_a_stream_has_the_text_of_the_whole_answer(settled: Cluster) -> None:
     assert text == whole["message"]["content"]
 
 
-def test_a_stop_string_ends_a_constrained_answer_and_min_tokens_does_not_prolong_it(settled: Cluster) -> None:
-    [stopped] = chat(settled.router, structured_outputs=COMPACT, stop=['"age"'], temperature=0.0)
+def test_a_stop_string_ends_a_constrained_answer_and_min_tokens_does_not_prolong_it(
+    settled: Cluster, answers: Answers
+) -> None:
+    del settled
+    [stopped] = answers["router", "stopped"]
     assert stopped["message"]["content"].endswith(",")
-    [chosen] = chat(settled.router, guided_choice=["red", "green"], min_tokens=30)
+    [chosen] = answers["router", "chosen"]
     assert chosen["message"]["content"] in ("red", "green")
     assert chosen["finish_reason"] == "stop"
 
@@ -103,10 +137,13 @@ def test_a_stop_string_ends_a_constrained_answer_and_min_tokens_does_not_prolong
 )
 def test_generate_takes_the_constraints_of_sglang(settled: Cluster, sampling: dict[str, Any], form: str) -> None:
     params = {"max_new_tokens": 200, "temperature": 0.7, "sampling_seed": 1, **sampling}
-    texts = [
-        httpx.post(f"{url}/generate", json={"text": "x", "sampling_params": params}, timeout=120).json()["text"]
-        for url in (settled.unified, settled.router)
-    ]
+
+    def generate(url: str) -> str:
+        answer = httpx.post(f"{url}/generate", json={"text": "x", "sampling_params": params}, timeout=120)
+        return str(answer.json()["text"])
+
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(generate, (settled.unified, settled.router)))
     assert texts[0] == texts[1]
     assert re.fullmatch(form, texts[0])
 

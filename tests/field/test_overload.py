@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvist.errors import Overloaded
@@ -52,8 +53,7 @@ def load(fleet: TimedFleet, name: str, *, rate: float, for_s: float, seed: int =
 
 
 def quantile(values: Iterable[float], part: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+    return float(np.quantile(list(values), part))
 
 
 def latencies(served: Iterable[Served]) -> list[float]:

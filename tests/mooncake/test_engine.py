@@ -117,8 +117,9 @@ def test_another_network_is_refused_while_the_engine_runs() -> None:
     with pytest.raises(ConfigError) as refused:
         open_engine(Network(host="localhost"), STORAGE)
     assert refused.value.message == (
-        "the storage tier would use Mooncake at localhost over tcp, but handoffs use it at 127.0.0.1 over tcp, and a "
-        "process has one engine: set --s-host, --s-protocol and --s-device as --h-host, --h-protocol and --h-device"
+        "the storage tier would use Mooncake at localhost over tcp, but it runs at 127.0.0.1 over tcp for handoffs, "
+        "and a process has one engine: set --s-host, --s-protocol and --s-device as --h-host, --h-protocol and "
+        "--h-device"
     )
 
 

@@ -276,14 +276,19 @@ async def test_many_workers_come_and_go_under_load_without_a_lost_request(
         while True:
             answers.append(await ask(parts.dispatcher, 50))
 
+    async def some_answers() -> None:
+        num_before = len(answers)
+        await asyncio.sleep(0.05)
+        await until(lambda: len(answers) > num_before + 2 or any(client.done() for client in clients))
+
     clients = [asyncio.create_task(load()) for _ in range(8)]
     for _ in range(5):
         for host in hosts[1:]:
             add(parts, host)
-        await asyncio.sleep(0.05)
+        await some_answers()
         for host in hosts[1:]:
             parts.members.remove(f"http://{host}:1", sender=SENDER)
-        await asyncio.sleep(0.05)
+        await some_answers()
     assert not any(client.done() for client in clients), "no request failed"
     for client in clients:
         client.cancel()

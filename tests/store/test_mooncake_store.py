@@ -24,6 +24,7 @@ from kvist.store.backend import HostMemory, StoreContext
 from kvist.store.mooncake import OBJECT_HEADER_BYTES, MooncakeStore
 from kvist.store.mooncake_options import MooncakeStoreOptions
 from kvist.testing.mooncake_pool import MooncakePool
+from kvist.testing.rounds import check_time, in_rounds
 from tests.store.mooncake_writer import KEYS, PAGE_BYTES, open_store, page_of
 
 Open = Callable[..., MooncakeStore]
@@ -284,13 +285,14 @@ def test_the_masters_figures_are_asked_for_with_the_key_of_the_file(
         store.close()
 
 
+@in_rounds(3)
 def test_without_a_master_opening_fails_at_once_with_the_command_that_helps() -> None:
     (port,) = free_ports(1)
     start_s = time.monotonic()
     with pytest.raises(StoreUnreachable, match="start one with `kvist master`") as caught:
         open_store(f"127.0.0.1:{port}", "n")
     assert caught.value.param == "mooncake_master_addr"
-    assert time.monotonic() - start_s < 5
+    check_time(time.monotonic() - start_s < 5, "the library's own attempts were waited for")
 
 
 def test_another_server_in_place_of_the_master_is_refused_in_time(mooncake_library: None) -> None:  # noqa: ARG001

@@ -273,8 +273,8 @@ def open_engine(network: Network, user: User) -> MooncakeEngine:
         elif running.network != network:
             other = running.users[0]
             raise ConfigError(
-                f"{user.title} would use Mooncake at {network}, but {other.title} use it at {running.network}, and a "
-                f"process has one engine: set {user.host_flag}, {user.protocol_flag} and {user.devices_flag} as "
+                f"{user.title} would use Mooncake at {network}, but it runs at {running.network} for {other.title}, "
+                f"and a process has one engine: set {user.host_flag}, {user.protocol_flag} and {user.devices_flag} as "
                 f"{other.host_flag}, {other.protocol_flag} and {other.devices_flag}"
             )
         return running.share(user)
