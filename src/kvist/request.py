@@ -101,7 +101,7 @@ CONSTRAINT_KINDS = ("json_schema", "json_object", "regex", "choice", "grammar", 
 class AfterReasoning(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An answer that may begin with reasoning, as the text of a constraint of the kind `AFTER_REASONING`."""
 
-    begin: str  # the mark before the reasoning
+    begin: str  # the mark before the reasoning; "": every answer begins with reasoning
     end: str  # the mark after it
     closing: str  # written when the budget is used up; has `end`
     is_open: bool = False  # the prompt has written `begin`

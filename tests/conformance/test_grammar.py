@@ -48,7 +48,7 @@ REASONING = AfterReasoning(
     end="</think>",
     closing="\n</think>\n",
     max_tokens=12,
-    then=Constraint(kind="regex", text="x[0-9]"),
+    then=Constraint(kind="regex", text="[x<][0-9]"),  # may begin like the reasoning
 )
 Example = tuple[str, str, list[str], list[str]]  # kind, text, texts in the language, texts that are not
 EXAMPLES: list[Example] = [
@@ -61,7 +61,7 @@ EXAMPLES: list[Example] = [
     (
         "after_reasoning",
         REASONING.as_constraint().text,
-        ["x1", "<think>so</think>x1", "<think></think>\n\nx2", "<think>123456789012\n</think>\nx3"],
+        ["x1", "<2", "<think>so</think>x1", "<think></think>\n\nx2", "<think>123456789012\n</think>\nx3"],
         [
             "",
             "x",

@@ -296,6 +296,29 @@ async def test_a_budget_ends_the_reasoning(bench: GatewayBench, fields: dict[str
         assert (reasoning_of(bench).max_tokens, reasoning_of(bench).then) == (budget, None)
 
 
+HARMONY_TOKENS = ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|call|>", "<|return|>")
+
+
+async def test_gpt_oss_answers_in_channels() -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}<|start|>assistant{# tools <|channel|> <|constrain|> #}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template, special_tokens=(END, *HARMONY_TOKENS))
+    analysis = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    made = gateway_bench(dispatcher=ScriptedDispatcher(tokenizer, spec=spec_with(max_model_len=1000)))
+    async with made.client:
+        made.dispatcher.answer = f"{analysis}<|channel|>final<|message|>Yes."
+        assert (await made.chat()).status_code == 200
+        message = (await made.chat(tools=[TOOL])).json()["choices"][0]["message"]
+        assert (message["content"], message["reasoning"]) == ("Yes.", "Hm.")
+        message = (await made.chat(regex="Yes.")).json()["choices"][0]["message"]
+        rule = reasoning_of(made)
+        assert (message["content"], rule.begin, rule.end) == ("Yes.", "", "<|channel|>final<|message|>")
+        for choice in ("required", named("now")):
+            found = await answers(made, tools=[TOOL], tool_choice=choice)
+            assert {call["function"]["name"] for each in found for call in each["message"]["tool_calls"]} == {"now"}
+
+
 async def test_a_budget_needs_a_model_whose_reasoning_is_recognised() -> None:
     made = gateway_bench()
     async with made.client:
@@ -437,12 +460,15 @@ def test_arguments_are_an_object_or_a_text_as_the_template_reads_them() -> None:
         ("<tool_call> </tool_call>", "hermes"),
         ("<tool_call><function=x><parameter=y>", "qwen3_coder"),
         ("<tool_call></tool_call><arg_key><arg_value>", "glm45"),
+        ("</tool_call><arg_value><tool_call>{function-name}<arg_key>", "glm47"),
+        ('<|header_start|> <|python_start|> {"name": ', "llama4_json"),
         ('<|start_header_id|> {"name": ', "llama3_json"),
         ("<|python_start|>", "llama4_pythonic"),
         ("[TOOL_CALLS]", "mistral"),
         ("<｜tool▁calls▁begin｜><｜tool▁sep｜>```json", "deepseek_v3"),
         ("<｜tool▁calls▁begin｜><｜tool▁sep｜>", "deepseek_v31"),
         ("<|tool_calls_section_begin|>", "kimi_k2"),
+        ("<|channel|> <|constrain|>", "openai"),
         ("{{ tools }}", None),
     ],
 )
@@ -451,12 +477,11 @@ def test_the_template_shows_the_format_of_calls(marks: str, name: str | None) ->
     assert (found.name if found else None) == name
 
 
-@pytest.mark.parametrize("name", ["openai", "odd"])
-def test_an_unknown_parser_is_an_error_that_names_the_option(name: str) -> None:
+def test_an_unknown_parser_is_an_error_that_names_the_option() -> None:
     with pytest.raises(ConfigError, match="--tool-call-parser"):
-        find_formats("", tool_parser=name)
+        find_formats("", tool_parser="odd")
     with pytest.raises(ConfigError, match="--reasoning-parser"):
-        find_formats("", reasoning_parser=name)
+        find_formats("", reasoning_parser="odd")
 
 
 def test_flags_of_vllm_choose_the_parsers() -> None:

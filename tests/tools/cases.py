@@ -9,6 +9,7 @@ from typing import Any
 
 from kvist.tools import (
     TOOL_PARSERS,
+    AnswerFormats,
     AnswerParser,
     ArgumentsPiece,
     CallEnded,
@@ -16,8 +17,10 @@ from kvist.tools import (
     ContentPiece,
     ParserEvent,
     ReasoningPiece,
+    answer_parser,
     find_formats,
 )
+from kvist.tools.harmony import HarmonyParser
 
 FOLDER = Path(__file__).parent / "conformance"
 TOOLS: dict[str, Any] = {
@@ -65,9 +68,9 @@ class Answer:
                 self.ended.append(index)
 
 
-def make_parser(name: str) -> AnswerParser:
+def make_parser(name: str) -> AnswerParser | HarmonyParser:
     reasoning = find_formats("", reasoning_parser="mistral" if name == "mistral" else "qwen3").reasoning
-    return AnswerParser(TOOL_PARSERS[name], reasoning, parameters=TOOLS)
+    return answer_parser(AnswerFormats(TOOL_PARSERS[name], reasoning), parameters=TOOLS)
 
 
 def parse(name: str, *pieces: str) -> Answer:

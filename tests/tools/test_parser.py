@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from kvist.tools import TOOL_PARSERS, AnswerParser, ContentPiece, find_formats
 from kvist.tools.cursor import HELD_CHARS
-from kvist.tools.tables import TOOL_FORMATS
+from kvist.tools.selection import FORMATS as TOOL_FORMATS
 from tests.tools.cases import FOLDER, all_cases, make_parser, parse
 
 CASES = all_cases()
-FORMATS = [form.name for form in TOOL_FORMATS]
+NAMES = list(dict.fromkeys(form.name for form in TOOL_FORMATS))
 PARTS = sorted(
     {
         *(mark for form in TOOL_FORMATS for mark in (*form.closings, *form.separators, *form.template_marks)),
@@ -24,6 +24,15 @@ PARTS = sorted(
         *("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "<|tool_call_begin|>functions.now:0", "</arg_key>"),
         *("<|tool_call_argument_begin|>", "<parameter=city>", "<function=now>", "now", "get_weather", "city"),
         *('{"name": "now", "arguments": {}}', '{"name": "now"', ', "arguments": ', "{", "}", '"', "\\", "[", "(", ")"),
+        *(
+            "<|channel|>",
+            "<|message|>",
+            "<|end|>",
+            "<|start|>assistant",
+            "analysis",
+            " to=functions.now",
+            "<|constrain|>",
+        ),
         *('{"city": "Oslo"}', "now()", "get_weather(city='x')", " ", "\n", "a", "é", "=", "'", "1"),
     }
 )
@@ -38,7 +47,7 @@ texts = st.one_of(
 
 
 def test_every_format_has_a_conformance_file() -> None:
-    assert {file.stem for file in FOLDER.glob("*.toml")} == set(FORMATS)
+    assert {file.stem for file in FOLDER.glob("*.toml")} == set(NAMES)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -62,7 +71,7 @@ def test_one_cut_anywhere_and_single_characters_change_nothing(name: str, case: 
         assert parse(name, text[:cut], text[cut:]) == whole
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=150)
 @given(text=texts, seed=st.integers(0, 1 << 30))
 def test_cuts_change_nothing_in_any_text(name: str, text: str, seed: int) -> None:
@@ -75,7 +84,7 @@ def test_cuts_change_nothing_in_any_text(name: str, text: str, seed: int) -> Non
         assert whole.calls[index][1].startswith("{")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "openai"])  # whose headers are not content
 @settings(max_examples=150)
 @given(text=texts)
 def test_text_without_calls_is_content_without_loss(name: str, text: str) -> None:
@@ -85,7 +94,7 @@ def test_text_without_calls_is_content_without_loss(name: str, text: str) -> Non
         assert "".join(event.text for event in events if isinstance(event, ContentPiece)) == text
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_end_of_the_text_after_any_prefix_of_a_call_loses_nothing(name: str) -> None:
     for text in (case["text"] for form, case in CASES if form == name):
         whole = parse(name, text)
@@ -94,8 +103,8 @@ def test_the_end_of_the_text_after_any_prefix_of_a_call_loses_nothing(name: str)
             assert len(found.calls) <= len(whole.calls)
             for (called, arguments), (expected, all_arguments) in zip(found.calls, whole.calls, strict=False):
                 assert called == expected
-                assert all_arguments.startswith(arguments) or name in ("qwen3_coder", "glm45")
-            if not found.calls and not found.reasoning and "think" not in text.lower():
+                assert all_arguments.startswith(arguments) or name in ("qwen3_coder", "glm45", "glm47")
+            if not found.calls and not found.reasoning and "think" not in text.lower() and name != "openai":
                 assert found.content == text[:end]
 
 
@@ -108,7 +117,7 @@ def test_arguments_arrive_while_the_call_is_written() -> None:
     assert len(parser.push("one line of many")) == 1
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 def test_withheld_text_is_bounded(name: str) -> None:
     form = TOOL_PARSERS[name]
     for opening in form.openings:
@@ -122,7 +131,7 @@ def test_withheld_text_is_bounded(name: str) -> None:
                 parser.finish()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 def test_work_is_linear_in_hostile_text(name: str) -> None:
     def num_calls(text: str) -> int:
         """Count the calls of functions, those of regular expressions and of strings included."""

@@ -18,7 +18,7 @@ from kvist.errors import InvalidConstraint, RequestError
 from kvist.request import AfterReasoning, Constraint
 from kvist.tools.constrained import CallableTool, calls_tag
 from kvist.tools.tables import ReasoningFormat, ToolFormat
-from kvist.tools.tags import Tag, const, json_schema, one_of, regex
+from kvist.tools.tags import Tag, const, json_schema, one_of, regex, sequence
 
 _encode = msgspec.json.Encoder().encode
 
@@ -51,9 +51,13 @@ def with_calls(form: RequestedConstraint | None, wanted: WantedCalls) -> Request
     tag = calls_tag(wanted.form, wanted.tools, required=required, parallel=wanted.parallel)
     if form is not None and not wanted.required:
         checked.append(form)
-        tag = {"format": one_of([_part(tag["format"]), _as_tag(form)])}
+        lead = const(wanted.form.content_begin)
+        tag = {"format": one_of([_part(tag["format"]), sequence([lead, _as_tag(form)])])}
     return RequestedConstraint(
-        constraint=Constraint(kind="structural_tag", text=_encode(tag).decode()), param="tools", parts=tuple(checked)
+        constraint=Constraint(kind="structural_tag", text=_encode(tag).decode()),
+        param="tools",
+        parts=tuple(checked),
+        has_calls=True,
     )
 
 
@@ -106,8 +110,12 @@ def after_reasoning(
             "with --reasoning-parser",
             param=budget.param,
         )
-    if (requested is None and budget is None) or prompt.rstrip().endswith(reasoning.end):  # the prompt has ended it
+    if requested is None and budget is None:
+        return None
+    if reasoning.is_ended(prompt):
         return requested
+    if reasoning.content_begin and requested is not None and not requested.has_calls:
+        reasoning = reasoning.before_content()
     rule = AfterReasoning(
         begin=reasoning.begin,
         end=reasoning.end,

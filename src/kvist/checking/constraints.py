@@ -18,6 +18,7 @@ _encode = msgspec.json.Encoder().encode
 class RequestedConstraint:
     constraint: Constraint
     param: str  # the field that has it
+    has_calls: bool = False  # of tools
     parts: tuple[RequestedConstraint, ...] = ()  # compiled first, on their own: their errors name their fields
 
 

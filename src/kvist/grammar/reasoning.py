@@ -127,7 +127,7 @@ class ReasoningMatcher:
     def __init__(self, grammar: ReasoningGrammar) -> None:
         self._grammar = grammar
         self._then: Matcher | None = None if grammar.then is None else grammar.then.matcher()
-        self._state = _State.REASONING if grammar.rule.is_open else _State.BEGIN
+        self._state = _State.BEGIN if grammar.rule.begin and not grammar.rule.is_open else _State.REASONING
         self._num_tokens = 0  # in this state
         self._tail = b""  # the last bytes of the text, of which a mark may still be completed
         self._enter(self._state)
@@ -168,22 +168,31 @@ class ReasoningMatcher:
             if self._num_tokens == len(grammar.closing_ids):
                 self._enter(_State.GAP)
             return True
-        if self._state is _State.BEGIN and self._then is None:  # any token may come
+        if self._state is _State.BEGIN and grammar.then is None:  # any token may come
             self._tail = (self._tail + self._text(token_id)).lstrip(_BLANK)
             if self._tail.startswith(rule.begin.encode()):
                 self._enter(_State.REASONING)
             elif not rule.begin.encode().startswith(self._tail):
                 self._enter(_State.REST)
             return True
-        if self._num_tokens == 1 or self._state is _State.GAP:
-            if _has(grammar.first, token_id):
-                self._enter(_State.REST)
-                return self._then is None or self._then.accept([token_id])
-            if self._state is _State.GAP:
+        if self._state is _State.GAP:
+            if not _has(grammar.first, token_id):
                 return self._num_tokens <= _MAX_BLANK_TOKENS and _has(grammar.tokens.blank, token_id)
+            self._enter(_State.REST)
+            return self._then is None or self._then.accept([token_id])
+        return self._accept_begin(token_id)
+
+    def _accept_begin(self, token_id: int) -> bool:
+        """The mark and the constrained text may begin with the same tokens."""
+        grammar = self._grammar
+        is_rest = self._then is not None and self._then.accept([token_id])
         if token_id != grammar.begin_ids[self._num_tokens - 1]:
-            return False
+            self._enter(_State.REST)
+            return is_rest
+        if not is_rest:
+            self._then = None  # only the mark can follow
         if self._num_tokens == len(grammar.begin_ids):
+            self._then = None if grammar.then is None else grammar.then.matcher()
             self._enter(_State.REASONING)
         return True
 
@@ -228,11 +237,12 @@ class ReasoningMatcher:
             allowed[:] = grammar.first
             if self._num_tokens < _MAX_BLANK_TOKENS:
                 allowed |= grammar.tokens.blank
-        elif self._num_tokens == 0 or self._then is None:
-            allowed[:] = grammar.first
-            _set(allowed, grammar.begin_ids[0])
+        elif grammar.then is None:
+            allowed[:] = grammar.tokens.every
         else:
             allowed[:] = 0
+            if self._then is not None:
+                self._then.fill(allowed)
             _set(allowed, grammar.begin_ids[self._num_tokens])
 
     def forced(self) -> list[int]:

@@ -12,13 +12,13 @@ from kvist.server.tools import OfferedTools
 from kvist.text import Tokenizer
 from kvist.tools import (
     AnswerFormats,
-    AnswerParser,
     ArgumentsPiece,
     CallIds,
     CallStarted,
     ContentPiece,
     ParserEvent,
     ReasoningPiece,
+    answer_parser,
 )
 
 
@@ -59,12 +59,7 @@ class AnswerParts:
         formats = parsing.formats
         self._parsing = parsing
         self._ids = CallIds.OPENAI if formats.tools is None else formats.tools.ids
-        self._parser = AnswerParser(
-            formats.tools,
-            formats.reasoning,
-            reasoning_open=parsing.reasoning_open,
-            parameters=parsing.parameters,
-        )
+        self._parser = answer_parser(formats, reasoning_open=parsing.reasoning_open, parameters=parsing.parameters)
         self._has_calls = False
 
     def events(self, text: str, *, finished: bool) -> list[ParserEvent]:

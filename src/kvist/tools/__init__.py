@@ -1,7 +1,8 @@
 """Parses the text of an answer into content, reasoning and tool calls, while it arrives.
 
 A format is data (tables.py). `find_formats` chooses formats by name or from the chat template (selection.py), and
-`AnswerParser` turns pieces of text into events (parser.py). bodies.py reads one call in each style of writing
+`answer_parser` returns a parser that turns pieces of text into events (parser.py,
+harmony.py). bodies.py reads one call in each style of writing
 arguments, over the waiting reader of cursor.py.
 
 The events do not depend on how the text is cut into pieces. Text that looks like a call and is none becomes content,
@@ -9,6 +10,8 @@ unchanged. Time is linear in the text, and the withheld text is limited (`HELD_C
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from kvist.tools.cursor import is_name
 from kvist.tools.events import (
@@ -19,6 +22,7 @@ from kvist.tools.events import (
     ParserEvent,
     ReasoningPiece,
 )
+from kvist.tools.harmony import HarmonyParser
 from kvist.tools.parser import AnswerParser
 from kvist.tools.selection import (
     AUTO,
@@ -46,6 +50,17 @@ __all__ = [
     "ReasoningFormat",
     "ReasoningPiece",
     "ToolFormat",
+    "answer_parser",
     "find_formats",
     "is_name",
 ]
+
+
+def answer_parser(
+    formats: AnswerFormats, *, reasoning_open: bool = False, parameters: Mapping[str, object] | None = None
+) -> AnswerParser | HarmonyParser:
+    """Return the parser of one answer. `reasoning_open`: the prompt has opened the reasoning. `parameters`: the JSON
+    Schema of the parameters, by name of the function."""
+    if formats.is_harmony:
+        return HarmonyParser(has_tools=formats.tools is not None)
+    return AnswerParser(formats.tools, formats.reasoning, reasoning_open=reasoning_open, parameters=parameters)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from kvist.errors import InvalidConstraint
 from kvist.tools.tables import Call, Opening, PythonCall, Region, TaggedCall, ToolFormat
 from kvist.tools.tagged_values import NOTES, embedded, tagged_value
-from kvist.tools.tags import NOTHING, Tag, const, json_schema, one_of, regex, sequence, tag
+from kvist.tools.tags import ANY_TEXT, NOTHING, Tag, const, json_schema, one_of, regex, sequence, tag
 
 _NUMBER = r":(0|[1-9][0-9]{0,3})"  # of a call, where the model counts its calls
 _TEXT_BEFORE = r"[\x20\n\r\t]*[^\x20\n\r\t{\[]"  # the first part of an answer that is not a bare call
@@ -35,10 +35,14 @@ def calls_tag(form: ToolFormat, tools: Sequence[CallableTool], *, required: bool
     """Return the structural tag. `required`: the answer consists of calls. `parallel`: it may have several. Raises
     `InvalidConstraint`, whose `param` is the path of a part of a schema that the format cannot enforce."""
     calls = [_call(form.calls[-1], tool) for tool in tools]
+    parallel = parallel and not form.has_one_call
     anywhere = [opening for opening in form.openings if not opening.only_first]
     bare = [opening for opening in form.openings if opening.only_first]
     if required:
         return {"format": _region(form.written_opening, calls, parallel=parallel)}
+    if form.content_begin:
+        some = _region(form.written_opening, calls, parallel=parallel)
+        return {"format": one_of([some, sequence([const(form.content_begin), ANY_TEXT])])}
     tags: list[Tag] = []
     repeats = False
     for opening in anywhere:

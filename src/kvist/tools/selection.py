@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from kvist.errors import ConfigError
+from kvist.tools.harmony import HARMONY_REASONING, HARMONY_TOOLS
 from kvist.tools.tables import (
-    DEEPSEEK_V3,
-    DEEPSEEK_V31,
     MISTRAL_THINK,
-    QWEN3_CODER,
     THINK,
     TOOL_FORMATS,
     ReasoningFormat,
@@ -18,28 +16,35 @@ from kvist.tools.tables import (
 )
 
 AUTO, NONE = "auto", "none"
-_HARMONY = "openai"
+FORMATS = (HARMONY_TOOLS, *TOOL_FORMATS)
 
-TOOL_PARSERS: Mapping[str, ToolFormat] = {form.name: form for form in TOOL_FORMATS} | {
-    "qwen": next(form for form in TOOL_FORMATS if form.name == "hermes"),
-    "qwen25": next(form for form in TOOL_FORMATS if form.name == "hermes"),
-    "qwen3_xml": QWEN3_CODER,
-    "llama3": next(form for form in TOOL_FORMATS if form.name == "llama3_json"),
-    "llama4_json": next(form for form in TOOL_FORMATS if form.name == "llama3_json"),
-    "pythonic": next(form for form in TOOL_FORMATS if form.name == "llama4_pythonic"),
-    "deepseekv3": DEEPSEEK_V3,
-    "deepseekv31": DEEPSEEK_V31,
-    "glm": next(form for form in TOOL_FORMATS if form.name == "glm45"),
-    "glm47": next(form for form in TOOL_FORMATS if form.name == "glm45"),
+# Names of vLLM and SGLang, and the names of the formats.
+_ALIASES = {
+    "qwen": "hermes",
+    "qwen25": "hermes",
+    "qwen3": "hermes",
+    "qwen3_xml": "qwen3_coder",
+    "llama3": "llama3_json",
+    "pythonic": "llama4_pythonic",
+    "deepseekv3": "deepseek_v3",
+    "deepseekv31": "deepseek_v31",
+    "glm": "glm45",
+    "gpt-oss": "openai",
 }
+_BY_NAME = {form.name: form for form in FORMATS}  # of several with one name, the last
+TOOL_PARSERS: Mapping[str, ToolFormat] = _BY_NAME | {alias: _BY_NAME[name] for alias, name in _ALIASES.items()}
 REASONING_PARSERS: Mapping[str, ReasoningFormat] = {
     "deepseek_r1": THINK,
     "deepseek-r1": THINK,
     "deepseek_v3": THINK,
+    "deepseek-v3": THINK,
     "glm45": THINK,
     "kimi_k2": THINK,
     "qwen3": THINK,
+    "qwen3-thinking": THINK,
     "mistral": MISTRAL_THINK,
+    "openai_gptoss": HARMONY_REASONING,
+    "gpt-oss": HARMONY_REASONING,
 }
 
 
@@ -49,6 +54,10 @@ class AnswerFormats:
 
     tools: ToolFormat | None = None
     reasoning: ReasoningFormat | None = None
+
+    @property
+    def is_harmony(self) -> bool:
+        return self.tools is HARMONY_TOOLS or self.reasoning is HARMONY_REASONING
 
     def special_among(self, special_tokens: Iterable[str]) -> frozenset[str]:
         """Return the special tokens that the formats are written with. Answers to other requests do not show them."""
@@ -74,28 +83,26 @@ def find_formats(template: str, *, tool_parser: str = AUTO, reasoning_parser: st
 
 def _tools(template: str, name: str) -> ToolFormat | None:
     if name == AUTO:
-        fitting = (form for form in TOOL_FORMATS if all(mark in template for mark in form.template_marks))
-        return next(fitting, None)
-    if name == _HARMONY:
-        raise _not_served("tool_call_parser")
+        return next((form for form in FORMATS if _fits(form, template)), None)
     if name != NONE and name not in TOOL_PARSERS:
         raise _unknown("tool_call_parser", name, TOOL_PARSERS)
-    return TOOL_PARSERS.get(name)
+    chosen = TOOL_PARSERS.get(name)
+    variants = [form for form in FORMATS if chosen is not None and form.name == chosen.name]
+    return next((form for form in variants if _fits(form, template)), chosen)
+
+
+def _fits(form: ToolFormat, template: str) -> bool:
+    return all(mark in template for mark in form.template_marks)
 
 
 def _reasoning(template: str, name: str) -> ReasoningFormat | None:
     if name == AUTO:
+        if _fits(HARMONY_TOOLS, template):
+            return HARMONY_REASONING
         return next((form for form in (THINK, MISTRAL_THINK) if form.end in template), None)
-    if name in (_HARMONY, "openai_gptoss"):
-        raise _not_served("reasoning_parser")
     if name != NONE and name not in REASONING_PARSERS:
         raise _unknown("reasoning_parser", name, REASONING_PARSERS)
     return REASONING_PARSERS.get(name)
-
-
-def _not_served(param: str) -> ConfigError:
-    flag = f"--{param.replace('_', '-')}"
-    return ConfigError(f"{flag}: the harmony format of gpt-oss is not supported", param=param)
 
 
 def _unknown(param: str, name: str, known: Mapping[str, object]) -> ConfigError:

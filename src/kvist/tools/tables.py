@@ -2,12 +2,15 @@
 
 A region of calls begins with an opening and holds calls, with separators between them, up to a closing, which may be
 missing. The style of a call is one of four: a JSON object, a name before a JSON object, tags, or Python.
+
+Each format was compared with the chat template or the documentation of its vendor, which is named above it. Several
+formats may have one name: the chat template decides among them.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class CallIds(enum.Enum):
@@ -105,6 +108,8 @@ class ToolFormat:
     closings: tuple[str, ...] = ()
     calls: tuple[Call, ...]  # the model writes the last one; older models wrote the others
     ids: CallIds = CallIds.OPENAI
+    content_begin: str = ""  # the mark before content
+    has_one_call: bool = False  # a call ends the answer
 
     @property
     def written_opening(self) -> Opening:
@@ -119,21 +124,33 @@ class ReasoningFormat:
     begin: str
     end: str
     closing: str  # written by the server to end a reasoning that is too long
+    content_begin: str = ""  # the mark before content
 
     def is_open(self, prompt: str) -> bool:
         """Return whether the prompt has begun the reasoning."""
         return prompt.rstrip().endswith(self.begin)
 
+    def is_ended(self, prompt: str) -> bool:
+        """Return whether the prompt has ended the reasoning, or left it out."""
+        return not self.content_begin and prompt.rstrip().endswith(self.end)
+
+    def before_content(self) -> ReasoningFormat:
+        """Return the format of all text before the content as one reasoning, which every answer begins with."""
+        return replace(self, begin="", end=self.content_begin, closing=self.closing + self.content_begin)
+
 
 _TOOL_CALL_LINES = Region(lead="\n", between="\n</tool_call>\n<tool_call>\n", end="\n</tool_call>")
 
-HERMES = ToolFormat(  # Hermes 2 Pro, Qwen 2.5, Qwen 3
+# Hermes 2 Pro, Qwen 2.5, Qwen 3. https://github.com/NousResearch/Hermes-Function-Calling,
+# https://huggingface.co/Qwen/Qwen3-8B/blob/main/tokenizer_config.json
+HERMES = ToolFormat(
     name="hermes",
     template_marks=("<tool_call>", "</tool_call>"),
     openings=(Opening(text="<tool_call>", region=_TOOL_CALL_LINES),),
     closings=("</tool_call>",),
     calls=(JsonCall(),),
 )
+# https://huggingface.co/Qwen/Qwen3-Coder-30B-A3B-Instruct/blob/main/chat_template.jinja
 QWEN3_CODER = ToolFormat(
     name="qwen3_coder",
     template_marks=("<tool_call>", "<function=", "<parameter="),
@@ -156,26 +173,36 @@ QWEN3_CODER = ToolFormat(
         ),
     ),
 )
+_GLM_CALL = TaggedCall(
+    begin="",
+    key_begin="<arg_key>",
+    key_end="</arg_key>",
+    value_begin="<arg_value>",
+    value_end="</arg_value>",
+    end="</tool_call>",
+    end_is_closing=True,
+    written=Written(name_end="\n"),
+    value_lead="\n<arg_value>",
+    value_tail="\n",
+)
+# https://huggingface.co/zai-org/GLM-4.5/blob/main/chat_template.jinja
 GLM45 = ToolFormat(
     name="glm45",
     template_marks=("<tool_call>", "<arg_key>", "<arg_value>"),
     openings=(Opening(text="<tool_call>", region=Region(between="</tool_call>\n<tool_call>", end="</tool_call>")),),
     closings=("</tool_call>",),
-    calls=(
-        TaggedCall(
-            begin="",
-            key_begin="<arg_key>",
-            key_end="</arg_key>",
-            value_begin="<arg_value>",
-            value_end="</arg_value>",
-            end="</tool_call>",
-            end_is_closing=True,
-            written=Written(name_end="\n"),
-            value_lead="\n<arg_value>",
-            value_tail="\n",
-        ),
-    ),
+    calls=(_GLM_CALL,),
 )
+# GLM 4.7 and later write the same without line breaks.
+# https://huggingface.co/zai-org/GLM-4.7/blob/main/chat_template.jinja
+GLM47 = replace(
+    GLM45,
+    name="glm47",
+    template_marks=("<tool_call>{function-name}<arg_key>",),
+    openings=(Opening(text="<tool_call>", region=Region(between="</tool_call><tool_call>", end="</tool_call>")),),
+    calls=(replace(_GLM_CALL, written=Written(), value_lead="<arg_value>", value_tail=""),),
+)
+# https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1/#json-based-tool-calling
 LLAMA3_JSON = ToolFormat(
     name="llama3_json",
     template_marks=("<|start_header_id|>", '{"name":'),
@@ -186,6 +213,20 @@ LLAMA3_JSON = ToolFormat(
     separators=(";", ","),
     calls=(JsonCall(written=Written(name_begin='{"name": "', name_end='", "parameters": ', end="}")),),
 )
+# The chat template of the Llama 4 checkpoints asks for JSON. A text may precede the calls between
+# <|python_start|> and <|python_end|>. https://huggingface.co/meta-llama/Llama-4-Scout-17B-16E-Instruct
+LLAMA4_JSON = replace(
+    LLAMA3_JSON,
+    name="llama4_json",
+    template_marks=("<|header_start|>", '{"name":'),
+    openings=(
+        Opening(text="<|python_start|>", region=Region(between="; ", end="<|python_end|>")),
+        Opening(text="{", part_of_call=True, only_first=True, region=Region(between="; ")),
+    ),
+    closings=("<|python_end|>",),
+)
+# Llama 3.2, and Llama 4 with the prompt of Meta's documentation.
+# https://github.com/meta-llama/llama-models/blob/main/models/llama4/prompt_format.md
 LLAMA4_PYTHONIC = ToolFormat(
     name="llama4_pythonic",
     template_marks=("<|python_start|>",),
@@ -204,7 +245,8 @@ _MISTRAL_NAMED = NamedCall(
     arguments_begin="[ARGS]",
     written=Written(name_end="[ARGS]"),
 )
-MISTRAL_V11 = ToolFormat(  # since tokenizer v11
+# Since tokenizer v11: https://docs.mistral.ai/cookbook/concept-deep-dive-tokenization-tool_calling, mistral-common
+MISTRAL_V11 = ToolFormat(
     name="mistral",
     template_marks=("[TOOL_CALLS]", "[ARGS]"),
     openings=(Opening(text="[TOOL_CALLS]", region=Region(between="[TOOL_CALLS]")),),
@@ -214,6 +256,8 @@ MISTRAL_V11 = ToolFormat(  # since tokenizer v11
     calls=(JsonCall(), _MISTRAL_NAMED),
     ids=CallIds.MISTRAL,
 )
+# Tokenizers v2 and v3: the same pages, and
+# https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.3/blob/main/tokenizer_config.json
 MISTRAL = ToolFormat(
     name="mistral",
     template_marks=("[TOOL_CALLS]",),
@@ -224,6 +268,7 @@ MISTRAL = ToolFormat(
     calls=(_MISTRAL_NAMED, JsonCall()),
     ids=CallIds.MISTRAL,
 )
+# V3 and R1: https://huggingface.co/deepseek-ai/DeepSeek-V3-0324/blob/main/tokenizer_config.json
 DEEPSEEK_V3 = ToolFormat(
     name="deepseek_v3",
     template_marks=("<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "```json"),
@@ -242,6 +287,7 @@ DEEPSEEK_V3 = ToolFormat(
         ),
     ),
 )
+# https://huggingface.co/deepseek-ai/DeepSeek-V3.1 (section "ToolCall")
 DEEPSEEK_V31 = ToolFormat(
     name="deepseek_v31",
     template_marks=("<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>"),
@@ -256,6 +302,7 @@ DEEPSEEK_V31 = ToolFormat(
         ),
     ),
 )
+# https://github.com/MoonshotAI/Kimi-K2/blob/main/docs/tool_call_guidance.md
 KIMI_K2 = ToolFormat(
     name="kimi_k2",
     template_marks=("<|tool_calls_section_begin|>",),
@@ -281,6 +328,7 @@ KIMI_K2 = ToolFormat(
 # In the order in which a template is searched for their marks: formats with more marks first.
 TOOL_FORMATS = (
     QWEN3_CODER,
+    GLM47,
     GLM45,
     DEEPSEEK_V3,
     DEEPSEEK_V31,
@@ -288,6 +336,7 @@ TOOL_FORMATS = (
     MISTRAL_V11,
     MISTRAL,
     HERMES,
+    LLAMA4_JSON,
     LLAMA4_PYTHONIC,
     LLAMA3_JSON,
 )
