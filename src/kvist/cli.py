@@ -26,6 +26,7 @@ VERBS = {
     "up": "start a router, prefill workers and decode workers on this machine",
     "chat": "chat at the terminal with a running server, or with one that is started for the chat",
     "demo": "start a small cluster, run a short chat, show its handoffs and cache hits, and stop the cluster",
+    "lang explain": "show the plan of a program of kvist.lang before it runs",
     "bench single": "measure a server: one stream at a time",
     "bench offline": "measure a server: all requests at once",
     "bench rate": "measure a server: requests that arrive at random times",

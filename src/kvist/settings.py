@@ -35,6 +35,7 @@ from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
 from kvist.flags import Shorthand, Sources, nearest, read_settings
 from kvist.foreign_flags import REMEDIES
+from kvist.lang.explain_command import ExplainOptions
 from kvist.log import LogConfig
 from kvist.nodes.config import (
     DrainOptions,
@@ -353,6 +354,13 @@ class RenderSettings:
         return Deployment(manifest=self.manifest, counts=self.counts, container=self.container)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainSettings:
+    explain: ExplainOptions = group(ExplainOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+
+
 Settings = (
     ServeSettings
     | RouterSettings
@@ -366,6 +374,7 @@ Settings = (
     | UpSettings
     | DemoSettings
     | ChatSettings
+    | ExplainSettings
     | BenchServerSettings
     | BenchEngineSettings
 )
@@ -383,6 +392,7 @@ _SETTINGS: dict[str, type[Settings]] = {
     "up": UpSettings,
     "demo": DemoSettings,
     "chat": ChatSettings,
+    "lang explain": ExplainSettings,
     **{f"bench {kind}": _bench_settings(load) for kind, load in LOADS.items()},
     "bench custom": _bench_settings(CustomConfig),
     "bench engine": BenchEngineSettings,
@@ -397,6 +407,7 @@ _POSITIONAL: dict[str, tuple[str, ...]] = {
     "role": ("worker", "role"),
     "drain": ("url",),
     "chat": ("target",),
+    "lang explain": ("program",),
     "bench custom": ("file",),
     "deploy check": ("file",),
 }
@@ -408,6 +419,7 @@ _ARGUMENTS = {
     "url": "[URL]",
     "worker": "WORKER",
     "role": "ROLE",
+    "program": "FILE:FUNCTION",
 }
 _COMMON = {  # shown by `--help`; `--help-all` shows all
     *("model_path", "served_model_name", "host", "port", "api_key", "role", "tp", "mem_fraction_static", "dtype"),
@@ -428,6 +440,7 @@ _COMMON = {  # shown by `--help`; `--help-all` shows all
         "config",
     ),
     *("url", "worker", "target", "system", "max_tokens", "temperature", "stats"),
+    *("arguments", "html"),
     *("rpc_port", "hot_page_replication", "hot_page_replicas", "hicache_mooncake_master_addr", "segment_size"),
     *("ssd_path", "ssd_size", "hicache_mooncake_protocol", "store", "timeout_s"),
     *("format", "name", "image", "device", "hicache_size", "output"),

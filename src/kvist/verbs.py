@@ -29,6 +29,7 @@ from kvist.settings import (
     DeployCheckSettings,
     DrainServerSettings,
     DrainSettings,
+    ExplainSettings,
     MasterSettings,
     RenderSettings,
     RoleSettings,
@@ -94,6 +95,10 @@ def run(settings: Settings) -> int:
         from kvist.cluster.chat import run_chat
 
         return run_chat(settings.chat, settings.serve_argv())
+    if isinstance(settings, ExplainSettings):
+        from kvist.lang.explain_command import run_explain
+
+        return run_explain(settings.explain)
     if isinstance(settings, BenchServerSettings):
         return _run_bench(settings)
     if isinstance(settings, BenchEngineSettings):
