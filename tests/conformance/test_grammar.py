@@ -163,11 +163,22 @@ def test_a_replayed_matcher_has_the_same_mask(backend: GrammarBackend, example: 
     assert again.is_terminated == matcher.is_terminated
 
 
-def test_forced_tokens_are_the_only_ones_that_can_follow(backend: GrammarBackend) -> None:
-    grammar = backend.compile(schema({"const": {"name": True}}, whitespace=""))
-    forced = grammar.matcher().forced()
-    assert TOKENS.decode(forced).startswith('{"name":')
-    assert grammar.matcher().accept(forced)
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_masks_that_are_filled_together_equal_those_filled_alone(backend: GrammarBackend, count: int) -> None:
+    """With answers that are whole, and some that are over."""
+    grammars = [backend.compile(Constraint(kind=kind, text=text)) for kind, text, *_ in EXAMPLES]
+    dice = random.Random(count)
+    together, alone = list[Matcher](), list[Matcher]()
+    for number in range(count):
+        tokens = [*ids(EXAMPLES[number % len(EXAMPLES)][2][0]), END_ID]
+        tokens = tokens[: dice.choice([0, len(tokens) // 2, len(tokens) - 1, len(tokens)])]
+        for matchers in (together, alone):
+            matchers.append(grammars[number % len(EXAMPLES)].matcher())
+            assert matchers[-1].accept(tokens)
+    words = np.full((count, VOCABULARY.num_words), 0x55555555, dtype=np.int32)
+    assert backend.fill(together, words) == {}
+    found = [set(np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()) for row in words]
+    assert found == [allowed(matcher) for matcher in alone]
 
 
 def test_the_choice_of_blanks_in_json(backend: GrammarBackend) -> None:

@@ -348,7 +348,8 @@ def check_computable(batch: Batch, table: SlotTable) -> None:
     table.update(batch)
     PersistentBatch.of([item.slot for item in batch.items], [item.samples for item in batch.items], table)
     rows = sampling_rows(batch.items, table)
-    table.shaping.before_step(batch.items)
+    table.answers.accept_known(batch.items)
+    table.shaping.before_choice(batch.items, table.answers.followed(batch.items))
     noise_key_words([row.params.seed for row in rows], [row.position for row in rows])
     assert all((row.params.num_logprobs or 0) >= 0 for row in rows)
     for item in batch.items:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from kvist.errors import ConfigError, InvalidConstraint, KvistError, Overloaded
 from kvist.grammar import compiler as compiler_module
-from kvist.grammar.backend import Grammar, Vocabulary
+from kvist.grammar.backend import Grammar, Matcher, Vocabulary, Words
 from kvist.grammar.backends import GRAMMAR_BACKENDS
 from kvist.grammar.compiler import MAX_CONSTRAINT_BYTES, MAX_KEPT, NUM_THREADS, Compilation, GrammarCompiler
 from kvist.request import Constraint
@@ -35,6 +35,9 @@ class SteppedBackend:
         if constraint.text == "crash":
             raise RuntimeError("a bug of the library")
         return self._real.compile(constraint)
+
+    def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
+        return self._real.fill(matchers, allowed)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from kvist.checkpoint import Checkpoint
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.models import load_model_config
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.slots import OpenSlots
@@ -20,7 +21,9 @@ from kvist.runner.runner import AnyRunner, Runner
 PAGE_SIZE = 4
 
 
-def make_runner(checkpoint: Checkpoint, runtime_dir: Path, *, tp: int = 1) -> AnyRunner:
+def make_runner(
+    checkpoint: Checkpoint, runtime_dir: Path, *, tp: int = 1, grammars: GrammarCompiler | None = None
+) -> AnyRunner:
     config = RunnerOptions(
         load_format="dummy",
         dtype="float32",
@@ -31,12 +34,13 @@ def make_runner(checkpoint: Checkpoint, runtime_dir: Path, *, tp: int = 1) -> An
         tp=tp,
         num_threads=tp,
     )
-    return build_runner(checkpoint, load_model_config(checkpoint), config, runtime_dir=runtime_dir)
+    model_config = load_model_config(checkpoint)
+    return build_runner(checkpoint, model_config, config, runtime_dir=runtime_dir, grammars=grammars)
 
 
-def make_plain_runner(checkpoint: Checkpoint, runtime_dir: Path) -> Runner:
+def make_plain_runner(checkpoint: Checkpoint, runtime_dir: Path, *, grammars: GrammarCompiler | None = None) -> Runner:
     """Return the runner of one CPU rank."""
-    runner = make_runner(checkpoint, runtime_dir)
+    runner = make_runner(checkpoint, runtime_dir, grammars=grammars)
     assert isinstance(runner, Runner)
     return runner
 
@@ -92,7 +96,7 @@ class HandDriven(Generic[AnyR]):
         self._open.update(batch)
         sampled = self.runner.launch(batch).result()
         request_ids = [self._open[item.slot] for item in items if item.samples]
-        return {request_id: sampled[place] for place, request_id in enumerate(request_ids)}
+        return {request_id: sampled.row(place)[0] for place, request_id in enumerate(request_ids)}
 
     def generate(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -22,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvist.checkpoint import Checkpoint, find_checkpoint
+from kvist.grammar.backend import Vocabulary
+from kvist.grammar.backends import GRAMMAR_BACKENDS
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.kernels.operands import Rotary
 from kvist.kernels.rotary import rotated_heads
 from kvist.kv.cache import PageCache
@@ -30,8 +34,10 @@ from kvist.models.load import load_model
 from kvist.models.parallel import TensorParallel
 from kvist.plan.batch import Batch, BatchItem
 from kvist.plan.events import Event, StepFinished
+from kvist.plan.grammars import GrammarCompiled
 from kvist.plan.slots import OpenSlots
 from kvist.request import (
+    Constraint,
     EngineRequest,
     EpochId,
     RequestId,
@@ -39,14 +45,15 @@ from kvist.request import (
     SampledToken,
     SamplingParams,
     SlotId,
-    needs_known_token,
 )
+from kvist.runner import answers
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.inputs import build_inputs
 from kvist.runner.runner import AnyRunner, LaunchedBatch, begin, finish
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.specs import make_peer_spec, submit_full
+from kvist.testing.tokenizers import byte_tokenizer
 from kvist.wire import PoolAddress
 from tests.runner.scoring import assert_scores, plain_logprobs, score
 
@@ -82,6 +89,32 @@ SHAPED = SamplingParams(
 LONG_WORD = SamplingParams(
     max_tokens=40, temperature=0.0, logit_bias=((3, 90.0), (4, 80.0)), bad_words=((3,) * 9, (3, 4), (4, 3))
 )
+TEXT = byte_tokenizer()
+# some tokens are forced, others are chosen from two or from ten
+FORM = Constraint(kind="regex", text=r"\{(\"name\": \"[ab]{1,3}\", |\"count\": [0-9]{1,3}, )*\"done\": true\}")
+CONSTRAINED = SamplingParams(max_tokens=60, temperature=1.0, seed=3, constraint=FORM)
+# all answers are equally long, so that steps have the same shapes with overlap, where an end is noticed a step late
+CONSTRAINED_BY_STEPS = SamplingParams(
+    max_tokens=60, temperature=1.0, seed=3, constraint=FORM, num_logprobs=1, ignore_eos=True
+)
+CONSTRAINED_AND_SHAPED = SamplingParams(
+    max_tokens=60,
+    ignore_eos=True,
+    stop_token_ids=(2998,),
+    temperature=0.8,
+    seed=9,
+    top_p=0.9,
+    min_tokens=40,
+    constraint=FORM,
+    repetition_penalty=1.2,
+    presence_penalty=0.5,
+    bad_words=(tuple(TEXT.encode("aa")),),
+)
+
+
+def make_grammars() -> GrammarCompiler:
+    vocabulary = Vocabulary(tokens=TEXT, size=3000, end_token_ids=(2999,))
+    return GrammarCompiler(lambda: GRAMMAR_BACKENDS["llguidance"].make({}, vocabulary))
 
 
 def make_checkpoint(folder: Path, family: str) -> Checkpoint:
@@ -109,6 +142,7 @@ def make_runner(checkpoint: Checkpoint, runtime_dir: Path, **options: Any) -> An
         RunnerOptions(load_format="dummy", device="cuda", max_total_tokens=32_768, **options),
         RunnerLimits(max_running_requests=32, max_batch_tokens=512),
         runtime_dir=runtime_dir,
+        grammars=make_grammars(),
     )
 
 
@@ -167,12 +201,10 @@ def serve(
     )
     cache = PageCache(num_pages=runner.pool.num_pages, page_size=16, namespace="t")
     pool = PoolAddress(transport="none", location="", num_pages=runner.pool.num_pages, page_bytes=1, layout="t")
-    scheduler = build_scheduler(
-        Role.UNIFIED, config, cache, EpochId("e"), make_peer_spec(pool), needs_known_token=needs_known_token
-    )
+    scheduler = build_scheduler(Role.UNIFIED, config, cache, EpochId("e"), make_peer_spec(pool))
     waiting = deque(submit_full(request) for request in requests)
     streams: Streams = {request.request_id: [] for request in requests}
-    in_flight: deque[tuple[Batch, list[RequestId], LaunchedBatch]] = deque()
+    in_flight: deque[tuple[Batch, LaunchedBatch]] = deque()
     opened = OpenSlots()
     events: list[Event] = []
     steps = 0
@@ -182,20 +214,20 @@ def serve(
             if apart:
                 break
         plan = scheduler.step(steps * 0.001, events)
-        events = []
+        events = [GrammarCompiled(request_id=job.request_id) for job in plan.grammar_jobs]
         steps += 1
+        for sent in plan.chunks:
+            logprobs = sent.logprobs or [None] * len(sent.token_ids)
+            each = zip(sent.token_ids, logprobs, strict=True)
+            streams[sent.request_id] += [SampledToken(token_id=token, logprobs=value) for token, value in each]
         if plan.batch is not None:
             opened.update(plan.batch)
-            sampled_ids = [opened[item.slot] for item in plan.batch.items if item.samples]
-            in_flight.append((plan.batch, sampled_ids, runner.launch(plan.batch)))
+            in_flight.append((plan.batch, runner.launch(plan.batch)))
         if len(in_flight) > int(overlap and plan.batch is not None):
-            batch, request_ids, launched = in_flight.popleft()
-            sampled = launched.result()
-            events = [StepFinished(step_id=batch.step_id, sampled=sampled)]
-            for place, request_id in enumerate(request_ids):
-                streams[request_id].append(sampled[place])
+            batch, launched = in_flight.popleft()
+            events.append(StepFinished(step_id=batch.step_id, sampled=launched.result()))
     runner.launch(opened.end_all()).result()
-    return {name: tokens[:40] for name, tokens in streams.items()}
+    return streams
 
 
 def ids(streams: Streams) -> dict[str, list[int]]:
@@ -293,14 +325,69 @@ def test_replayed_graphs_give_the_tokens_of_eager_steps(graphs: AnyRunner, eager
 
 @pytest.mark.parametrize(
     "sampling",
-    [GREEDY, SEEDED, NUCLEUS, TOP_K, SHAPED, LONG_WORD],
-    ids=["greedy", "seeded", "nucleus", "top_k", "shaped", "long word"],
+    [GREEDY, SEEDED, NUCLEUS, TOP_K, SHAPED, LONG_WORD, CONSTRAINED_BY_STEPS, CONSTRAINED_AND_SHAPED],
+    ids=["greedy", "seeded", "nucleus", "top_k", "shaped", "long word", "constrained", "constrained and shaped"],
 )
 def test_overlap_changes_no_token(graphs: AnyRunner, sampling: SamplingParams) -> None:
-    # With overlap, requests that wait for their last token leave the batches of prompts, so that only a request alone
-    # is computed in batches of the same shapes.
-    requests = make_requests(1 if needs_known_token(sampling) else 13, sampling)
+    requests = make_requests(13, sampling)
     assert ids(serve(graphs, requests, overlap=True)) == ids(serve(graphs, requests, overlap=False))
+
+
+def text_of(tokens: Sequence[SampledToken]) -> str:
+    return TEXT.decode([token.token_id for token in tokens if token.token_id < TEXT.vocab_size])
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlapped"])
+@pytest.mark.parametrize("sampling", [CONSTRAINED, CONSTRAINED_BY_STEPS, CONSTRAINED_AND_SHAPED])
+def test_constrained_answers_have_their_form_among_free_ones(
+    graphs: AnyRunner, eager: AnyRunner, sampling: SamplingParams, overlap: bool
+) -> None:
+    requests = [
+        replaced(each, msgspec.structs.replace(sampling, seed=number) if number % 3 else SEEDED)
+        for number, each in enumerate(make_requests(24, GREEDY, seed=3))
+    ]
+    for runner in (graphs, eager):
+        streams = serve(runner, requests, overlap=overlap)
+        num_whole = 0
+        for number, tokens in enumerate(streams.values()):
+            if number % 3:
+                ended = tokens[-1].token_id == 2999
+                num_whole += ended
+                assert re.fullmatch(FORM.text, text_of(tokens)) if ended else len(tokens) == 60
+                assert text_of(tokens).startswith('{"')
+        assert num_whole > 3
+
+
+def test_forced_tokens_change_no_answer(graphs: AnyRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of forced tokens rounds differently from one token a step, so that only clear choices are compared."""
+    sampling = msgspec.structs.replace(CONSTRAINED, temperature=0.0)
+    requests = make_requests(8, sampling, seed=5)
+    skipped = {overlap: ids(serve(graphs, requests, overlap=overlap)) for overlap in (False, True)}
+    monkeypatch.setattr(answers, "_MAX_FORCED", 0)
+    by_steps = ids(serve(graphs, requests, overlap=True))
+    for found in skipped.values():
+        equal = sum(found[name] == by_steps[name] for name in found)
+        assert equal >= 6, f"{equal} of 8 answers are equal"
+
+
+def test_the_choice_of_a_constrained_step_is_launched_when_the_step_before_is_read(
+    graphs: AnyRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = list[bool]()
+    launch = type(graphs).launch
+
+    def watched(runner: AnyRunner, batch: Batch) -> LaunchedBatch:
+        launched = launch(runner, batch)
+        waiting.append(runner._unchosen is not None)  # type: ignore[attr-defined]
+        return launched
+
+    monkeypatch.setattr(type(graphs), "launch", watched)
+    serve(graphs, make_requests(4, CONSTRAINED_BY_STEPS), overlap=True)
+    assert sum(waiting) > 20
+    waiting.clear()
+    serve(graphs, make_requests(4, SEEDED), overlap=True)
+    serve(graphs, make_requests(4, CONSTRAINED_BY_STEPS), overlap=False)
+    assert not any(waiting)
 
 
 @pytest.mark.parametrize("sampling", [SEEDED, TOP_K, SHAPED], ids=["seeded", "top_k", "shaped"])

@@ -82,8 +82,9 @@ LOGITS = 256 * (152_064 * 4 + 64 * 1024)  # and what sampling makes of them
 
 
 def test_memory_is_reserved_for_graphs_and_buffers_made_after_the_pool() -> None:
-    num_graphs = len(decode_sizes(256)) + len(mixed_sizes(2048))
-    assert reserve() == 256 * MIB + num_graphs * 16 * MIB + LOGITS + SLOTS
+    num_decodes = len(decode_sizes(256))
+    nodes_bytes = (num_decodes + len(mixed_sizes(2048))) * 16 * MIB + num_decodes * MIB
+    assert reserve() == 256 * MIB + nodes_bytes + LOGITS + SLOTS
     assert reserve(tp=2) == reserve() + COLLECTIVES_BYTES
 
 
@@ -96,7 +97,7 @@ def test_flashinfer_reserves_workspaces_and_no_graphs_of_mixed_steps() -> None:
     eager = workspace_bytes(28, 4, 128, 132) + 8 * MIB + SLOTS
     assert reserve(attention_backend="flashinfer", uses_graphs=False) == eager
     num_decodes = len(decode_sizes(256))
-    graphs = 256 * MIB + num_decodes * 16 * MIB + LOGITS
+    graphs = 256 * MIB + num_decodes * (16 + 1) * MIB + LOGITS
     planners = workspace_bytes(28, 4, 128, 132, 256) + num_decodes * MIB
     assert reserve(attention_backend="flashinfer") == eager + graphs + planners
     two_ranks = workspace_bytes(14, 2, 128, 132) + 8 * MIB + COLLECTIVES_BYTES + SLOTS

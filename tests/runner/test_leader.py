@@ -84,6 +84,9 @@ class World:
             raise RuntimeError("out of memory")
         return FakeFlight(self)
 
+    def settle(self) -> None:
+        self.order.append("settle")
+
     def close(self) -> None:
         self.order.append("drop graphs")
 
@@ -153,7 +156,15 @@ def test_close_waits_for_the_last_step_and_drops_the_graphs_before_the_group(wor
     world.leader.launch(BATCH)
     world.leader.close()
     assert world.polls_left < 0
-    assert world.order[2:] == ["drop graphs", "let end"]
+    assert world.order[2:] == ["settle", "drop graphs", "let end"]
+
+
+def test_close_reads_the_step_before_the_last_one_which_may_wait_for_its_tokens(world: World) -> None:
+    first, second = world.leader.launch(BATCH), world.leader.launch(BATCH)
+    assert not first.is_done()
+    assert not second.is_done()
+    world.leader.close()
+    assert world.order[4:] == ["settle", "drop graphs", "let end"]
 
 
 def test_close_after_a_failed_step_does_not_wait(world: World) -> None:

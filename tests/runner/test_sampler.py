@@ -168,7 +168,7 @@ def test_a_row_samples_the_same_token_in_any_batch() -> None:
     rows = mixed_rows()
     logits = random_logits(len(rows), 2000, seed=8)
     together = sample(logits, rows)
-    alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
+    alone = [sample(logits[i : i + 1], [rows[i]]).row(0)[0] for i in range(len(rows))]
     assert tokens(together) == [token.token_id for token in alone]
     order = [3, 8, 6, 0, 10, 5, 1, 9, 2, 4, 7]
     shuffled = sample(logits[order], [rows[i] for i in order])

@@ -91,7 +91,9 @@ class Request:
 
 def step(shaping: SlotShaping, requests: dict[int, Request], logits: Tensor) -> list[int]:
     """Sample a token for each request, in the order of the slots."""
-    shaping.before_step([request.item(slot) for slot, request in requests.items()])
+    items = [request.item(slot) for slot, request in requests.items()]
+    shaping.answers.accept_known(items)
+    shaping.before_choice(items, shaping.answers.followed(items))
     shaped_rows = shaping.rows(list(requests))
     shaped = shape_logits_torch(logits, shaped_rows)
     rows = [SamplingRow(params=each.params, position=len(each.tokens)) for each in requests.values()]

@@ -6,6 +6,7 @@ Engines run one after another: a process is in one process group at a time.
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.runner import AnyRunner
+from kvist.testing.tokenizers import write_byte_tokenizer
 from tests.runner import test_cuda_runner as one_gpu
 
 pytestmark = [
@@ -122,6 +124,22 @@ def test_overlap_changes_no_token_on_two_gpus(checkpoint: Checkpoint, tmp_path: 
             requests = one_gpu.make_requests(13, sampling)
             ahead = one_gpu.ids(one_gpu.serve(runner, requests, overlap=True))
             assert ahead == one_gpu.ids(one_gpu.serve(runner, requests, overlap=False)), name
+
+
+@pytest.mark.parametrize("use_graphs", [True, False], ids=["graphs", "eager"])
+def test_both_gpus_choose_the_tokens_of_constrained_steps_that_wait(
+    checkpoint: Checkpoint, tmp_path: Path, use_graphs: bool
+) -> None:
+    write_byte_tokenizer(checkpoint.path)  # the other rank compiles the constraint, too
+    with engine(checkpoint, tmp_path / "run", tp=2, disable_cuda_graph=not use_graphs) as runner:
+        for sampling in (one_gpu.CONSTRAINED_BY_STEPS, one_gpu.CONSTRAINED_AND_SHAPED):
+            requests = one_gpu.make_requests(13, sampling)
+            ahead = one_gpu.ids(one_gpu.serve(runner, requests, overlap=True))
+            assert ahead == one_gpu.ids(one_gpu.serve(runner, requests, overlap=False))
+        streams = one_gpu.serve(runner, one_gpu.make_requests(13, one_gpu.CONSTRAINED), overlap=True)
+        for tokens in streams.values():
+            if tokens[-1].token_id == 2999:
+                assert re.fullmatch(one_gpu.FORM.text, one_gpu.text_of(tokens))
 
 
 def test_requests_that_join_and_leave_give_equal_tokens_on_one_and_two_gpus(

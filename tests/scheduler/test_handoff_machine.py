@@ -10,7 +10,7 @@ from kvist.kv.tiers.prefetch import PREFETCH_POLICIES, PrefetchConfig
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.request import FCFS, PRIORITY, Constraint, Role
 from kvist.simulation.cluster import SimCluster, sim_request
-from kvist.simulation.engine import Rows, SimEngine, small_config
+from kvist.simulation.engine import SimEngine, small_config
 
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")
@@ -41,7 +41,6 @@ class Cluster(RuleBasedStateMachine):
         write_policy=st.sampled_from(sorted(WRITE_POLICIES)),
         policy=st.sampled_from([None, *PREFETCH_POLICIES]),
         row_tokens=st.sampled_from([1, 1, 3]),
-        known_every=st.sampled_from([0, 2]),
         scheduling=st.sampled_from([FCFS, PRIORITY]),
     )
     def start(
@@ -56,7 +55,6 @@ class Cluster(RuleBasedStateMachine):
         write_policy: str,
         policy: str | None,
         row_tokens: int,
-        known_every: int,
         scheduling: str,
     ) -> None:
         prefetch = None if policy is None else PrefetchConfig(policy=policy, threshold_tokens=1)
@@ -77,7 +75,7 @@ class Cluster(RuleBasedStateMachine):
                 num_host_pages=num_host_pages,
                 write_policy=write_policy,
                 prefetch=prefetch,
-                rows=Rows(max_tokens=row_tokens, known_every=known_every),
+                row_tokens=row_tokens,
             )
         for name in DECODES:
             self.world.start(
@@ -88,7 +86,7 @@ class Cluster(RuleBasedStateMachine):
                 num_host_pages=num_host_pages,
                 write_policy=write_policy,
                 prefetch=prefetch,
-                rows=Rows(max_tokens=row_tokens, known_every=known_every),
+                row_tokens=row_tokens,
             )
         self.gateway_aborts = gateway_aborts
 

@@ -14,7 +14,7 @@ from kvist.plan.plan import Plan
 from kvist.request import EngineRequest, FinishReason, Outcome, Role
 from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.device import EOS
-from kvist.simulation.engine import Rows, small_config
+from kvist.simulation.engine import small_config
 from kvist.testing.specs import submit_full
 from kvist.wire import Abort, Submit
 from tests.scheduler.handoff_bench import Bench, ends
@@ -175,29 +175,37 @@ def test_overlap_changes_no_stream(seed: int) -> None:
     assert streams[0] == streams[1]
 
 
-def test_a_request_that_needs_its_last_token_skips_a_batch_while_other_rows_overlap() -> None:
-    config = small_config(overlap=True)
-    engine = SimCluster().start("u", role=Role.UNIFIED, config=config, rows=Rows(known_every=2))
-    for name, seed in (("known", 2), ("other", 3)):
-        engine.events.append(arrived(sim_request(name, [1, 2, 3], seed=seed, max_tokens=20, ignore_eos=True)))
-    names: list[list[str]] = []
-    for _ in range(4):
-        if len(engine.under_way) == 2:
+def test_the_step_after_a_row_of_several_tokens_computes_those_that_no_pending_step_computes() -> None:
+    world = SimCluster()
+    engine = world.start("u", role=Role.UNIFIED, config=small_config(overlap=True), row_tokens=7)
+    engine.events.append(arrived(sim_request("r", [1, 2, 3], seed=2, max_tokens=30, ignore_eos=True)))
+    tokens, end, num_chunks = [1, 2, 3], 0, 0
+    while engine.scheduler.has_work() or engine.events:
+        if len(engine.under_way) == 2 or engine.plan.batch is None:
             engine.finish_step()
-        engine.step()
-        names.append(list(engine.running))
-    assert names == [["known", "other"], ["other"], ["known", "other"], ["other"]]
+        plan = engine.step()
+        tokens += [token_id for chunk in plan.chunks for token_id in chunk.token_ids]
+        if plan.batch is not None:
+            [item] = plan.batch.items
+            assert item.start == end, "each position is computed once"
+            assert item.takes_sampled == (end == len(tokens))
+            assert list(item.token_ids) == tokens[end:][:6]
+            end = item.end
+            num_chunks += end > 3 and item.num_tokens > 1
+    assert len(tokens) == 33
+    assert num_chunks > 3
+    assert engine.scheduler.status().totals["computed_prompt_tokens"] == 3
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_rows_of_several_tokens_change_no_stream(seed: int) -> None:
     """Requests are preempted, end within a row, and grow by several pages at once."""
     streams, num_preemptions, longest_row = [], 0, 0
-    for rows, overlap in ((Rows(), True), (Rows(max_tokens=7), False), (Rows(max_tokens=7, known_every=2), True)):
+    for row_tokens, overlap in ((1, True), (7, False), (7, True)):
         rng = random.Random(seed)
         world = SimCluster()
         config = small_config(max_queued_requests=20, overlap=overlap)
-        engine = world.start("u", role=Role.UNIFIED, config=config, num_pages=10, rows=rows)
+        engine = world.start("u", role=Role.UNIFIED, config=config, num_pages=10, row_tokens=row_tokens)
         for index in range(12):
             prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 20))]
             min_tokens, max_tokens = rng.randint(0, 4), rng.randint(8, 18)

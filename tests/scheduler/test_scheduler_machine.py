@@ -20,7 +20,7 @@ from kvist.lease_messages import LeaseCommand
 from kvist.plan.tiers import StorageAttached
 from kvist.request import FCFS, PRIORITY, Constraint, LeaseTerms, Role
 from kvist.simulation.cluster import SimCluster, sim_request
-from kvist.simulation.engine import Rows, small_config
+from kvist.simulation.engine import small_config
 from kvist.simulation.store import SimStore
 from kvist.wire import FlushCache
 
@@ -44,7 +44,6 @@ class OneEngine(RuleBasedStateMachine):
         prefetch=st.sampled_from([None, *PREFETCH_POLICIES]),
         fetch_pages=st.sampled_from([1, 2, 16]),
         row_tokens=st.sampled_from([1, 1, 2, 5]),
-        known_every=st.sampled_from([0, 1, 3]),
         policy=st.sampled_from([FCFS, PRIORITY]),
         leased=st.sampled_from([0.0, 0.3, 0.9]),
     )
@@ -59,7 +58,6 @@ class OneEngine(RuleBasedStateMachine):
         prefetch: str | None,
         fetch_pages: int,
         row_tokens: int,
-        known_every: int,
         policy: str,
         leased: float,
     ) -> None:
@@ -80,7 +78,7 @@ class OneEngine(RuleBasedStateMachine):
             write_policy=write_policy,
             prefetch=None if prefetch is None else PrefetchConfig(policy=prefetch, threshold_tokens=1),
             fetch_pages=fetch_pages,
-            rows=Rows(max_tokens=row_tokens, known_every=known_every),
+            row_tokens=row_tokens,
         )
 
     @rule(

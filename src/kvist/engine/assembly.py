@@ -50,7 +50,7 @@ from kvist.models import ModelConfig, load_model_config
 from kvist.page_readers.reads import read_by_processes
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.compat import peer_spec
-from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId, needs_known_token
+from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.grammars import grammar_compiler
@@ -317,7 +317,6 @@ def _assemble(
                 cache,
                 member.epoch,
                 peer_spec(spec),
-                needs_known_token=needs_known_token,
             ),
             runner=runner,
             channel=channel,

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvist.errors import InvalidConstraint
 from kvist.request import Constraint
 
 Words = npt.NDArray[np.int32]  # packed bits, one for each token, the lowest bit of a word first
@@ -69,9 +70,6 @@ class Matcher(Protocol):
         """Set the bit of every token that may follow in `allowed` [num_words], and clear all others. Raises
         `InvalidConstraint` if this would take more work than the limits allow."""
 
-    def forced(self) -> list[int]:
-        """Return the tokens that follow in any case, as the tokenizer would write them; perhaps none."""
-
 
 class Grammar(Protocol):
     """A compiled constraint. Immutable; shared by all answers with this constraint."""
@@ -90,3 +88,18 @@ class GrammarBackend(Protocol):
     def compile(self, constraint: Constraint) -> Grammar:
         """Raises `InvalidConstraint`, whose `param` is the path of the faulty part inside a schema, if it is known.
         Takes a bounded time, and releases the interpreter lock for nearly all of it."""
+
+    def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
+        """Fill `allowed` [num_matchers, num_words] as `Matcher.fill` does, in parallel. Each matcher occurs once, and
+        is of a grammar of this backend. Return the errors, by place; such a matcher cannot be used any more."""
+
+
+def fill_one_by_one(matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
+    """`GrammarBackend.fill`, without threads."""
+    errors: dict[int, InvalidConstraint] = {}
+    for place, matcher in enumerate(matchers):
+        try:
+            matcher.fill(allowed[place])
+        except InvalidConstraint as error:
+            errors[place] = error.with_traceback(None)
+    return errors

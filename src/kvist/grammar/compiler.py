@@ -16,11 +16,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import EngineError, InvalidConstraint, KvistError, Overloaded
-from kvist.grammar.backend import Grammar, GrammarBackend
+from kvist.grammar.backend import Grammar, GrammarBackend, Matcher, Words
 from kvist.grammar.counters import GRAMMAR_COUNTERS
 from kvist.grammar.reasoning import ReasoningBackend
 from kvist.request import CONSTRAINT_KINDS, Constraint
@@ -121,6 +121,12 @@ class GrammarCompiler:
         else:
             self._queue.put(compilation)
         return compilation
+
+    def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
+        """See `GrammarBackend.fill`. `matchers`: of grammars that this compiler has made."""
+        backend = self._ready_backend()
+        assert not isinstance(backend, KvistError), "the backend has made these matchers"
+        return backend.fill(matchers, allowed)
 
     def totals(self) -> dict[str, float]:
         """Return GRAMMAR_COUNTERS."""

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import llguidance
 import numpy as np
 
+from kvist.cores import num_usable_cores
 from kvist.errors import InvalidConstraint
-from kvist.grammar.backend import Vocabulary, Words
+from kvist.grammar.backend import Matcher, Vocabulary, Words, fill_one_by_one
 from kvist.grammar.schema import compile_schema, parse_json, read_choices
 from kvist.grammar.structural_tag import to_lark
 from kvist.request import Constraint
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,40}"  # without a limit, a model may write blanks for ever
 _MAX_MESSAGE_CHARS = 500
+_NUM_MASK_THREADS = max(
+    1, min(8, num_usable_cores() // 2)
+)  # the other cores plan and launch steps, in several processes
+_MIN_PARALLEL = 4  # masks; to wake the threads costs as much as a few masks
 # About 20 ms for a mask and 0.4 s to compile, at most; the library's own limits are for trusted grammars.
 _LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=200_000, step_max_items=50_000, max_lexer_states=50_000, verbose_errors=False
@@ -47,6 +52,10 @@ class LlguidanceBackend:
         }
 
     @cached_property
+    def _executor(self) -> llguidance.LLExecutor:
+        return llguidance.LLExecutor(_NUM_MASK_THREADS)
+
+    @cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
         return llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Wrapped(self.vocabulary)),
@@ -56,6 +65,16 @@ class LlguidanceBackend:
 
     def compile(self, constraint: Constraint) -> LlguidanceGrammar:
         return self._compilers[constraint.kind](constraint)
+
+    def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
+        if len(matchers) < _MIN_PARALLEL or _NUM_MASK_THREADS == 1:
+            return fill_one_by_one(matchers, allowed)
+        own = [matcher.library_matcher for matcher in matchers if isinstance(matcher, LlguidanceMatcher)]
+        assert len(own) == len(matchers), "these are matchers of this backend"
+        places = list(zip(own, range(len(own)), strict=True))
+        self._executor.unsafe_compute_mask_ptr(places, allowed.ctypes.data, allowed[0].nbytes, len(own))
+        failed = {place: matcher.get_error() for matcher, place in places if matcher.is_error()}
+        return {place: InvalidConstraint(_readable(error)) for place, error in failed.items()}
 
     def _json_schema(self, constraint: Constraint) -> LlguidanceGrammar:
         schema = parse_json(constraint.text)
@@ -110,29 +129,26 @@ class LlguidanceMatcher:
     """A `Matcher`."""
 
     def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: frozenset[int]) -> None:
-        self._matcher = matcher
+        self.library_matcher = matcher
         self._end_token_ids = end_token_ids
 
     @property
     def is_terminated(self) -> bool:
-        return self._matcher.is_stopped()
+        return self.library_matcher.is_stopped()
 
     def accept(self, token_ids: Sequence[int]) -> bool:
-        num_accepted = self._matcher.try_consume_tokens(list(token_ids))
+        num_accepted = self.library_matcher.try_consume_tokens(list(token_ids))
         if num_accepted == len(token_ids):
             return True
-        if self._matcher.is_error():
-            raise InvalidConstraint(_readable(self._matcher.get_error()))
+        if self.library_matcher.is_error():
+            raise InvalidConstraint(_readable(self.library_matcher.get_error()))
         # The library's matcher takes nothing after the end of an answer; here, end tokens may follow.
-        return self._matcher.is_stopped() and self._end_token_ids.issuperset(token_ids[num_accepted:])
+        return self.library_matcher.is_stopped() and self._end_token_ids.issuperset(token_ids[num_accepted:])
 
     def fill(self, allowed: Words) -> None:
-        self._matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
-        if self._matcher.is_error():
-            raise InvalidConstraint(_readable(self._matcher.get_error()))
-
-    def forced(self) -> list[int]:
-        return self._matcher.compute_ff_tokens()
+        self.library_matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
+        if self.library_matcher.is_error():
+            raise InvalidConstraint(_readable(self.library_matcher.get_error()))
 
 
 class _Wrapped:

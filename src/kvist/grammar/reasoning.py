@@ -47,6 +47,20 @@ class ReasoningBackend:
         then = None if rule.then is None else self._inner.compile(rule.then)
         return ReasoningGrammar(rule, then, self._tokens(rule.end.encode()), self.vocabulary)
 
+    def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
+        deciding = [each.inner if isinstance(each, ReasoningMatcher) else each for each in matchers]
+        inner = [matcher for matcher in deciding if matcher is not None]
+        if len(inner) == len(matchers):
+            return self._inner.fill(inner, allowed)
+        places = [place for place, matcher in enumerate(deciding) if matcher is not None]
+        for place, matcher in enumerate(matchers):
+            if deciding[place] is None:
+                matcher.fill(allowed[place])
+        masks = np.empty((len(inner), allowed.shape[1]), dtype=np.int32)
+        errors = self._inner.fill(inner, masks)
+        allowed[places] = masks
+        return {places[place]: error for place, error in errors.items()}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tokens:
@@ -244,11 +258,6 @@ class ReasoningMatcher:
             if self._then is not None:
                 self._then.fill(allowed)
             _set(allowed, grammar.begin_ids[self._num_tokens])
-
-    def forced(self) -> list[int]:
-        if self._state is _State.CLOSING:
-            return self._grammar.closing_ids[self._num_tokens :]
-        return self._then.forced() if self._state is _State.REST and self._then is not None else []
 
 
 def _has(words: Words, token_id: int) -> bool:

@@ -16,15 +16,15 @@ from kvist.wire import SourceToTarget, TargetToSource, ToScheduler
 class SampledTokens:
     """The tokens sampled by a step: one row for each batch item with `samples`, in the order of the items.
 
-    A row is nearly always one token. A row of several tokens continues the sequence with all of them, although K/V is
-    computed only up to the item's `end`. No pending batch may continue an item with such a row.
+    A row is one token, and nearly always nothing else. Further tokens of a row continue the sequence, although K/V is
+    computed only up to the item's `end`. A pending batch that continues such an item samples the same tokens again.
 
     The data is in columns: with hundreds of rows in a step, creating an object for each row would cost more than all
     other work on the results."""
 
-    token_ids: Sequence[int]  # of all rows, one row after the other
-    num_tokens: Sequence[int] | None = None  # of each row, at least 1; None: every row is one token
-    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by index in token_ids, if requested
+    token_ids: Sequence[int]  # the first token of each row
+    following: Mapping[int, Sequence[int]] = field(default_factory=dict)  # by row: its further tokens, at least one
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)  # by row, of its first token, if requested
     # logprobs of the scored tokens of items with `score_from`, by the item's index in the batch
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     invalid_rows: frozenset[int] = (
@@ -33,27 +33,18 @@ class SampledTokens:
     # by row: why its constraint cannot be followed any further; these rows have no valid token either
     constraint_errors: Mapping[int, str] = field(default_factory=dict)
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.token_ids) if self.num_tokens is None else len(self.num_tokens)
+    def row(self, row: int) -> tuple[SampledToken, ...]:
+        """Return the tokens of a row."""
+        first = SampledToken(token_id=self.token_ids[row], logprobs=self.logprobs.get(row))
+        return (first, *(SampledToken(token_id=token_id) for token_id in self.following.get(row, ())))
 
     def rows(self, first: int = 0) -> Iterator[tuple[SampledToken, ...]]:
         """Yield the tokens of each row from `first` on."""
-        counts = self.num_tokens
-        if counts is None:
-            for index in range(first, len(self.token_ids)):
-                yield (self[index],)
-            return
-        start = sum(counts[:first])
-        for count in counts[first:]:
-            yield tuple(self[index] for index in range(start, start + count))
-            start += count
+        return map(self.row, range(first, len(self.token_ids)))
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.token_ids)
-
-    def __getitem__(self, index: int) -> SampledToken:
-        return SampledToken(token_id=self.token_ids[index], logprobs=self.logprobs.get(index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

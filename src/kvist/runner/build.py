@@ -33,7 +33,7 @@ from kvist.runner.config import RunnerConfig, RunnerLimits, RunnerOptions
 from kvist.runner.graph_sizes import decode_sizes, graphs_bytes
 from kvist.runner.leader import LeadingRunner
 from kvist.runner.resolve import rank_device, resolve_runner
-from kvist.runner.runner import AnyRunner, Runner
+from kvist.runner.runner import AnyRunner, RankRunner, Runner
 from kvist.runner.shaping import table_sizes
 from kvist.runner.slots import SlotTable
 from kvist.runner.tp import FollowerProcesses, Rendezvous, new_rendezvous_path
@@ -129,7 +129,7 @@ def build_rank(
     progress: LoadProgress | None = None,
     pool_reason: str = "",
     grammars: GrammarCompiler | None = None,
-) -> AnyRunner:
+) -> RankRunner:
     """Build the runner of one rank. With a `rendezvous` this is a collective: all ranks must call it."""
     config, device = spec.config, spec.device
     if config.num_threads:
@@ -191,7 +191,7 @@ def _on_gpu(
     table: SlotTable,
     config: RunnerConfig,
     pool_reason: str,
-) -> AnyRunner:
+) -> RankRunner:
     from kvist.runner.cuda_runner import CudaRunner, StepLimits
 
     torch.cuda.empty_cache()  # temporary buffers of the loading

@@ -1,10 +1,10 @@
 """Steps captured once as CUDA graphs and replayed: one launch instead of several hundred.
 
 To launch a step kernel by kernel takes the host about 12 ms for 28 layers, however small the step is. Therefore a graph
-is captured for each padded number of rows, the largest first, in two families (cuda_runner.py): decode steps, whose
-attention may split long contexts, and steps with prompt chunks, up to a few thousand tokens. In larger steps the device
-takes longer than the host. All graphs can share one memory pool, because they are replayed one after another on one
-stream.
+is captured for each padded number of rows, the largest first, in three families (cuda_runner.py): decode steps, whose
+attention may split long contexts, the choice of their tokens, and steps with prompt chunks, up to a few thousand
+tokens. In larger steps the device takes longer than the host. All graphs can share one memory pool, because they are
+replayed one after another on one stream.
 
 A padding row computes token 0 at position 0 and writes no K/V (attention's `GraphPlan` ensures that); its result is
 never read.
@@ -41,9 +41,9 @@ class _Captured(Generic[Result]):
 class StepGraphs(Generic[Result]):
     """The graphs of one family. Owned by the runner; every method runs under its inference mode and on its stream."""
 
-    def __init__(self, plan: GraphPlan, step: Callable[[int], Result], pool: _POOL_HANDLE) -> None:
-        """`step(size)` launches a step of `size` rows that attends through `plan`, and returns its result tensors.
-        `pool`: torch.cuda.graph_pool_handle()."""
+    def __init__(self, plan: GraphPlan | None, step: Callable[[int], Result], pool: _POOL_HANDLE) -> None:
+        """`step(size)` launches a step of `size` rows that attends through `plan`, and returns its result tensors; it
+        has no attention if `plan` is None. `pool`: torch.cuda.graph_pool_handle()."""
         self._plan = plan
         self._step = step
         self._pool = pool
@@ -54,7 +54,8 @@ class StepGraphs(Generic[Result]):
         """Capture a graph for each of `sizes`, which are in ascending order. Takes a few seconds; no page is
         written."""
         start_s, free_bytes = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        self._plan.fill([])
+        if self._plan is not None:
+            self._plan.fill([])
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -79,10 +80,15 @@ class StepGraphs(Generic[Result]):
         """Return the smallest captured size with at least `num_rows` rows, or None."""
         return None if num_rows > self._sizes[-1] else self._sizes[bisect_left(self._sizes, num_rows)]
 
+    def result(self, size: int) -> Result:
+        """Return the result tensors of a captured size, which each replay of that size writes."""
+        return self._captured[size].result
+
     def replay(self, size: int, spans: Sequence[Span]) -> Result:
         """Replay the graph of `size` rows, whose inputs must have been sent. Return the result tensors of `step`, which
         the next replay of any size overwrites."""
-        self._plan.fill(spans)
+        if self._plan is not None:
+            self._plan.fill(spans)
         captured = self._captured[size]
         captured.graph.replay()
         return captured.result

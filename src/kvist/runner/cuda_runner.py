@@ -1,19 +1,29 @@
 """The runner for GPUs: launches a batch without waiting for the previous batch, and reads the tokens in `result`.
 
-    launch: inputs ──one copy──► device ──► replay a graph │ above the largest graph: launch every kernel
-                                               └──► sampled tokens stay in their requests' slots for the next launch
+    launch: inputs ──one copy──► device ──► forward pass: replay a graph │ above the largest graph: launch every kernel
+                                               └──► choice: sampled tokens stay in their requests' slots
                                                          └──one copy──► pinned memory ──event──► result()
 
-In decode steps the graph also samples the tokens: all parameters of sampling are in tables and columns on the device.
-Logprobs are computed after the graph. A step with prompt chunks runs the last layer's MLP and samples outside its
-graph: few of its rows need a token, and the host is ahead of the device by then.
+In decode steps the choice is a graph, too: all parameters of sampling are in tables and columns on the device. Logprobs
+are computed after it. A step with prompt chunks runs the last layer's MLP and samples outside its graph: few of its
+rows need a token, and the host is ahead of the device by then.
+
+The bans of a constrained request follow from its tokens, which only the host can follow (answers.py). If a batch needs
+a token of the batch before, its forward pass is launched at once, and its choice when that batch is read:
+
+    device: ── forward N ── choice N ──┬── forward N+1 ──────────────────── choice N+1 ── …
+    host:                    read N ───┴► accept, masks, bans ─► launch choice N+1, then batch N+2
+
+The device has no pause if the masks take the host less time than forward pass N+1 takes the device.
 
 All work is queued on one stream, so the pages of a step are written before those of any later step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,12 +31,14 @@ import torch
 from torch import Tensor
 
 from kvist.attention.backend import AttentionBackend, GraphPlan
+from kvist.errors import EngineError
 from kvist.kernels.operands import ShapedRows
 from kvist.kernels.sampling import choose_tokens
 from kvist.memory.device_pool import DevicePool
 from kvist.models.decoder import PartialForward
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
+from kvist.runner.answers import FollowedRows, SlotAnswers, errors_of
 from kvist.runner.columns import EMPTY_BATCH, BatchColumns, read_batch
 from kvist.runner.cuda_graphs import StepGraphs
 from kvist.runner.graph_sizes import decode_sizes, mixed_sizes
@@ -49,27 +61,106 @@ class StepLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CudaBatch:
+class StepOutputs:
+    """What a step copies to the host. Valid when `done` has happened."""
+
     tokens: Tensor  # int32, pinned
     logprobs: LogprobTensors | None
     scores: PromptScores | None
-    constraint_errors: Mapping[int, str]  # as in `SampledTokens`
     done: torch.cuda.Event
     device: torch.device
 
+
+class CudaBatch:
+    """A batch of which at least the forward pass was launched. Used by the engine's thread; `wait` by any thread."""
+
+    def __init__(self, followed: FollowedRows, answers: SlotAnswers, settle: Callable[[], None]) -> None:
+        """`settle`: launches the choice of the batch after this one, once this one is read."""
+        self._followed = followed
+        self._answers = answers
+        self._settle = settle
+        self._launched = threading.Event()  # completely, or the launch has failed
+        self._outputs: StepOutputs | Exception | None = None
+        self._token_ids: list[int] | None = None  # None: not read yet
+
+    def finish_launch(self, outputs: StepOutputs | Exception) -> None:
+        """Set the outputs of the choice, or why it was not launched."""
+        self._outputs = outputs
+        self._launched.set()
+
     def is_done(self) -> bool:
-        return bool(self.done.query())  # type: ignore[no-untyped-call]
+        outputs = self._outputs
+        if outputs is None:
+            return False
+        return isinstance(outputs, Exception) or bool(outputs.done.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        with torch.cuda.device(self.device):  # else a new thread would open a context on the first GPU
-            self.done.synchronize()  # without a timeout; engine/watchdog.py detects a stuck device
+        self._launched.wait()  # until the engine's thread reads the batch before, or closes the runner
+        outputs = self._launched_outputs()
+        with torch.cuda.device(outputs.device):  # else a new thread would open a context on the first GPU
+            outputs.done.synchronize()  # without a timeout; engine/watchdog.py detects a stuck device
+
+    def read(self) -> list[int]:
+        """Wait for the tokens, let the answers accept them, and return them."""
+        if self._token_ids is None:
+            self.wait()
+            token_ids: list[int] = self._launched_outputs().tokens.tolist()
+            self._token_ids = token_ids
+            self._answers.read(self._followed, token_ids)
+        return self._token_ids
 
     def result(self) -> SampledTokens:
-        self.wait()
-        sampled = sampled_tokens(self.tokens, self.logprobs)
-        if self.constraint_errors:
-            sampled = replace(sampled, constraint_errors=self.constraint_errors)
-        return sampled if self.scores is None else replace(sampled, prompt_logprobs=self.scores.by_item())
+        try:
+            self.read()
+        finally:
+            self._settle()  # the device may wait for it
+        outputs = self._launched_outputs()
+        sampled = sampled_tokens(outputs.tokens, outputs.logprobs)
+        if outputs.scores is not None:
+            sampled = replace(sampled, prompt_logprobs=outputs.scores.by_item())
+        if self._followed:
+            reasons = errors_of(self._followed) if sampled.invalid_rows else {}
+            following = self._answers.take_forced(self._followed)
+            sampled = replace(sampled, constraint_errors=reasons, following=following)
+        return sampled
+
+    def _launched_outputs(self) -> StepOutputs:
+        assert self._outputs is not None
+        if isinstance(self._outputs, Exception):
+            raise self._outputs
+        return self._outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decoded:
+    """The forward pass of a replayed decode step."""
+
+    hidden: Tensor  # [size, hidden_size]
+    size: int
+    num_sampled: int
+    scores: None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unfinished:
+    """The forward pass of any other step, up to its last attention."""
+
+    unfinished: PartialForward
+    inputs: DeviceInputs
+    num_sampled: int
+    scores: PromptScores | None
+
+
+_Forward = _Decoded | _Unfinished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unchosen:
+    """A batch that waits with its choice until the batch before is read."""
+
+    before: CudaBatch
+    batch: CudaBatch
+    choose: Callable[[], StepOutputs]
 
 
 class CudaRunner:
@@ -97,7 +188,10 @@ class CudaRunner:
         )
         self._table = table
         self._previous = EMPTY_BATCH  # the batch launched last
-        self._decodes: StepGraphs[Tensor] | None = None
+        self._newest: CudaBatch | None = None
+        self._unchosen: _Unchosen | None = None
+        self._decodes: StepGraphs[Tensor] | None = None  # to the last hidden state
+        self._choices: StepGraphs[None] | None = None  # from there to the staged tokens
         self._mixed: StepGraphs[PartialForward] | None = None
         if use_graphs:
             with torch.inference_mode():
@@ -106,41 +200,54 @@ class CudaRunner:
     def launch(self, batch: Batch) -> LaunchedBatch:
         """Launch a batch; a batch without items only ends and starts requests. Raises if the launch fails; `result`
         raises an error of the execution."""
+        self.settle()
         previous, self._previous = self._previous, EMPTY_BATCH
         self._table.update(batch)
         if not batch.items:
             return FinishedBatch(SampledTokens(token_ids=()))
+        before, self._newest = self._newest, None
+        answers = self._table.answers
         columns = read_batch(batch, previous, self._table)
         rows = sampling_rows(batch.items, self._table) if columns.persistent.wants_logprobs else None
         scored = ScoredRows.of(batch.items, self._table.scoring)
+        followed = answers.followed(batch.items)
+        launched = CudaBatch(followed, answers, self.settle)
         try:
+            answers.accept_known(batch.items)
             with torch.inference_mode():
-                self._table.shaping.before_step(batch.items)
-                logprobs, scores = self._compute(columns, rows, scored)
-                tokens = self._staging.start_read(len(columns.inputs.rows))
-                if logprobs is not None:
-                    logprobs = logprobs.start_copy()
-                if scores is not None:
-                    scores = scores.start_copy()
+                computed = self._forward(columns, scored)
+            choose = partial(self._choose_step, batch, followed, computed, rows)
+            if before is not None and answers.await_tokens(batch.items):
+                self._unchosen = _Unchosen(before=before, batch=launched, choose=choose)
+            else:
+                launched.finish_launch(choose())
         except BaseException:
             torch.cuda.synchronize()  # queued kernels write pages that the scheduler is about to reuse
             raise
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        self._newest = launched
         self._previous = columns.persistent
-        return CudaBatch(
-            tokens=tokens,
-            logprobs=logprobs,
-            scores=scores,
-            constraint_errors=self._table.matchers.errors([item.slot for item in batch.items if item.samples]),
-            done=done,
-            device=self.pool.tensor.device,
-        )
+        return launched
+
+    def settle(self) -> None:
+        """See `RankRunner.settle`. An error becomes the error of the newest batch."""
+        unchosen, self._unchosen = self._unchosen, None
+        if unchosen is None:
+            return
+        try:
+            unchosen.before.read()
+            unchosen.batch.finish_launch(unchosen.choose())
+        except Exception as error:
+            unchosen.batch.finish_launch(error)
+            with contextlib.suppress(RuntimeError):  # an error of the device: the batches raise it
+                torch.cuda.synchronize()  # as in `launch`
 
     def close(self) -> None:
         """Drop the graphs and the pool."""
+        if self._unchosen is not None:
+            self._unchosen.batch.finish_launch(EngineError("the worker is shutting down"))
+            self._unchosen = None
         torch.cuda.synchronize()
-        self._decodes = self._mixed = None
+        self._decodes = self._choices = self._mixed = None
         self.pool.close()
 
     def _capture(self, limits: StepLimits) -> None:
@@ -152,31 +259,32 @@ class CudaRunner:
         if mixed is not None:  # the family with the largest graphs first: the others reuse its memory
             self._mixed = StepGraphs(mixed, partial(self._begin, mixed), pool)
             self._mixed.capture(mixed_sizes(limits.max_tokens), "steps with prompt chunks")
+        sizes = decode_sizes(limits.max_requests)
         self._decodes = StepGraphs(decodes, partial(self._decode, decodes), pool)
-        self._decodes.capture(decode_sizes(limits.max_requests), "decodes")
+        self._decodes.capture(sizes, "decodes")
+        self._choices = StepGraphs(None, partial(self._choose_decoded, self._decodes), pool)
+        self._choices.capture(sizes, "the choice of their tokens")
 
     def _begin(self, plan: GraphPlan, size: int) -> PartialForward:
         inputs = self._staging.views(size, 0)
         return self._model.begin_forward(inputs.token_ids(), inputs.positions, plan.attend(size))
 
     def _decode(self, plan: GraphPlan, size: int) -> Tensor:
-        """Return hidden [size, hidden_size]; the sampled tokens are staged."""
-        hidden = self._model.finish_forward(self._begin(plan, size))
-        inputs = self._staging.views(size, size)
-        self._choose(self._model.logits(hidden), inputs)
-        return hidden
+        """Return hidden [size, hidden_size]."""
+        return self._model.finish_forward(self._begin(plan, size))
 
-    def _compute(
-        self, columns: BatchColumns, rows: Sequence[SamplingRow] | None, scored: ScoredRows | None
-    ) -> tuple[LogprobTensors | None, PromptScores | None]:
-        """Compute a step. `rows` None: no row needs logprobs."""
+    def _choose_decoded(self, decodes: StepGraphs[Tensor], size: int) -> None:
+        """Stage the tokens of the decode step of `size` rows."""
+        self._choose(self._model.logits(decodes.result(size)), self._staging.views(size, size))
+
+    def _forward(self, columns: BatchColumns, scored: ScoredRows | None) -> _Forward:
+        """Launch the forward pass of a step, and the scores of its prompts."""
         host, spans = columns.inputs, columns.spans
         num_tokens, num_sampled = len(host.token_ids), len(host.rows)
         if columns.only_decodes and self._decodes and (size := self._decodes.size_for(num_tokens)):
             assert scored is None, "a row that samples its token scores none: the next token is not known"
             self._staging.send(host, size, size)
-            hidden = self._decodes.replay(size, spans)
-            return None if rows is None else self._logprobs(self._model.logits(hidden[:num_sampled]), rows), None
+            return _Decoded(hidden=self._decodes.replay(size, spans), size=size, num_sampled=num_sampled)
         if self._mixed and (size := self._mixed.size_for(num_tokens)):
             self._staging.send(host, size, num_sampled)
             unfinished = self._mixed.replay(size, spans)
@@ -188,11 +296,38 @@ class CudaRunner:
         scores = None if scored is None else score_prompts(self._model, unfinished, scored)
         if not num_sampled:
             self._model.barrier(unfinished)
-            return None, scores
-        logits = self._model.logits(self._model.finish_forward(unfinished.select(inputs.rows)))
-        own_logits = logits if rows is None else logits.clone()
-        self._choose(own_logits, inputs)
-        return None if rows is None else self._logprobs(logits, rows), scores
+        return _Unfinished(unfinished=unfinished, inputs=inputs, num_sampled=num_sampled, scores=scores)
+
+    def _choose_step(
+        self, batch: Batch, followed: FollowedRows, computed: _Forward, rows: Sequence[SamplingRow] | None
+    ) -> StepOutputs:
+        """Launch the choice of a step's tokens, and their way to the host. `rows` None: no row needs logprobs."""
+        with torch.inference_mode():
+            self._table.shaping.before_choice(batch.items, followed)
+            logits = self._choose_and_stage(computed, with_logits=rows is not None)
+            logprobs = None if rows is None or logits is None else self._logprobs(logits, rows)
+            tokens = self._staging.start_read(computed.num_sampled)
+            outputs = StepOutputs(
+                tokens=tokens,
+                logprobs=None if logprobs is None else logprobs.start_copy(),
+                scores=None if computed.scores is None else computed.scores.start_copy(),
+                done=torch.cuda.Event(),  # type: ignore[no-untyped-call]
+                device=self.pool.tensor.device,
+            )
+        outputs.done.record()
+        return outputs
+
+    def _choose_and_stage(self, computed: _Forward, *, with_logits: bool) -> Tensor | None:
+        """Choose and stage the tokens. Return the logits before they were shaped, if they are needed."""
+        if isinstance(computed, _Decoded):
+            assert self._choices is not None
+            self._choices.replay(computed.size, ())
+            return self._model.logits(computed.hidden[: computed.num_sampled]) if with_logits else None
+        if not computed.num_sampled:
+            return None
+        logits = self._model.logits(self._model.finish_forward(computed.unfinished.select(computed.inputs.rows)))
+        self._choose(logits.clone() if with_logits else logits, computed.inputs)
+        return logits
 
     def _choose(self, logits: Tensor, inputs: DeviceInputs) -> None:
         """Choose a token for each row and stage the tokens. Changes `logits`."""

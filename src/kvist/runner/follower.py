@@ -24,7 +24,7 @@ from kvist.models.parallel import leave_tensor_parallel
 from kvist.runner.batch_message import BatchDecoder
 from kvist.runner.build import RankSpec, build_rank, page_layout
 from kvist.runner.grammars import grammar_compiler
-from kvist.runner.runner import AnyRunner
+from kvist.runner.runner import RankRunner
 from kvist.runner.tp import Rendezvous, exit_with_rank_0, frames
 
 
@@ -42,12 +42,13 @@ def follow(stream: BinaryIO) -> None:
     batches = BatchDecoder()
     for message in messages:
         runner.launch(batches.decode(message))
+        runner.settle()
     runner.close()
     if spec.device.type == "cuda":
         leave_tensor_parallel()  # NCCL needs all ranks to leave together
 
 
-def _build(spec: RankSpec) -> AnyRunner:
+def _build(spec: RankSpec) -> RankRunner:
     if spec.device.type == "cuda":
         torch.cuda.set_device(spec.device)
     path = Path(spec.checkpoint_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 MAX_MIXED_TOKENS = 2048  # 45 ms on an H200 (7B); launching a larger step kernel by kernel is not slower
 _SAMPLING_BYTES_A_ROW = 64 << 10  # bins and lists of kernels/gpu/sampling.py
 _BYTES_A_GRAPH = 16 << 20  # the driver keeps the nodes of each graph in device memory
+_BYTES_A_CHOICE = 1 << 20  # the same of a graph that chooses the tokens of a decode step: a few nodes
 
 
 def decode_sizes(max_batch: int) -> list[int]:
@@ -28,6 +29,8 @@ def mixed_sizes(max_tokens: int) -> list[int]:
 def graphs_bytes(max_batch: int, max_tokens: int, vocab_size: int) -> int:
     """Return an estimate of the device memory of all graphs, made before the model is loaded. `max_tokens`: 0 without
     graphs of mixed steps."""
-    num_graphs = len(decode_sizes(max_batch)) + (len(mixed_sizes(max_tokens)) if max_tokens else 0)
-    # the largest decode graph keeps its own logits, in fp32
-    return (256 << 20) + num_graphs * _BYTES_A_GRAPH + max_batch * (vocab_size * 4 + _SAMPLING_BYTES_A_ROW)
+    num_choices = len(decode_sizes(max_batch))
+    num_graphs = num_choices + (len(mixed_sizes(max_tokens)) if max_tokens else 0)
+    nodes_bytes = num_graphs * _BYTES_A_GRAPH + num_choices * _BYTES_A_CHOICE
+    # the largest choice keeps its own logits, in fp32
+    return (256 << 20) + nodes_bytes + max_batch * (vocab_size * 4 + _SAMPLING_BYTES_A_ROW)

@@ -22,7 +22,7 @@ from kvist.errors import EngineError
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
 from kvist.runner.batch_message import BatchEncoder
-from kvist.runner.runner import AnyRunner, LaunchedBatch
+from kvist.runner.runner import LaunchedBatch, RankRunner
 from kvist.runner.tp import COLLECTIVE_TIMEOUT_S
 
 _POLL_S = 100e-6  # with steps planned ahead, this delays tokens and no step; each poll takes the lock of Python
@@ -41,7 +41,7 @@ class Followers(Protocol):
 class LeadingRunner:
     """Owns the runner of rank 0 and the follower processes."""
 
-    def __init__(self, runner: AnyRunner, followers: Followers, clock: Clock | None = None) -> None:
+    def __init__(self, runner: RankRunner, followers: Followers, clock: Clock | None = None) -> None:
         self.pool = runner.pool
         self.pool_reason = runner.pool_reason
         self.attention_name = runner.attention_name
@@ -49,14 +49,23 @@ class LeadingRunner:
         self._followers = followers
         self._clock = clock or MonotonicClock()
         self._encoder = BatchEncoder()
+        self._before_last: WatchedBatch | None = None
         self._last: WatchedBatch | None = None  # the batch launched last
         self._failure: EngineError | None = None  # the first: the ranks are not in sync any more
 
     def launch(self, batch: Batch) -> LaunchedBatch:
         with self.keep_in_sync():
             self._followers.send(self._encoder.encode(batch))
-            self._last = WatchedBatch(self._runner.launch(batch), self)
-        return self._last
+            launched = WatchedBatch(self._runner.launch(batch), self)
+        self._before_last, self._last = self._last, launched
+        return launched
+
+    def _settle(self) -> None:
+        """Let the newest batch choose its tokens, if it waits for the batch before."""
+        if self._before_last is not None:
+            self._before_last.wait()
+        with self.keep_in_sync():
+            self._runner.settle()
 
     @contextlib.contextmanager
     def keep_in_sync(self) -> Iterator[None]:
@@ -102,6 +111,7 @@ class LeadingRunner:
         """Close the runner and the followers. Takes a bounded time, unless the device of rank 0 is stuck."""
         if self._last is not None:
             with contextlib.suppress(EngineError):
+                self._settle()
                 self._last.wait()
         if self._failure is None:
             self._runner.close()

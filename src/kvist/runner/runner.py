@@ -25,6 +25,7 @@ from kvist.memory.device_pool import DevicePool
 from kvist.models.decoder import PartialForward
 from kvist.plan.batch import Batch
 from kvist.plan.events import SampledTokens
+from kvist.runner.answers import errors_of
 from kvist.runner.inputs import ForwardInputs, build_inputs, sampling_rows
 from kvist.runner.prompt_scores import ScoredRows, score_prompts
 from kvist.runner.sampler import sample
@@ -70,6 +71,14 @@ class AnyRunner(Protocol):
     def close(self) -> None: ...
 
 
+class RankRunner(AnyRunner, Protocol):
+    """The runner of one rank."""
+
+    def settle(self) -> None:
+        """Choose the tokens of the newest batch, if this needs the tokens of the batch before, and wait for that batch.
+        To read the batch before does the same; a rank that reads no results settles each batch."""
+
+
 @dataclass(frozen=True, slots=True)
 class FinishedBatch:
     """A batch whose result was computed by `launch`."""
@@ -107,8 +116,9 @@ class Runner:
         if not batch.items:
             return FinishedBatch(SampledTokens(token_ids=()))
         assert all(item.slot in self._table.open_slots for item in batch.items), "an item's slot is not open"
+        answers = self._table.answers
+        answers.accept_known(batch.items)
         with torch.inference_mode():
-            self._table.shaping.before_step(batch.items)
             inputs = build_inputs(batch.items, self._last_tokens, self._device)
             unfinished = begin(self.model, self._attention, inputs, self.between_layers)
             scored = ScoredRows.of(batch.items, self._table.scoring)
@@ -117,13 +127,20 @@ class Runner:
             if logits is None:
                 return FinishedBatch(SampledTokens(token_ids=(), prompt_logprobs=scores))
             slots = [item.slot for item in batch.items if item.samples]
+            followed = answers.followed(batch.items)
+            self._table.shaping.before_choice(batch.items, followed)
             sampled = sample(logits, sampling_rows(batch.items, self._table), self._table.shaping.rows(slots))
         # 0 for a request that got no token: the request fails, and results computed from the 0 are dropped
         self._last_tokens[slots] = np.maximum(sampled.token_ids, 0)
-        reasons = self._table.matchers.errors(slots) if sampled.invalid_rows else {}
-        if scores or reasons:
-            sampled = replace(sampled, prompt_logprobs=scores, constraint_errors=reasons)
+        answers.read(followed, sampled.token_ids)
+        reasons = errors_of(followed) if sampled.invalid_rows else {}
+        following = answers.take_forced(followed)
+        if scores or reasons or following:
+            sampled = replace(sampled, prompt_logprobs=scores, constraint_errors=reasons, following=following)
         return FinishedBatch(sampled)
+
+    def settle(self) -> None:
+        """See `RankRunner.settle`. A launch has done all the work."""
 
     def close(self) -> None:
         """Drop the pool."""

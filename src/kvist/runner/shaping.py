@@ -2,8 +2,8 @@
 
     open:    bans, bias, penalties, bad words ──► the slot's rows of the tables; counts and recent tokens by replay of
              all tokens so far
-    step:    the bans that depend on the position (min_tokens), or on tokens that only the host knows (long bad words,
-             constraints: matchers.py)
+    choice:  the bans that depend on the position (min_tokens), or on tokens that only the host knows (long bad words,
+             constraints: answers.py)
     chosen:  the device itself records the chosen tokens
 
 A request that starts again is replayed, so its tables are those of an uninterrupted request. On a GPU the writes are
@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvist.attention.pinned import PinnedRing
+from kvist.grammar.compiler import GrammarCompiler
 from kvist.kernels.operands import ANY_TOKEN, BANS, BIAS, NO_HISTORY, PENALTIES, WORDS, ShapedRows
 from kvist.kernels.shaping import TableSizes, make_tables
 from kvist.plan.batch import BatchItem, StartRequest
@@ -29,9 +31,8 @@ from kvist.request import (
     TABLE_BAD_WORDS,
     SamplingParams,
     SlotId,
-    needs_known_token,
 )
-from kvist.runner.matchers import SlotMatchers
+from kvist.runner.answers import Answer, FollowedRows, SlotAnswers
 
 Words = npt.NDArray[np.uint32]  # packed bits, one per token of the vocabulary
 
@@ -55,25 +56,26 @@ class _ChangingBans:
     fixed: Words
     suppressed: Sequence[int]  # banned below the position `suppress_until`
     suppress_until: int
-    words: Sequence[tuple[int, ...]]  # bad words that do not fit into the tables
-    history: list[int] | None  # all tokens so far; None: no ban depends on them
-    has_constraint: bool
+    answer: Answer | None  # None: no ban depends on the tokens so far
     written: frozenset[int] = field(default_factory=frozenset)  # bans in the table beside `fixed`; not of a constraint
 
 
 class SlotShaping:
     """A `SlotState`: the tables, and the bans that may change. Mutable; owned by the slot table of one rank."""
 
-    def __init__(self, sizes: TableSizes, device: torch.device, matchers: SlotMatchers | None = None) -> None:
-        """`matchers`: None if no request has a constraint."""
+    def __init__(self, sizes: TableSizes, device: torch.device, grammars: GrammarCompiler | None = None) -> None:
+        """`grammars` compiles the constraints of requests; None: constrained requests fail."""
         self.tables = make_tables(sizes, device)
         self.flags = np.zeros(sizes.num_slots, dtype=np.int32)
         self._vocab_size = sizes.vocab_size
-        self._matchers = matchers or SlotMatchers(sizes.vocab_size, None)
+        self._num_words = -(-sizes.vocab_size // 32)
+        self.answers = SlotAnswers(sizes.vocab_size, grammars)
+        self._ring = PinnedRing(device)
         self._changing: dict[SlotId, _ChangingBans] = {}
 
     def open(self, start: StartRequest) -> None:
         slot, params = start.slot, start.sampling
+        self.answers.open(start)
         self.flags[slot] = 0
         self._open_bans(start)
         if params.logit_bias:
@@ -85,11 +87,12 @@ class SlotShaping:
             _write(self.tables.penalties[slot], np.array(values, dtype=np.float32))
             self._write_counts(slot, start)
         words = [word for word in params.bad_words if len(word) > 1]
-        if words and not needs_known_token(params):
+        if words and self.answers.get(slot) is None:
             self.flags[slot] |= WORDS
             self._write_words(slot, words, start.token_ids)
 
     def close(self, slot: SlotId) -> None:
+        self.answers.close(slot)
         self._changing.pop(slot, None)
 
     def rows(self, slots: Sequence[int]) -> ShapedRows:
@@ -100,65 +103,65 @@ class SlotShaping:
             flags=torch.from_numpy(self.flags[list(slots)]),
         )
 
-    def before_step(self, items: Iterable[BatchItem]) -> None:
+    def before_choice(self, items: Iterable[BatchItem], followed: FollowedRows) -> None:
         """Write the bans of the tokens that the step samples, if they differ from those of the previous step. Needs the
-        items of every step."""
+        items of every step; all tokens before the sampled ones are known to the answers of `followed`."""
         if not self._changing:
             return
-        changed: dict[SlotId, Words] = {}
-        for item in items:
-            bans = self._changing.get(item.slot)
-            if bans is None:
-                continue
-            if bans.history is not None:
-                assert item.token_ids, "the row of a request whose last token must be known has that token"
-                bans.history[item.start :] = item.token_ids
-            if bans.has_constraint:
-                self._matchers.advance(item)
-            if item.samples and (bits := self._bits_at(item, bans)) is not None:
-                changed[item.slot] = bits
-        if changed:
+        self.answers.fill(followed)
+        changing = [(item, self._changing[item.slot]) for item in items if item.samples and item.slot in self._changing]
+        if not changing:
+            return
+        rows = self._ring.next_buffer(len(changing) * self._num_words).reshape(len(changing), self._num_words)
+        slots: list[SlotId] = []
+        for item, bans in changing:
+            bits = self._bits_at(item, bans)
+            if bits is not None:
+                rows[len(slots)] = bits.view(np.int32)
+                slots.append(item.slot)
+        if slots:
             table = self.tables.banned
-            slots = _to_device(np.array(list(changed), dtype=np.int64), table.device)
-            table.index_copy_(0, slots, _to_device(np.stack(list(changed.values())).view(np.int32), table.device))
+            written = torch.empty(rows.shape, dtype=torch.int32, device=table.device)
+            self._ring.send(written)
+            table.index_copy_(0, _to_device(np.array(slots, dtype=np.int64), table.device), written[: len(slots)])
 
     def _open_bans(self, start: StartRequest) -> None:
         params = start.sampling
         single = [word[0] for word in params.bad_words if len(word) == 1]
-        on_tokens = needs_known_token(params)
-        words = [word for word in params.bad_words if len(word) > 1] if on_tokens else []
+        answer = self.answers.get(start.slot)
         suppressed = [token_id for token_id in start.suppressed_token_ids if 0 <= token_id < self._vocab_size]
         suppresses = start.suppress_until > 0 and bool(suppressed)
-        if not (params.allowed_token_ids or single or suppresses or on_tokens):
+        if not (params.allowed_token_ids or single or suppresses or answer is not None):
             return
         self.flags[start.slot] |= BANS
         fixed = _bans_except(params.allowed_token_ids, self._vocab_size)
         _ban(fixed, single)
         _write(self.tables.banned[start.slot], fixed.view(np.int32))
-        if suppresses or on_tokens:
+        if suppresses or answer is not None:
             self._changing[start.slot] = _ChangingBans(
                 fixed=fixed,
                 suppressed=suppressed,
                 suppress_until=start.suppress_until,
-                words=words,
-                history=list(start.token_ids) if on_tokens else None,
-                has_constraint=params.constraint is not None,
+                answer=answer,
             )
 
     def _bits_at(self, item: BatchItem, bans: _ChangingBans) -> Words | None:
         """Return the bans of the token that the item samples; None if they are in the table already."""
         suppressed = bans.suppressed if item.end < bans.suppress_until else ()
-        history = bans.history or []
-        completing = {word[-1] for word in bans.words if tuple(history[1 - len(word) :]) == word[:-1]}
-        if not bans.has_constraint:
+        answer = bans.answer
+        completing = set[int]() if answer is None else answer.completing()
+        if answer is None or not answer.has_constraint:
             banned = completing.union(suppressed)
-            if item.end >= bans.suppress_until and bans.history is None:
+            if item.end >= bans.suppress_until and answer is None:
                 del self._changing[item.slot]
             if banned == bans.written:
                 return None
             bans.written = frozenset(banned)
             return _with_bans(bans.fixed, banned)
-        bits = _with_bans(bans.fixed | ~self._matchers.allowed(item.slot).view(np.uint32), completing)
+        bits = answer.bans_at(item.end) | bans.fixed
+        if not completing and not suppressed:
+            return bits
+        bits = _with_bans(bits, completing)
         without_end = _with_bans(bits, suppressed)
         # A constraint that allows nothing but the end overrides `min_tokens`.
         return bits if self._bans_all(without_end) else without_end

@@ -19,7 +19,7 @@ from kvist.kernels.shaping import TableSizes
 from kvist.plan.batch import Batch, StartRequest
 from kvist.plan.slots import OpenSlots
 from kvist.request import SamplingParams, SlotId
-from kvist.runner.matchers import SlotMatchers
+from kvist.runner.answers import SlotAnswers
 from kvist.runner.prompt_scores import SlotScoring
 from kvist.runner.sampler import SamplingRow, hash_seeds, min_p_reach
 from kvist.runner.shaping import SlotShaping
@@ -73,10 +73,13 @@ class SlotTable:
         self.num_slots = sizes.num_slots
         self.sampling = SlotSampling(sizes.num_slots)
         self.scoring = SlotScoring()
-        self.matchers = SlotMatchers(sizes.vocab_size, grammars)
-        self.shaping = SlotShaping(sizes, device, self.matchers)
-        self._states: tuple[SlotState, ...] = (self.sampling, self.scoring, self.matchers, self.shaping)
+        self.shaping = SlotShaping(sizes, device, grammars)
+        self._states: tuple[SlotState, ...] = (self.sampling, self.scoring, self.shaping)
         self.open_slots = OpenSlots()
+
+    @property
+    def answers(self) -> SlotAnswers:
+        return self.shaping.answers
 
     def update(self, batch: Batch) -> None:
         """End and start the requests of the batch. Must be called before any part of the launch that can fail."""

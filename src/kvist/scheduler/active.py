@@ -89,13 +89,13 @@ class ActiveRequest:
     request: EngineRequest
     arrived_s: float
     eos_token_ids: InitVar[tuple[int, ...]]
-    needs_known_token: bool = False  # the request is in no batch while its last token is pending
     from_store: bool = False  # a prefill engine has stored the pages of its prompt
     state: RequestState = RequestState.WAITING
     num_computed: int = 0  # K/V of [0, num_computed) is in the pages
     # K/V of [0, num_planned) will be in the pages once the pending steps are finished. If [0, num_planned) is all of
     # `token_ids`, the newest pending step also samples the next token.
     num_planned: int = 0
+    num_replayed: int = 0  # tokens that it had when it began to run: the tokens after them were sampled by its steps
     last_step_id: int = 0  # the newest step that writes the pages of this request
     prefetch: Prefetch | None = None  # open until the request is admitted or ends
     num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted

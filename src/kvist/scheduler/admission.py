@@ -12,7 +12,7 @@ from kvist.request import Outcome, RequestId
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
-from kvist.scheduler.entry import Refusal, TokenRule, find_refusal, make_request, newest_waiting
+from kvist.scheduler.entry import Refusal, find_refusal, make_request, newest_waiting
 from kvist.scheduler.handoff.sides import Handoffs
 from kvist.scheduler.leases import Leases
 from kvist.scheduler.queue_wait import wait_before_s
@@ -32,8 +32,6 @@ class Admission:
         endings: Endings,
         handoffs: Handoffs,
         leases: Leases,
-        *,
-        needs_known_token: TokenRule | None,
     ) -> None:
         self._context = context
         self._requests = requests
@@ -41,7 +39,6 @@ class Admission:
         self._endings = endings
         self._handoffs = handoffs
         self._leases = leases
-        self._needs_known_token = needs_known_token
         self._num_arrived = 0
 
     def on_submit(self, event: Submit) -> None:
@@ -80,14 +77,8 @@ class Admission:
         self._handoffs.on_arrived(request)
 
     def _make_request(self, event: Submit) -> ActiveRequest | Refusal:
-        rule, context = self._needs_known_token, self._context
-        return make_request(
-            event,
-            context.config,
-            number=self._num_arrived + 1,
-            now_s=context.now_s,
-            needs_known_token=rule is not None and rule(event.request.sampling),
-        )
+        context = self._context
+        return make_request(event, context.config, number=self._num_arrived + 1, now_s=context.now_s)
 
     def _state_for_pages(self, request: ActiveRequest) -> RequestState:
         return RequestState.FETCHING if self._requests.fetching.is_awaited(request) else RequestState.WAITING

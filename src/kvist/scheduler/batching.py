@@ -10,8 +10,8 @@ allocation.py decides which requests get pages, and which are preempted.
 
 Overlap: the next step is planned while a step is pending, as if the pending step were finished. A request that gets a
 token in the pending step is in the next step too, one position further on, although that token is unknown
-(`takes_sampled`); a request with `needs_known_token` skips the step instead. An end by length is known in advance; only
-an end by a stop token is noticed one step late.
+(`takes_sampled`). An end by length is known in advance; only an end by a stop token is noticed one step late. If the
+pending step samples a row of several tokens, the step after it computes those that are then known as a chunk.
 """
 
 from __future__ import annotations
@@ -109,8 +109,6 @@ class Batcher:
                 if self._allocator.covers_tokens(request):
                     prompts.append(request)
                 continue
-            if not num_known and request.needs_known_token:
-                continue
             end = start + 1
             if end >= request.max_len:
                 continue  # its last token is pending
@@ -159,8 +157,9 @@ class Batcher:
                 scored_token_ids=scored_token_ids,
             )
         )
-        step.num_prompt_tokens += end - start
-        self._context.count("computed_prompt_tokens", end - start)
+        num_replayed = max(0, min(end, request.num_replayed) - start)  # none of the tokens of a row
+        step.num_prompt_tokens += num_replayed
+        self._context.count("computed_prompt_tokens", num_replayed)
         return end - start
 
     def _cut_scored(self, request: ActiveRequest, first_scored: int, end: int) -> int:
@@ -201,6 +200,7 @@ class Batcher:
         """Start an admitted request: it has its pages, and the first of them hold all its cached tokens."""
         if not request.was_admitted:
             self._count_admission(request)
+        request.num_replayed = len(request.token_ids)
         computes = not request.awaits_handoff
         self._requests.move(request, RequestState.RUNNING if computes else RequestState.GRANTED)
         if computes:

@@ -7,7 +7,7 @@ request of the caller with the most requests there is dropped, in favour of a ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import TypedDict
 
 from kvist.errors import Unavailable
@@ -20,7 +20,6 @@ from kvist.scheduler.config import SchedulerConfig
 from kvist.wire import Submit
 
 Refusal = tuple[str, str]  # error code, message
-TokenRule = Callable[[SamplingParams], bool]  # whether all tokens must be known before the next one is planned
 
 _WITHOUT_PAGES = (
     RequestState.COMPILING,
@@ -42,7 +41,6 @@ class _CommonFields(TypedDict):
     request: EngineRequest
     arrived_s: float
     eos_token_ids: tuple[int, ...]
-    needs_known_token: bool
 
 
 def find_refusal(
@@ -81,9 +79,7 @@ def _allows_no_token(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> 
     return ending.issuperset(sampling.allowed_token_ids)
 
 
-def make_request(
-    event: Submit, config: SchedulerConfig, *, number: int, now_s: float, needs_known_token: bool
-) -> ActiveRequest | Refusal:
+def make_request(event: Submit, config: SchedulerConfig, *, number: int, now_s: float) -> ActiveRequest | Refusal:
     """Return the request, in the class of its mode, or the refusal of a message that lacks a field of that mode."""
     priority = event.request.priority if config.scheduling_policy == PRIORITY else 0
     common = _CommonFields(
@@ -92,7 +88,6 @@ def make_request(
         request=event.request,
         arrived_s=now_s,
         eos_token_ids=config.eos_token_ids,
-        needs_known_token=needs_known_token,
     )
     if event.mode is Mode.FULL:
         return ActiveRequest(**common, from_store=event.handoff == "store")

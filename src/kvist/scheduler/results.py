@@ -1,6 +1,7 @@
 """Applies the report of a step: appends and sends the sampled tokens, inserts full pages into the cache, ends requests.
 
-With overlap a step may be pending for a request that has ended (endings.py): the tokens of its rows are dropped.
+With overlap a step may be pending for a request that has ended (endings.py): the tokens of its rows are dropped. A row
+may have tokens that the row before had already (`SampledTokens.following`): they are dropped, too.
 """
 
 from __future__ import annotations
@@ -83,15 +84,10 @@ class Results:
         num_chunks_before, num_tokenless_before = len(chunks), self._context.out.num_tokenless_chunks
         if sampled.invalid_rows:
             self._fail_invalid_rows(step, sampled)
-        assert sampled.num_rows == len(step.decodes) + sum(samples for *_, samples in step.chunks)
-        computed, rows = step.chunks, sampled.rows(len(step.decodes))
-        if sampled.num_tokens is None:
-            self._apply_decodes(step.decodes, sampled)
-        else:  # decodes, too, may have rows of several tokens
-            computed = [*((request, len(request.token_ids), True) for request in step.decodes), *step.chunks]
-            rows = sampled.rows()
-        scores, num_before = sampled.prompt_logprobs, len(step.decodes) + len(step.chunks) - len(computed)
-        for item, (request, end, samples) in enumerate(computed, num_before):
+        assert len(sampled) == len(step.decodes) + sum(samples for *_, samples in step.chunks)
+        self._apply_decodes(step.decodes, sampled)
+        scores, rows = sampled.prompt_logprobs, sampled.rows(len(step.decodes))
+        for item, (request, end, samples) in enumerate(step.chunks, len(step.decodes)):
             tokens = next(rows) if samples else ()
             if request.state is RequestState.ENDED:
                 self._endings.release(request)
@@ -101,9 +97,7 @@ class Results:
                 self._apply_chunk(request, end, tokens)
         sent = chunks[num_chunks_before:]
         num_tokenless = self._context.out.num_tokenless_chunks - num_tokenless_before
-        num_sent = (
-            len(sent) - num_tokenless if sampled.num_tokens is None else sum(len(chunk.token_ids) for chunk in sent)
-        )
+        num_sent = sum(len(chunk.token_ids) for chunk in sent) if sampled.following else len(sent) - num_tokenless
         self._context.count("generation_tokens", num_sent)
 
     def _fail_invalid_rows(self, step: PendingStep, sampled: SampledTokens) -> None:
@@ -118,29 +112,32 @@ class Results:
                 self._handoffs.end(sampled_requests[row], Outcome.FAILED, code, message)
 
     def _apply_decodes(self, decodes: list[ActiveRequest], sampled: SampledTokens) -> None:
-        """Apply rows of one token. A hot loop: it runs for every stream in every step. `_append` handles rare cases."""
+        """Apply the rows of decodes. A hot loop: it runs for every stream in every step. `_append` handles rare
+        cases."""
         page_size, ended, chunks = self._cache.page_size, RequestState.ENDED, self._context.out.chunks
-        logprobs = sampled.logprobs
+        logprobs, following = sampled.logprobs, sampled.following
         for row, request, token_id in zip(range(len(decodes)), decodes, sampled.token_ids, strict=False):
             if request.state is ended:
                 self._endings.release(request)
                 continue
             token_ids = request.token_ids
-            request.num_computed = end = len(token_ids)
+            request.num_computed = end = request.num_computed + 1
             if not end % page_size:
                 self._cache.insert(request.lease, token_ids, request.num_kept_tokens(end))
             position = end - request.num_prompt
             if (
                 position
+                and end == len(token_ids)
                 and end + 1 < request.max_len
                 and token_id not in request.stop_ids
                 and request.handoff_report is None
                 and not (logprobs and row in logprobs)
+                and not (following and row in following)
             ):
                 token_ids.append(token_id)
                 chunks.append(TokenChunk(request_id=request.request_id, position=position, token_ids=(token_id,)))
             else:
-                self._append(request, (sampled[row],))
+                self._append(request, end, sampled.row(row))
 
     def _apply_chunk(self, request: ActiveRequest, end: int, tokens: Sequence[SampledToken]) -> None:
         request.num_computed = end
@@ -154,12 +151,15 @@ class Results:
             self._handoffs.stored.on_computed(request)
             if is_whole:
                 self._complete_storing(request, tokens[0])
-        elif is_whole:
-            self._append(request, tokens)
+        elif tokens:
+            self._append(request, end, tokens)
 
-    def _append(self, request: ActiveRequest, tokens: Sequence[SampledToken]) -> None:
-        """Append and send the tokens of a row, up to the token that ends the answer."""
-        assert len(tokens) == 1 or request.num_planned == request.num_computed, "a pending step continues the row"
+    def _append(self, request: ActiveRequest, end: int, tokens: Sequence[SampledToken]) -> None:
+        """Append and send the tokens of a row, the first of which is the token at `end`: those that are not known
+        yet, up to the token that ends the answer."""
+        tokens = tokens[len(request.token_ids) - end :]
+        if not tokens:
+            return
         position, finish, num_kept = len(request.token_ids) - request.num_prompt, None, 0
         while finish is None and num_kept < len(tokens):
             request.token_ids.append(tokens[num_kept].token_id)

@@ -25,7 +25,6 @@ from kvist.scheduler.batching import Batcher
 from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.endings import Endings
-from kvist.scheduler.entry import TokenRule
 from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.handoff.sides import Handoffs
 from kvist.scheduler.handoff.source import SourceSide
@@ -41,19 +40,8 @@ from kvist.scheduler.timers import TimerKind
 from kvist.wire import Abort, FlushCache, PeerSpec, Submit
 
 
-def build_scheduler(
-    role: Role,
-    config: SchedulerConfig,
-    cache: PageCache,
-    epoch: EpochId,
-    own: PeerSpec,
-    *,
-    needs_known_token: TokenRule | None = None,
-) -> Steps:
-    """Build a scheduler, with both sides of its handoffs. `own` is this engine as its peers see it.
-
-    `needs_known_token`: whether all tokens of a request with these parameters must be known before its next token is
-    planned, so that its steps do not overlap. None: no request needs this."""
+def build_scheduler(role: Role, config: SchedulerConfig, cache: PageCache, epoch: EpochId, own: PeerSpec) -> Steps:
+    """Build a scheduler, with both sides of its handoffs. `own` is this engine as its peers see it."""
     # the longest sequence whose K/V fits into an otherwise empty pool
     context_len = min(config.max_model_len, cache.num_pages * cache.page_size)
     context = SchedulerContext(config=config, role=role, modes=role.modes, context_len=context_len)
@@ -68,7 +56,7 @@ def build_scheduler(
         cache=cache,
         handoffs=handoffs,
         leases=leases,
-        admission=Admission(context, requests, cache, endings, handoffs, leases, needs_known_token=needs_known_token),
+        admission=Admission(context, requests, cache, endings, handoffs, leases),
         batcher=Batcher(context, requests, cache, pending, endings, handoffs, leases),
         results=Results(context, requests, cache, pending, endings, handoffs, leases),
     )

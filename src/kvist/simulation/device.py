@@ -9,7 +9,7 @@ tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from functools import reduce
 from itertools import count
 
@@ -88,8 +88,8 @@ def reference_scores(request: EngineRequest) -> list[TokenLogprobs]:
 class SimDevice:
     """A page pool and a model. Mutable; owned by one simulated engine."""
 
-    def __init__(self, cache: PageCache, row_tokens: Callable[[SamplingParams], int] = lambda _: 1) -> None:
-        """`row_tokens`: the most tokens in a row of a request with these parameters."""
+    def __init__(self, cache: PageCache, row_tokens: int = 1) -> None:
+        """`row_tokens`: the most tokens in a row."""
         self._row_tokens = row_tokens
         self._page_size = cache.page_size
         self._page_state = cache.page_state
@@ -112,7 +112,7 @@ class SimDevice:
                     sampled[item.slot] = [0]
                 continue
             prefix = self._check_prefix(item.page_ids, item.start)
-            token_ids = [self._last_tokens[item.slot]] if item.takes_sampled else item.token_ids
+            token_ids = item.token_ids or [self._last_tokens[item.slot]]
             if item.score_from is not None:
                 scores[index] = self._score(item, prefix)
             for offset, token_id in enumerate(token_ids):
@@ -123,15 +123,15 @@ class SimDevice:
                 self.pages[item.page_ids[page]][slot] = (token_id, prefix)
             answer = self._answers[item.slot]
             if answer is not None:  # a row of several tokens may be computed in several steps
-                answer += item.token_ids[self._open[item.slot].num_prompt_tokens + len(answer) - item.start :]
+                answer += token_ids[self._open[item.slot].num_prompt_tokens + len(answer) - item.start :]
             if item.samples:
                 sampled[item.slot] = self._sample(self._open[item.slot], prefix, item.end, answer)
-        self._last_tokens |= {slot: row[-1] for slot, row in sampled.items()}
+        self._last_tokens |= {slot: row[0] for slot, row in sampled.items()}
         self._broken.clear()
-        counts = [len(row) for row in sampled.values()]
+        rows = list(sampled.values())
         return SampledTokens(
-            token_ids=[token_id for row in sampled.values() for token_id in row],
-            num_tokens=counts if any(count > 1 for count in counts) else None,
+            token_ids=[row[0] for row in rows],
+            following={place: row[1:] for place, row in enumerate(rows) if len(row) > 1},
             prompt_logprobs=scores,
         )
 
@@ -140,7 +140,7 @@ class SimDevice:
         seen = answer or []
         assert answer is None or start.num_prompt_tokens + len(seen) == position, "the matcher lacks tokens"
         row: list[int] = []
-        num_tokens = 1 + prefix % self._row_tokens(start.sampling)
+        num_tokens = 1 + prefix % self._row_tokens
         while len(row) < num_tokens:
             stops = set(start.suppressed_token_ids if position + len(row) < start.suppress_until else ())
             row.append(next_token(prefix, start.sampling, [*seen, *row], position + len(row), stops))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from kvist.errors import InvalidConstraint
@@ -27,7 +26,7 @@ from kvist.plan.grammars import CompileGrammar, GrammarCompiled
 from kvist.plan.plan import Plan
 from kvist.plan.tiers import BackUpPages, ForgetPages, LoadPages, StorageAttached
 from kvist.plan.transfers import PeerDied, ToSource
-from kvist.request import EpochId, HandoffId, Mode, RequestId, Role, SamplingParams
+from kvist.request import EpochId, HandoffId, Mode, RequestId, Role
 from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.scheduler.active import RequestState
 from kvist.simulation.device import EOS, SimDevice
@@ -100,21 +99,6 @@ def small_config(**changes: Unpack[SchedulerFields]) -> SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """The rows that a device returns, and which of them do not overlap."""
-
-    max_tokens: int = 1  # of one row
-    known_every: int = 0  # a request whose seed is a multiple of this needs its last token known; 0: none does
-
-    def need_known_token(self, sampling: SamplingParams) -> bool:
-        return sampling.constraint is not None or (bool(self.known_every) and sampling.seed % self.known_every == 0)
-
-    def num_tokens(self, sampling: SamplingParams, *, overlap: bool) -> int:
-        """Return the most tokens in a row: no pending batch may continue a row of several tokens."""
-        return 1 if overlap and not self.need_known_token(sampling) else self.max_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SimShape:
     """The sizes and settings of an engine."""
 
@@ -126,7 +110,7 @@ class SimShape:
     write_policy: str = "write_through"
     prefetch: PrefetchConfig | None = None  # a storage tier over the host tier
     fetch_pages: int = FETCH_PAGES  # most pages in one fetch from the store
-    rows: Rows = Rows()
+    row_tokens: int = 1  # most tokens in a row that the device samples
 
 
 class ShapeFields(TypedDict, total=False):
@@ -140,7 +124,7 @@ class ShapeFields(TypedDict, total=False):
     write_policy: str
     prefetch: PrefetchConfig | None
     fetch_pages: int
-    rows: Rows
+    row_tokens: int
 
 
 class SimEngine:
@@ -165,18 +149,14 @@ class SimEngine:
             write_policy=shape.write_policy,
             storage=storage,
         )
-        row_tokens = partial(shape.rows.num_tokens, overlap=shape.config.overlap)
-        self.device = SimDevice(self.cache, row_tokens)
+        self.device = SimDevice(self.cache, shape.row_tokens)
         self.transport = SimTransport(self, world.by_epoch.get)
         self.mover = SimMover(self.cache, self.device, shape.num_host_pages)
         self.store = None if storage is None else SimStore(self.mover.host, world.stored)
         self.as_peer = self._describe()
-        needs_known_token = shape.rows.need_known_token
-        self.scheduler = build_scheduler(
-            shape.role, shape.config, self.cache, self.epoch, self.as_peer, needs_known_token=needs_known_token
-        )
+        self.scheduler = build_scheduler(shape.role, shape.config, self.cache, self.epoch, self.as_peer)
         self.events: list[Event] = [] if storage is None else [StorageAttached(attached=True)]  # for the next step
-        self.slot_check = SlotCheck(shape.config.max_running_requests, needs_known_token)
+        self.slot_check = SlotCheck(shape.config.max_running_requests)
         self.order_check = OrderCheck(self.scheduler.requests)
         self.under_way: deque[Batch] = deque()  # launched, not finished
         self.plan = Plan()  # the newest

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kvist.plan.batch import Batch
 from kvist.plan.slots import OpenSlots
-from kvist.request import RequestId, SamplingParams, SlotId
+from kvist.request import RequestId, SlotId
 
 
 class SlotCheck:
     """Mutable; reads every planned batch, in order."""
 
-    def __init__(self, num_slots: int, needs_known_token: Callable[[SamplingParams], bool]) -> None:
-        self._needs_known_token = needs_known_token
-        self._sampling_of: dict[SlotId, SamplingParams] = {}
+    def __init__(self, num_slots: int) -> None:
         self.open = OpenSlots()
         self.running: list[RequestId] = []  # the requests of the newest batch
         self._num_slots = num_slots
@@ -32,7 +28,6 @@ class SlotCheck:
             assert 0 <= start.num_prompt_tokens <= len(start.token_ids)
             assert (start.suppress_until > len(start.token_ids)) == bool(start.suppress_until)
             self._known[start.slot] = len(start.token_ids)
-            self._sampling_of[start.slot] = start.sampling
         assert len(set(self.open.values())) == len(self.open), "a request has two slots"
         slots = [item.slot for item in batch.items]
         assert len(set(slots)) == len(slots), "two rows have one slot"
@@ -42,7 +37,6 @@ class SlotCheck:
             assert item.start < self._known[item.slot] or item.slot in self._next_start
             if item.takes_sampled:
                 assert item.slot in self._sampling, "the batch before samples no token for this row"
-                assert not self._needs_known_token(self._sampling_of[item.slot]), "the last token is not known"
             self._next_start[item.slot] = item.end
         self._sampling = {item.slot for item in batch.items if item.samples}
         self.running = self.open.running(batch)

@@ -37,7 +37,7 @@ from kvist.memory.runtime_dir import host_id
 from kvist.models.decoder import CausalLM
 from kvist.plan.tiers import CancelFetch, StorageAttached, StoreJob, StoreReport
 from kvist.plan.transfers import VerifyPages
-from kvist.request import EpochId, Role, needs_known_token
+from kvist.request import EpochId, Role
 from kvist.runner.runner import Runner
 from kvist.runner.shaping import table_sizes
 from kvist.runner.slots import SlotTable
@@ -162,9 +162,7 @@ class MemoryEngine:
             page_size=layout.page_size,
             host_id=host_id(runtime_dir),
         )
-        self.scheduler: Scheduler = build_scheduler(
-            shape.role, config, cache, epoch, self.as_peer, needs_known_token=needs_known_token
-        )
+        self.scheduler: Scheduler = build_scheduler(shape.role, config, cache, epoch, self.as_peer)
         self._mover: PageMover | None = None
         self._storage: StorageControl | None = None
         self._watched: WatchedStorage | None = None
