@@ -70,7 +70,7 @@ class Client:
 
     async def complete(self, seed: int, **fields: object) -> Answer:
         prompt = [token_id + seed % 97 for token_id in PROMPT_TOKENS]
-        body = {"model": "default", "prompt": prompt, "temperature": 1.0, "seed": seed, **fields}
+        body = {"prompt": prompt, "temperature": 1.0, "seed": seed, **fields}
         start_s = time.perf_counter()
         response = await self._http.post("/v1/completions", json=body)
         seconds = time.perf_counter() - start_s

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.errors import ConfigError, InvalidConstraint
+from kvist.grammar import llguidance as llguidance_backend
 from kvist.grammar.backend import Grammar, GrammarBackend, Matcher, Vocabulary
 from kvist.grammar.backends import GRAMMAR_BACKENDS
 from kvist.grammar.reasoning import ReasoningBackend
@@ -164,8 +165,11 @@ def test_a_replayed_matcher_has_the_same_mask(backend: GrammarBackend, example: 
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_masks_that_are_filled_together_equal_those_filled_alone(backend: GrammarBackend, count: int) -> None:
+def test_masks_that_are_filled_together_equal_those_filled_alone(
+    backend: GrammarBackend, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With answers that are whole, and some that are over."""
+    monkeypatch.setattr(llguidance_backend, "_NUM_MASK_THREADS", 2)  # also where few cores are
     grammars = [backend.compile(Constraint(kind=kind, text=text)) for kind, text, *_ in EXAMPLES]
     dice = random.Random(count)
     together, alone = list[Matcher](), list[Matcher]()

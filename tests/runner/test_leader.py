@@ -156,7 +156,7 @@ def test_close_waits_for_the_last_step_and_drops_the_graphs_before_the_group(wor
     world.leader.launch(BATCH)
     world.leader.close()
     assert world.polls_left < 0
-    assert world.order[2:] == ["settle", "drop graphs", "let end"]
+    assert world.order[2:] == ["drop graphs", "let end"]
 
 
 def test_close_reads_the_step_before_the_last_one_which_may_wait_for_its_tokens(world: World) -> None:

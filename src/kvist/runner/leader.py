@@ -64,8 +64,8 @@ class LeadingRunner:
         """Let the newest batch choose its tokens, if it waits for the batch before."""
         if self._before_last is not None:
             self._before_last.wait()
-        with self.keep_in_sync():
-            self._runner.settle()
+            with self.keep_in_sync():
+                self._runner.settle()
 
     @contextlib.contextmanager
     def keep_in_sync(self) -> Iterator[None]:
