@@ -103,7 +103,7 @@ async def measure_streams(
     schema = constrained(twelve_fields())
     first = await asyncio.gather(*(client.complete(seed, max_tokens=1000, **schema) for seed in range(num_streams)))
     if not all(each.is_valid for each in first):
-        raise BenchFailure("a constrained answer is no JSON document")
+        raise BenchFailure("a constrained answer is not a JSON document")
     length = round(statistics.mean(each.num_tokens for each in first))
 
     def request(seed: int, *, is_free: bool) -> Any:

@@ -41,7 +41,7 @@ class Answer:
 
     def __init__(self, start: StartRequest, num_words: int) -> None:
         params = start.sampling
-        self.token_ids = list(start.token_ids)  # prompt and output, as far as the host knows; the matcher has them
+        self.token_ids = list(start.token_ids)  # the known tokens of prompt and output; the matcher has them
         self.has_constraint = params.constraint is not None
         self.words = tuple(word for word in params.bad_words if len(word) > 1)
         self.matcher: Matcher | None = None  # None without a constraint, and after an error

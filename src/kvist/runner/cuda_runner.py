@@ -62,7 +62,7 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutputs:
-    """What a step copies to the host. Valid when `done` has happened."""
+    """The results of a step on the host. Valid when `done` has happened."""
 
     tokens: Tensor  # int32, pinned
     logprobs: LogprobTensors | None
