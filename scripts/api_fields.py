@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvist.api import messages, schemas
+from kvist.api import messages, responses, schemas
 from kvist.api.fields import Advisory, FieldClass, Honoured, KnownFields, classes_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
@@ -27,11 +27,12 @@ ENDPOINTS: dict[str, type[msgspec.Struct]] = {
     "/tokenize": schemas.TokenizeRequest,
     "/detokenize": schemas.DetokenizeRequest,
     "/v1/messages": messages.MessagesRequest,
+    "/v1/responses": responses.ResponsesRequest,
     "score": schemas.ScoreRequest,
     "/v1/prefill": schemas.PrefillRequest,
     "/v1/leases": schemas.LeaseRequest,
 }
-_V1, _CHAT, _MESSAGES = "chat, completions", "chat", "/v1/messages"
+_V1, _CHAT, _MESSAGES, _RESPONSES = "chat, completions", "chat", "/v1/messages", "/v1/responses"
 _PROMPTS = "score, /v1/prefill, /v1/leases"
 INSIDE: list[tuple[str, str, type[msgspec.Struct]]] = [  # endpoints, path, struct
     (_V1, "stream_options.", schemas.StreamOptions),
@@ -52,6 +53,13 @@ INSIDE: list[tuple[str, str, type[msgspec.Struct]]] = [  # endpoints, path, stru
     (_MESSAGES, "thinking.", messages.Thinking),
     (_MESSAGES, "output_config.", messages.OutputConfig),
     (_MESSAGES, "output_config.format.", messages.OutputFormat),
+    (_RESPONSES, "input[].", responses.InputItem),
+    (_RESPONSES, "input[].content[].", responses.InputPart),
+    (_RESPONSES, "tools[].", responses.ResponsesTool),
+    (_RESPONSES, "text.", responses.TextOptions),
+    (_RESPONSES, "text.format.", responses.TextFormat),
+    (_RESPONSES, "reasoning.", responses.ReasoningOptions),
+    (_RESPONSES, "stream_options.", responses.ResponseStreamOptions),
 ]
 
 

@@ -8,6 +8,7 @@
     │   ├── UnknownModel            a model name that is not served (404)
     │   ├── UnknownWorker           no worker has this URL or name (404)
     │   ├── LeaseNotFound           the lease of a prompt has ended, or its worker has restarted (404)
+    │   ├── UnknownResponse         no stored response has this id (404)
     │   ├── BodyTooLarge            the HTTP body is over the limit (413)
     │   ├── SlowBody                the HTTP body did not arrive in time (408)
     │   ├── Conflict                the request conflicts with the current state (409)
@@ -93,6 +94,11 @@ class UnknownWorker(RequestError):
 
 class LeaseNotFound(RequestError):
     code = "lease_not_found"
+    http_status = 404
+
+
+class UnknownResponse(RequestError):
+    code = "response_not_found"
     http_status = 404
 
 

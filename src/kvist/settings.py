@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvist.agents_api.config import AgentApiOptions
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
 from kvist.channel import ChannelConfig
 from kvist.cluster.config import (
@@ -128,6 +129,7 @@ class UpSettings:
     name: NameOptions = group(NameOptions)
     server: ServerConfig = group(ServerConfig)  # of the router; the workers are behind it, without TLS
     text: TextConfig = group(TextConfig)
+    agents: AgentApiOptions = group(AgentApiOptions)
     routing: RoutingOptions = group(RoutingOptions)
     links: LinkOptions = group(LinkOptions)
     engine: EngineOptions = group(EngineOptions)
@@ -156,7 +158,7 @@ class UpSettings:
     def passed_on(self) -> tuple[object, ...]:
         """Return the groups of options that are passed to the workers and the router; each takes the options it has."""
         server = replace(self.server, host=ServerConfig().host, port=ServerConfig().port)
-        return self.name, server, self.text, self.engine.grammar, self.routing, self.links, self.log
+        return self.name, server, self.text, self.agents, self.engine.grammar, self.routing, self.links, self.log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,7 +101,7 @@ async def test_an_answer_has_thinking_text_and_tool_use(bench: GatewayBench) -> 
     message = message_of(await bench.post(PATH, ASKED))
     assert blocks_of(message) == BLOCKS
     assert (message.stop_reason, message.stop_sequence) == ("tool_use", None)
-    assert message.id.startswith("msg-")
+    assert message.id.startswith("msg_")
     assert message.model == "tiny"
     assert prompt_of(bench) == "weather?now?<user>hi<assistant>"
     usage = message.usage

@@ -13,8 +13,9 @@ from openai.types.chat import (
     ChatCompletionStreamOptionsParam,
 )
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as responses_params
 
-from kvist.api import messages, schemas
+from kvist.api import messages, responses, schemas
 from kvist.api.fields import Advisory, Honoured, KnownFields, Refused, classes_of
 from kvist.testing.gateway_bench import GatewayBench
 
@@ -27,6 +28,8 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [65]},
     "/v1/messages": {"messages": [USER], "max_tokens": 2},
     "/v1/messages/count_tokens": {"messages": [USER]},
+    "/v1/responses": {"input": "a", "max_output_tokens": 2},
+    "/v1/responses/input_tokens": {"input": "a"},
 }
 STRUCTS: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": schemas.ChatRequest,
@@ -36,6 +39,8 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "/detokenize": schemas.DetokenizeRequest,
     "/v1/messages": messages.MessagesRequest,
     "/v1/messages/count_tokens": messages.MessagesRequest,
+    "/v1/responses": responses.ResponsesRequest,
+    "/v1/responses/input_tokens": responses.ResponsesRequest,
 }
 INSIDE: list[type[msgspec.Struct]] = [
     schemas.StreamOptions,
@@ -55,6 +60,13 @@ INSIDE: list[type[msgspec.Struct]] = [
     messages.Thinking,
     messages.OutputFormat,
     messages.OutputConfig,
+    responses.InputItem,
+    responses.InputPart,
+    responses.ResponsesTool,
+    responses.TextOptions,
+    responses.TextFormat,
+    responses.ReasoningOptions,
+    responses.ResponseStreamOptions,
 ]
 
 
@@ -106,6 +118,7 @@ async def test_null_inside_an_object_equals_absent(bench: GatewayBench) -> None:
 
 def test_every_field_of_openais_library_is_known() -> None:
     params = [chat_params.CompletionCreateParamsBase, completion_params.CompletionCreateParamsBase]
+    params.append(responses_params.ResponseCreateParamsBase)
     assert {name for kind in params for name in kind.__annotations__} <= set(KnownFields.__struct_fields__)
     assert set(ChatCompletionAssistantMessageParam.__annotations__) <= set(schemas.ChatMessage.__struct_fields__)
     assert set(ChatCompletionContentPartTextParam.__annotations__) <= set(schemas.ContentPart.__struct_fields__)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvist.agents_api.config import AgentApiOptions
 from kvist.agents_api.messages import messages_api
+from kvist.agents_api.responses import responses_api
 from kvist.server.app import MountApi
 
 
-def agent_apis() -> Sequence[MountApi]:
-    return (messages_api,)
+def agent_apis(options: AgentApiOptions | None = None) -> Sequence[MountApi]:
+    return messages_api, responses_api(options or AgentApiOptions())

@@ -33,3 +33,8 @@ def job_of_chat(
         constraint = replace(constraint, param=paths.renamed(constraint.param))
     stream = bool(chat.stream)
     return Job(choices=run.choices, format=write(run), stream=stream, headers=run.headers, constraint=constraint)
+
+
+def shown_id(run: ChatRun) -> str:
+    """Return the id of the response, as OpenAI and Anthropic write ids: `resp_...`, `msg_...`."""
+    return run.job_id.replace("-", "_", 1)

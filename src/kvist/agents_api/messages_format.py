@@ -12,6 +12,7 @@ from hashlib import blake2b
 import msgspec
 
 from kvist.agents_api.blocks import AnswerBlocks, Block, BlockEnded, BlockEvent, BlockKind, BlockStarted
+from kvist.agents_api.chat_job import shown_id
 from kvist.api.messages import (
     AnswerBlock,
     ContentBlockDelta,
@@ -99,7 +100,7 @@ class MessagesFormat:
         self, content: list[AnswerBlock], *, stop_reason: str | None, stop_sequence: str | None, usage: MessagesUsage
     ) -> Message:
         return Message(
-            id=self._run.job_id,
+            id=shown_id(self._run),
             model=self._model_name,
             content=content,
             stop_reason=stop_reason,

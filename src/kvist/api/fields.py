@@ -125,6 +125,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     billing_policy: Annotated[object, Advisory("nothing is billed")] = None
     context_management: Annotated[object, Advisory("conversations are used as they are sent", ([], {}))] = None
     compaction: Annotated[object, Advisory("conversations are used as they are sent", ({},))] = None
+    background_options: Annotated[object, Advisory("responses in the background have no options", ({},))] = None
     max_tool_calls: Annotated[object, Advisory("no tools run in the server")] = None
 
     # -------- tools

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvist.agents_api.config import AgentApiOptions
 from kvist.config import option
 from kvist.engine.config import NameOptions
 from kvist.errors import ConfigError
@@ -26,6 +27,7 @@ class GatewayOptions:
     instance: InstanceOptions = field(default_factory=InstanceOptions)
     text: TextConfig = field(default_factory=TextConfig)
     grammar: GrammarOptions = field(default_factory=GrammarOptions)
+    agents: AgentApiOptions = field(default_factory=AgentApiOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

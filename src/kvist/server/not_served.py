@@ -16,7 +16,7 @@ _RUNNING = "a server cannot be paused or put to sleep; stop it and start it agai
 
 # {rest} matches the rest of a path.
 NOT_SERVED: Mapping[str, str] = {
-    "/v1/responses{rest:path}": f"the Responses API is not served yet; {_CHAT}",
+    "/v1/responses/compact": "conversations are not compacted; send to /v1/responses the items that matter",
     "/v1/messages/batches{rest:path}": "batches are not stored; send each request separately to /v1/messages",
     "/v1/complete": "use /v1/completions or /v1/messages",
     "/v1/conversations{rest:path}": f"conversations are not stored; {_CHAT} with all messages",

@@ -123,10 +123,14 @@ async def _run_all(gateway: GatewayContext, choices: Sequence[ChoiceState]) -> N
         raise
 
 
-async def _whole(gateway: GatewayContext, job: Job, send: Send) -> None:
+async def complete(gateway: GatewayContext, job: Job) -> bytes:
+    """Run a job whose places are reserved, and return its whole answer."""
     await _run_all(gateway, job.choices)
-    body = await written(gateway, job.choices, partial(job.format.whole, job.choices))
-    await send_bytes(send, body, headers=[JSON_TYPE, *job.headers])
+    return await written(gateway, job.choices, partial(job.format.whole, job.choices))
+
+
+async def _whole(gateway: GatewayContext, job: Job, send: Send) -> None:
+    await send_bytes(send, await complete(gateway, job), headers=[JSON_TYPE, *job.headers])
 
 
 async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
