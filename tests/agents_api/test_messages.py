@@ -11,7 +11,7 @@ import pytest
 from kvist.api.messages import Message, MessagesErrorBody, MessagesEvent
 from kvist.errors import EngineError
 from kvist.request import AFTER_REASONING, AfterReasoning
-from kvist.testing.gateway_bench import GatewayBench
+from kvist.testing.gateway_bench import GatewayBench, gateway_bench
 from tests.agents_api.conftest import prompt_of, tool_bench
 
 PATH = "/v1/messages"
@@ -175,6 +175,37 @@ async def test_a_call_that_max_tokens_cuts_has_no_input(bench: GatewayBench) -> 
 async def test_thinking_and_effort_reach_the_template(bench: GatewayBench, fields: Any, shown: str) -> None:
     message_of(await bench.post(PATH, {**ASKED, **fields}))
     assert prompt_of(bench).endswith(f"<assistant>{shown}")
+
+
+async def test_a_budget_of_thinking_is_a_constraint_where_reasoning_is_recognised(bench: GatewayBench) -> None:
+    asked = {**ASKED, "thinking": {"type": "enabled", "budget_tokens": 7}}
+    response = await bench.post(PATH, asked)
+    message_of(response)
+    constraint = bench.dispatcher.requests[-1].sampling.constraint
+    assert constraint is not None
+    assert constraint.kind == "after_reasoning"
+    assert "x-kvist-ignored" not in response.headers
+    wrong = error_of(await bench.post(PATH, {**ASKED, "thinking": {"type": "enabled", "budget_tokens": -5}}))
+    assert wrong.param == "thinking.budget_tokens"
+    plain = gateway_bench()
+    async with plain.client:
+        response = await plain.post(PATH, {**asked, "tools": None})
+    message_of(response)
+    assert response.headers["x-kvist-ignored"] == "thinking.budget_tokens"
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [({"type": "any"}, ["weather", "now"]), ({"type": "tool", "name": "now"}, ["now"])],
+)
+async def test_a_choice_of_tools_is_a_constraint(bench: GatewayBench, choice: dict[str, str], names: list[str]) -> None:
+    message_of(await bench.post(PATH, {**ASKED, "tool_choice": choice}))
+    constraint = bench.dispatcher.requests[-1].sampling.constraint
+    assert constraint is not None
+    assert [name for name in ("weather", "now") if name in constraint.text] == names
+    strict = {**WEATHER, "strict": True, "input_schema": {"type": "object", "properties": {"city": {"type": "odd"}}}}
+    error = error_of(await bench.post(PATH, {**ASKED, "tools": [strict]}))
+    assert (error.code, error.param) == ("invalid_constraint", "tools[0].input_schema.properties.city")
 
 
 async def test_thinking_may_be_omitted(bench: GatewayBench) -> None:

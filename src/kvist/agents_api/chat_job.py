@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from kvist.agents_api.paths import RequestPaths
 from kvist.api.schemas import ChatRequest
+from kvist.checking.constraints import RequestedConstraint
 from kvist.http.asgi import Headers
 from kvist.http.caller import Caller
 from kvist.server.gateway import GatewayContext
@@ -28,11 +29,14 @@ def job_of_chat(
     """`prefix` begins the id of the response; `write` makes its format. The answer ends where the context ends, even
     before `max_tokens`. Raises `RequestError` that names a field of the client's own request."""
     run = paths.checked(lambda: chat_run(gateway, caller, chat, headers, new_job_id(prefix), fits_context=True))
-    constraint = run.constraint
-    if constraint is not None:
-        constraint = replace(constraint, param=paths.renamed(constraint.param))
+    constraint = None if run.constraint is None else _renamed(run.constraint, paths)
     stream = bool(chat.stream)
     return Job(choices=run.choices, format=write(run), stream=stream, headers=run.headers, constraint=constraint)
+
+
+def _renamed(constraint: RequestedConstraint, paths: RequestPaths) -> RequestedConstraint:
+    parts = tuple(_renamed(part, paths) for part in constraint.parts)
+    return replace(constraint, param=paths.renamed(constraint.param), parts=parts)
 
 
 def shown_id(run: ChatRun) -> str:

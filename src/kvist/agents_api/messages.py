@@ -17,6 +17,7 @@ from kvist.server.gateway import GatewayContext
 from kvist.server.generation_endpoint import generation_endpoint
 from kvist.server.openai import ChatRun
 from kvist.server.respond import Job
+from kvist.server.routing_fields import with_ignored
 from kvist.server.tools import offered_tools
 
 _PATH = "/v1/messages"
@@ -39,9 +40,12 @@ def messages_api(gateway: GatewayContext) -> MountedApi:
 
 def messages_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
     """Build the job of a message. Raises `RequestError` for an invalid field."""
-    gateway.require_tokenizer()
+    template = gateway.require_tokenizer().chat_template
     request, headers = _MESSAGES.decode(body)
-    chat, paths = chat_of_messages(request)
+    limits_thinking = template is not None and template.formats.reasoning is not None
+    chat, paths = chat_of_messages(request, limits_thinking=limits_thinking)
+    if request.thinking is not None and request.thinking.budget_tokens is not None and not limits_thinking:
+        headers = with_ignored(headers, ["thinking.budget_tokens"])
 
     def write(run: ChatRun) -> MessagesFormat:
         return MessagesFormat(run, model_name=gateway.model_name, max_tokens=request.max_tokens)

@@ -34,6 +34,8 @@ _FIXED_PATHS = {
     "response_format.json_schema.schema": "output_config.format.schema",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
     "reasoning_effort": "output_config.effort",
+    "tool_choice.function.name": "tool_choice.name",
+    "thinking_token_budget": "thinking.budget_tokens",
 }
 _BLOCKS = {  # by role
     "user": ("text", "tool_result"),
@@ -44,8 +46,9 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THINKS = {"enabled": True, "adaptive": True, "disabled": False}
 
 
-def chat_of_messages(request: MessagesRequest) -> tuple[ChatRequest, RequestPaths]:
-    """Return the chat, and the names of its fields in the request. Raises `RequestError` with the path of the fault."""
+def chat_of_messages(request: MessagesRequest, *, limits_thinking: bool = False) -> tuple[ChatRequest, RequestPaths]:
+    """Return the chat, and the names of its fields in the request. `limits_thinking`: the model's reasoning is
+    recognised, so that it can have a budget. Raises `RequestError` with the path of the fault."""
     paths = RequestPaths(_FIXED_PATHS)
     chat = _Chat(paths)
     if request.system:
@@ -55,7 +58,8 @@ def chat_of_messages(request: MessagesRequest) -> tuple[ChatRequest, RequestPath
         raise RequestError("`messages` is empty", param="messages")
     for index, message in enumerate(request.messages):
         _add_message(chat, message, f"messages[{index}]")
-    options, shows_thinking = _thinking(request.thinking)
+    thinking = request.thinking
+    options, shows_thinking = _thinking(thinking)
     config = request.output_config or OutputConfig()
     choice, parallel = _tool_choice(request.tool_choice)
     last = chat.messages[-1]
@@ -77,6 +81,7 @@ def chat_of_messages(request: MessagesRequest) -> tuple[ChatRequest, RequestPath
         response_format=_response_format(config),
         reasoning_effort=config.effort,
         include_reasoning=shows_thinking,
+        thinking_token_budget=None if thinking is None or not limits_thinking else thinking.budget_tokens,
         chat_template_kwargs=options | (request.chat_template_kwargs or {}),
         cache_salt=request.cache_salt,
         session_id=request.session_id,
@@ -190,7 +195,9 @@ def _tool(tool: MessagesTool, where: str, paths: RequestPaths) -> Tool:
         )
     paths.add(f"{where}.function", where)
     paths.add(f"{where}.function.parameters", f"{where}.input_schema")
-    function = ToolFunction(name=tool.name, description=tool.description, parameters=tool.input_schema)
+    function = ToolFunction(
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+    )
     return Tool(type="function", function=function)
 
 

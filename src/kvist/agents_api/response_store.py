@@ -4,7 +4,7 @@ The store is bounded in number, bytes and time. Each API key sees only its own r
 the oldest response of the key with the most bytes is dropped. A response holds the turns before it: a conversation can
 be continued even when its earlier responses were deleted, and turns that several responses share are counted once.
 
-The store is memory of one gateway. It outlives every worker, and ends with the gateway.
+The store is memory of one gateway: it outlives every worker, and ends with the gateway.
 """
 
 from __future__ import annotations

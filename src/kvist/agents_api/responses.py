@@ -49,7 +49,7 @@ _ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output":
 
 
 class _KeptResponse(msgspec.Struct):
-    """What the next request reads of a stored response."""
+    """The part of a stored response that the next request reads."""
 
     status: str
     output: list[InputItem]

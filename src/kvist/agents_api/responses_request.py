@@ -26,6 +26,8 @@ _FIXED_PATHS = {
     "response_format.json_schema.schema": "text.format.schema",
     "response_format.type": "text.format.type",
     "reasoning_effort": "reasoning.effort",
+    "tool_choice.function.name": "tool_choice.name",
+    "tool_choice.allowed_tools": "tool_choice",
     "messages": "input",
 }
 _ROLES = ("system", "developer", "user", "assistant")
@@ -212,7 +214,7 @@ def _tool(tool: ResponsesTool, where: str, paths: RequestPaths) -> Tool:
         )
     paths.add(f"{where}.function", where)
     name = _required(tool.name, f"{where}.name")
-    function = ToolFunction(name=name, description=tool.description, parameters=tool.parameters)
+    function = ToolFunction(name=name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
     return Tool(type="function", function=function)
 
 

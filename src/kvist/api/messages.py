@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from kvist.api.fields import Advisory, Honoured, KnownFields, Refused
-from kvist.api.schemas import Priority, Salt, Session, TemplateOptions
+from kvist.api.schemas import Priority, Salt, Session, Strict, TemplateOptions
 
 _CACHED = Advisory("prefixes are always cached")
 _NO_MEDIA = Refused("only text is supported")
@@ -60,9 +60,7 @@ class MessagesTool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     input_schema: Annotated[
         dict[str, object] | None, Honoured("JSON Schema, passed to the chat template; gives arguments their types")
     ] = None
-    strict: Annotated[
-        object, Refused("arguments are not constrained to the schema yet; omit this field and check them", (False,))
-    ] = None
+    strict: Strict = None
     cache_control: Annotated[object, _CACHED] = None
     eager_input_streaming: Annotated[object, Advisory("arguments are always streamed", (True, False))] = None
     input_examples: Annotated[object, Advisory("examples are not shown to the model", ([],))] = None
@@ -73,9 +71,7 @@ class MessagesTool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class MessagesToolChoice(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     type: Annotated[str, Honoured('"auto", "any", "tool" or "none", as `tool_choice` of chats')]
     name: Annotated[str | None, Honoured("of the type tool: the function")] = None
-    disable_parallel_tool_use: Annotated[
-        bool | None, Honoured("true: only the first call of an answer is returned")
-    ] = None
+    disable_parallel_tool_use: Annotated[bool | None, Honoured("true: an answer has one call at most")] = None
 
 
 class Thinking(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -84,7 +80,9 @@ class Thinking(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         Honoured('"enabled", "adaptive" or "disabled": sets `enable_thinking` for a chat template that reads it'),
     ]
     display: Annotated[str | None, Honoured('"omitted": the response lacks the reasoning')] = None
-    budget_tokens: Annotated[object, Advisory("`max_tokens` bounds the whole answer")] = None
+    budget_tokens: Annotated[
+        int | None, Honoured("most tokens of the reasoning, of a model whose reasoning is recognised")
+    ] = None
 
 
 class OutputFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

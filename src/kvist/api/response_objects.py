@@ -1,4 +1,4 @@
-"""What OpenAI's Responses API returns: the response with its items, the events of a stream, and the lists."""
+"""The objects that OpenAI's Responses API returns: the response with its items, the events of a stream, lists."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from kvist.api.fields import Advisory, Honoured, KnownFields, Refused
-from kvist.api.schemas import Priority, Salt, Session, TemplateOptions
+from kvist.api.schemas import Priority, Salt, Session, Strict, TemplateOptions
 
 _NO_MEDIA = Refused("only text is supported")
 _NO_SERVER_TOOLS = Refused("no tools run in the server; the client runs functions")
@@ -64,9 +64,7 @@ class ResponsesTool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, om
     parameters: Annotated[
         dict[str, object] | None, Honoured("JSON Schema, passed to the chat template; gives arguments their types")
     ] = None
-    strict: Annotated[
-        object, Refused("arguments are not constrained to the schema yet; omit this field and check them", (False,))
-    ] = None
+    strict: Strict = None
     output_schema: Annotated[object, Advisory("results are not shown to the model by schema")] = None
     defer_loading: Annotated[object, Refused("no tools run in the server", (False,))] = None
     allowed_callers: Annotated[object, Refused("no tools run in the server", (["direct"], []))] = None
@@ -125,7 +123,7 @@ class ResponsesRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
         Honoured("functions that the answer may call, up to 1024; see `tools[].*` and [tools](tools.md)"),
     ] = None
     tool_choice: Annotated[object, Honoured("as in chats; a function is named as {type, name}")] = None
-    parallel_tool_calls: Annotated[bool | None, Honoured("false: only the first call of an answer is returned")] = None
+    parallel_tool_calls: Annotated[bool | None, Honoured("false: an answer has one call at most")] = None
     reasoning: Annotated[ReasoningOptions | None, Honoured("see `reasoning.*`")] = None
     text: Annotated[TextOptions | None, Honoured("see `text.*`")] = None
     include: Annotated[

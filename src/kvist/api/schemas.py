@@ -137,18 +137,19 @@ class ToolCall(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     index: Annotated[object, Advisory("calls are numbered by their order")] = None
 
 
+Strict = Annotated[
+    bool | None,
+    Honoured("true: the arguments of every call satisfy the schema, and a schema that cannot be enforced is refused"),
+]
+
+
 class ToolFunction(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: Annotated[str, Honoured("names the function; no two tools have one name")]
     description: Annotated[str | None, Honoured("passed to the chat template")] = None
     parameters: Annotated[
         dict[str, object] | None, Honoured("JSON Schema, passed to the chat template; gives arguments their types")
     ] = None
-    strict: Annotated[
-        bool | None,
-        Honoured(
-            "true: the arguments of every call satisfy the schema, and a schema that cannot be enforced is refused"
-        ),
-    ] = None
+    strict: Strict = None
 
 
 class Tool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

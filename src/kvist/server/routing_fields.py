@@ -36,7 +36,7 @@ def checked_routing(
     placement, unknown = _placement(gateway, request.kvist or PlaceOptions(), session)
     priority, unmet = _priority(gateway, request.priority)
     routing = Routing(salt=salt, placement=placement, priority=priority)
-    return routing, _with_ignored(headers, [*unknown, *unmet])
+    return routing, with_ignored(headers, [*unknown, *unmet])
 
 
 def _placement(gateway: GatewayContext, options: PlaceOptions, session: str) -> tuple[Placement, list[str]]:
@@ -56,7 +56,8 @@ def _priority(gateway: GatewayContext, priority: int | None) -> tuple[int, list[
     return (priority, []) if gateway.honours_priority() else (0, ["priority"])
 
 
-def _with_ignored(headers: Headers, names: list[str]) -> Headers:
+def with_ignored(headers: Headers, names: list[str]) -> Headers:
+    """Return the headers of a response, with more fields that have no effect."""
     if not names:
         return headers
     before = [value.decode() for name, value in headers if name == IGNORED]
