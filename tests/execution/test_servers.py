@@ -34,17 +34,25 @@ INFO = {
     "workers": [
         {
             "worker_id": "127.0.0.1:1",
-            "role": "prefill",
             "alive": True,
-            "engine": {"page_size": 32, "num_pages": 100, "max_running_requests": 8},
-            "load": {
-                "num_running": 2,
-                "num_waiting": 3,
-                "totals": {"prompt_step_tokens": 5000, "prompt_step_seconds": 10.0, "requests_finished": 20},
+            "capacity": {
+                "role": "prefill",
+                "page_size": 32,
+                "max_running_requests": 8,
+                "prefill_tokens_per_s": 500.0,
+                "decode_step_ms": None,
+                "queue_ms": 1500.0,
+                "pages": {"device": {"total": 100, "leasable": 25}},
             },
+            "load": {"num_running": 2, "totals": {}},
         },
-        {"worker_id": "127.0.0.1:2", "role": "decode", "alive": True, "engine": {"page_size": 16}, "load": None},
-        {"worker_id": "127.0.0.1:3", "role": "decode", "alive": False, "engine": None, "load": None},
+        {
+            "worker_id": "127.0.0.1:2",
+            "alive": True,
+            "capacity": {"role": "decode", "page_size": 16, "decode_step_ms": 20.0, "pages": {"device": {"total": 9}}},
+            "load": {"num_running": 0, "totals": {"handoffs_received": 10, "handoff_seconds": 0.5}},
+        },
+        {"worker_id": "127.0.0.1:3", "alive": False, "capacity": None, "load": None},
     ],
 }
 
@@ -234,10 +242,11 @@ async def test_the_fleet_of_a_kvist_server_has_roles_and_measured_rates() -> Non
     prefill, decode = fleet.workers
     assert (prefill.name, prefill.role, decode.role) == ("127.0.0.1:1", Role.PREFILL, Role.DECODE)
     assert prefill.prefill_tokens_per_s == 500.0
-    assert prefill.queue_s == 3 * 10.0 / 20
+    assert (prefill.queue_s, prefill.num_running) == (1.5, 2)
     assert (prefill.max_running, prefill.num_cache_tokens) == (8, 3200)
-    assert fleet.page_size == 32
-    assert Native.SCORE in fleet.native
+    assert (decode.decode_tokens_per_s, decode.handoff_s) == (50.0, 0.05)
+    assert (fleet.page_size, fleet.num_lease_tokens) == (32, 800)
+    assert fleet.native == frozenset(Native)
 
 
 async def test_a_server_that_is_not_kvist_gets_no_field_of_kvist() -> None:
@@ -273,3 +282,25 @@ async def test_a_kvist_server_gets_the_hints_of_the_plan_and_native_requests() -
     assert (third["priority"], third["kvist"]) == (0, {"worker": "w"})
     assert "priority" not in fourth
     assert fourth["kvist"] == {"role": "decode"}
+
+
+async def test_a_lease_is_taken_renewed_taken_again_after_its_end_and_ended() -> None:
+    gone = httpx.Response(404, json={"error": {"message": "ended", "code": "lease_not_found"}})
+    lease = {"id": "lease-1", "left_s": 60.0}
+    recorded = Recorded({"/v1/leases": lease, "/v1/leases/lease-1/renew": lease, "/v1/leases/lease-0/renew": gone})
+    server = await recorded.kvist()
+    hints = Hints(worker="w")
+    assert await server.lease(CHAT, None, 30, hints) == "lease-1"
+    assert await server.lease(CHAT, "lease-1", 30, hints) == "lease-1"
+    assert await server.lease(CHAT, "lease-0", 30, hints) == "lease-1"
+    assert await server.lease(CHAT, "lease-1", 0, hints) is None
+    paths = [path.removeprefix("/v1/leases") for path, _ in recorded.bodies]
+    assert paths == ["", "/lease-1/renew", "/lease-0/renew", "", "/lease-1"]
+    assert recorded.bodies[0][1]["kvist"] == {"worker": "w"}
+    assert recorded.bodies[0][1]["ttl_s"] == 30
+
+
+async def test_a_server_without_room_gives_no_lease() -> None:
+    for status in (429, 400):
+        recorded = Recorded({"/v1/leases": httpx.Response(status, json={"error": {"message": "no room"}})})
+        assert await (await recorded.kvist()).lease(CHAT, None, 30, Hints()) is None

@@ -6,9 +6,10 @@ A server that turns out not to be Kvist gets plain requests of OpenAI's API.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
-from kvist.errors import RequestError
+from kvist.errors import Overloaded, RequestError
 from kvist.execution.backend import Hints, Scored, ScoreRequest, total
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.fleet_report import fleet_of
@@ -17,7 +18,7 @@ from kvist.execution.results import Served
 from kvist.planning.fleet import Fleet, Native, Role
 from kvist.planning.prompt import Prompt
 
-_SCORE, _PREFILL, _INFO = "/v1/continuations/score", "/v1/prefill", "/server_info"
+_SCORE, _PREFILL, _LEASES, _INFO = "/v1/continuations/score", "/v1/prefill", "/v1/leases", "/server_info"
 
 
 class KvistServer(OpenAIServer):
@@ -66,6 +67,19 @@ class KvistServer(OpenAIServer):
         if not hints.in_background:
             body["priority"] = 0
         return _served(await self._post(_PREFILL, body))
+
+    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> str | None:
+        if ttl_s == 0:
+            with contextlib.suppress(RequestError):  # 404: the lease has ended
+                await self._delete(f"{_LEASES}/{lease_id}")
+            return None
+        if lease_id is not None:
+            with contextlib.suppress(RequestError):  # 404: the lease has ended, or its worker is gone: take a new one
+                return str((await self._post(f"{_LEASES}/{lease_id}/renew", {"ttl_s": ttl_s}))["id"])
+        try:
+            return str((await self._post(_LEASES, self._prompt_body(prompt, hints) | {"ttl_s": ttl_s}))["id"])
+        except (Overloaded, RequestError):  # no room; less than a page, or more pages than one key may lease
+            return None
 
     def _prompt_body(self, prompt: Prompt, hints: Hints) -> dict[str, object]:
         body = prompt_fields(prompt)

@@ -177,8 +177,14 @@ class OpenAIServer:
         return _decoded(response.content)
 
     async def _get(self, path: str) -> Any:
+        return await self._without_body("GET", path)
+
+    async def _delete(self, path: str) -> Any:
+        return await self._without_body("DELETE", path)
+
+    async def _without_body(self, method: str, path: str) -> Any:
         try:
-            response = await self._client.get(path)
+            response = await self._client.request(method, path)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         _check(response, response.content)
