@@ -94,7 +94,7 @@ class Load:
 
     async def run(self, seconds: float, num_open: int) -> None:
         loop = asyncio.get_running_loop()
-        handle = loop.call_later(seconds, self._end)
+        handle = loop.call_later(seconds, self.end)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(num_open):
@@ -104,7 +104,8 @@ class Load:
             for client in self._clients.values():
                 client.close()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Begin no further stream; those that are open are read to their end."""
         self._over = True
 
     async def _read_streams(self) -> None:

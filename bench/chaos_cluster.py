@@ -21,7 +21,7 @@ import msgspec
 from chaos_faults import GATEWAY, Fault, PlannedFault, may_begin, role_of
 from kvist.bench.http import HttpClient, HttpFailure, read_whole
 from kvist.cluster.ports import free_ports
-from kvist.cluster.processes import ChildPlan
+from kvist.supervisor.child import ChildPlan
 
 PROBE_INTERVAL_S = 0.25
 RESTART_WAIT_S = 0.2
@@ -48,6 +48,7 @@ class Member:
     num_failed_starts: int = 0  # in a row
     num_faults: int = 0  # so far
     num_ends: int = 0  # of them, those that end the process
+    ending: subprocess.Popen[bytes] | None = None  # got SIGTERM: it may answer once more that it is ready
 
     @property
     def name(self) -> str:
@@ -158,7 +159,7 @@ class ChaosCluster:
         num_faults, process = member.num_faults, member.process
         client = self._clients[member.name]
         with contextlib.suppress(HttpFailure, msgspec.DecodeError, LookupError):
-            if not member.is_ready:
+            if not member.is_ready and process is not member.ending:
                 status, _ = await read_whole(client, "/ready", timeout_s=PROBE_TIMEOUT_S)
                 if status == 200 and member.num_faults == num_faults and member.process is process:
                     member.is_ready, member.num_failed_starts = True, 0
@@ -264,6 +265,7 @@ class ChaosCluster:
         if fault.is_stop:
             self._suspend(member, pids, planned)
         elif fault is Fault.RESTART:
+            member.ending = member.process
             for pid in pids:
                 _signal(pid, signal.SIGTERM)
         else:

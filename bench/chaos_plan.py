@@ -11,7 +11,7 @@ from chaos_cluster import ChaosFailure, with_gateways
 from chaos_load import Comparison
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports, visible_gpus
-from kvist.cluster.processes import ChildPlan
+from kvist.supervisor.child import ChildPlan
 from kvist.testing.tiny_model import write_tiny_model
 from kvist.testing.tokenizers import write_byte_tokenizer
 

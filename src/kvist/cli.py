@@ -24,6 +24,7 @@ VERBS = {
     "deploy render": "write the manifest of a cluster, for Kubernetes or Compose",
     "deploy check": "check a manifest: its schema, its options, and what would hurt in production",
     "up": "start a router, prefill workers and decode workers on this machine",
+    "upgrade": "replace the processes of a running kvist up by those of another version, one by one, without a break",
     "chat": "chat at the terminal with a running server, or with one that is started for the chat",
     "demo": "start a small cluster, run a short chat, show its handoffs and cache hits, and stop the cluster",
     "lang explain": "show the plan of a program of kvist.lang before it runs",

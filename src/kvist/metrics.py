@@ -20,6 +20,10 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+_PAUSE_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(0.75, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
+)
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -63,7 +67,7 @@ class GatewayMetrics(Collector):
     num_refused_connections: int = 0
     loop_lag_s: Histogram = field(default_factory=Histogram)
     time_to_first_token_s: Histogram = field(default_factory=Histogram)
-    inter_token_latency_s: Histogram = field(default_factory=Histogram)
+    inter_token_latency_s: Histogram = field(default_factory=lambda: Histogram(_PAUSE_BUCKETS_S))
     second_token_s: Histogram = field(default_factory=Histogram)
     time_per_output_token_s: Histogram = field(default_factory=Histogram)
     e2e_latency_s: Histogram = field(default_factory=Histogram)

@@ -19,6 +19,7 @@ from kvist.channel import ChannelConfig
 from kvist.cluster.config import (
     ChatConfig,
     ClusterConfig,
+    FrontOptions,
     GatewayOptions,
     JoinOptions,
     OperatedServer,
@@ -53,6 +54,7 @@ from kvist.runner.config import RunnerOptions
 from kvist.server.config import InstanceOptions, ServerConfig
 from kvist.store.config import StorageConfig
 from kvist.text.config import TextConfig
+from kvist.upgrade.config import UpgradeOptions
 
 SHORTHANDS = (
     Shorthand(flag="--decode-only", key="role", value="decode", text="the same as --role decode"),
@@ -115,6 +117,7 @@ class RouterSettings:
     router: RouterConfig = group(RouterConfig)
     tokenizer: TokenizerConfig = group(TokenizerConfig)
     gateway: GatewayOptions = group(GatewayOptions)
+    front: FrontOptions = group(FrontOptions)
     channel: ChannelConfig = group(ChannelConfig)
     log: LogConfig = group(LogConfig)
     file: FileConfig = group(FileConfig)
@@ -307,6 +310,14 @@ class RoleSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpgradeSettings:
+    upgrade: UpgradeOptions = group(UpgradeOptions)
+    runtime: RuntimeOptions = group(RuntimeOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrainServerSettings:
     operated: OperatedServer = group(OperatedServer)
     log: LogConfig = group(LogConfig)
@@ -373,6 +384,7 @@ Settings = (
     | DrainServerSettings
     | RenderSettings
     | DeployCheckSettings
+    | UpgradeSettings
     | UpSettings
     | DemoSettings
     | ChatSettings
@@ -391,6 +403,7 @@ _SETTINGS: dict[str, type[Settings]] = {
     "drain": DrainServerSettings,
     "deploy render": RenderSettings,
     "deploy check": DeployCheckSettings,
+    "upgrade": UpgradeSettings,
     "up": UpSettings,
     "demo": DemoSettings,
     "chat": ChatSettings,
@@ -446,6 +459,7 @@ _COMMON = {  # shown by `--help`; `--help-all` shows all
     *("rpc_port", "hot_page_replication", "hot_page_replicas", "hicache_mooncake_master_addr", "segment_size"),
     *("ssd_path", "ssd_size", "hicache_mooncake_protocol", "store", "timeout_s"),
     *("format", "name", "image", "device", "hicache_size", "output"),
+    *("python", "order"),
 }
 
 

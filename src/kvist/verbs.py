@@ -37,6 +37,7 @@ from kvist.settings import (
     ServeSettings,
     Settings,
     StoreSettings,
+    UpgradeSettings,
     UpSettings,
     read,
 )
@@ -66,6 +67,7 @@ def run(settings: Settings) -> int:
             gateway=settings.gateway,
             channel=settings.channel,
             stop_with_stdin=settings.parent.stop_with_stdin,
+            listen_fd=settings.front.listen_fd,
         )
     if isinstance(settings, MasterSettings | StoreSettings | DrainSettings):
         return _run_node(settings)
@@ -88,9 +90,15 @@ def run(settings: Settings) -> int:
     if isinstance(settings, UpSettings):
         from kvist.checkpoint import find_checkpoint
         from kvist.cluster.up import run_up
+        from kvist.upgrade.verb import upgradable
 
         find_checkpoint(settings.engine.model.model_path)  # a wrong path is one error, before any process starts
-        return run_up(cluster_shape(with_own_key(settings)), stop_with_stdin=settings.parent.stop_with_stdin)
+        shape = cluster_shape(with_own_key(settings))
+        return run_up(shape, beside=upgradable, stop_with_stdin=settings.parent.stop_with_stdin)
+    if isinstance(settings, UpgradeSettings):
+        from kvist.upgrade.verb import run_upgrade
+
+        return run_upgrade(settings.upgrade, settings.runtime.runtime_dir)
     if isinstance(settings, ChatSettings):
         from kvist.cluster.chat import run_chat
 

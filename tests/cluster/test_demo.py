@@ -10,8 +10,8 @@ import pytest
 
 from kvist.cluster.chat_turn import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.demo import FROM_HOST, FROM_STORE, cache_summary, process_summary, table, unmet_expectations
-from kvist.cluster.processes import Child, ChildPlan
 from kvist.errors import EngineError
+from kvist.supervisor.child import Child, ChildPlan
 from kvist.testing.clocks import FakeClock
 
 REPORT = {

@@ -14,17 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from kvist.cluster.processes import (
-    ALIVE,
-    NO_ANSWER,
-    READY,
-    Answer,
-    ChildPlan,
-    ChildState,
-    ChildTimeouts,
-    Processes,
-)
+from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.errors import ConfigError, Timeout, Unavailable
+from kvist.supervisor.child import ALIVE, NO_ANSWER, READY, Answer, ChildPlan, ChildState
 from kvist.supervisor.engine_process import restart_wait_s
 
 STAYS = "import sys; print('up', flush=True); sys.stdin.readline()"
@@ -141,7 +133,8 @@ def test_a_child_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) ->
 def test_nothing_is_left_behind_when_the_parent_is_killed() -> None:
     program = textwrap.dedent(f"""
         import os, sys, time
-        from kvist.cluster.processes import READY, ChildPlan, Processes
+        from kvist.cluster.processes import Processes
+        from kvist.supervisor.child import READY, ChildPlan
         def say(line):  # one write a line, whole, from either thread
             os.write(1, line.encode() + bytes([10]))
         child = ChildPlan(name="a", argv=(sys.executable, "-c", {STAYS!r}), url="a")

@@ -14,8 +14,8 @@ from rich.live import Live
 
 from kvist.cluster import start_display
 from kvist.cluster.probe import probe_child
-from kvist.cluster.processes import NO_ANSWER, Answer, Child, ChildPlan, ChildState
 from kvist.cluster.start_display import REPORT_INTERVAL_S, StartBlock, StartLines, describe, is_routine
+from kvist.supervisor.child import NO_ANSWER, Answer, Child, ChildPlan, ChildState
 from kvist.testing.clocks import FakeClock
 
 

@@ -20,7 +20,8 @@ from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.ports import free_ports
 from kvist.cluster.probe import probe_child
-from kvist.cluster.processes import ChildPlan, ChildTimeouts, Processes
+from kvist.cluster.processes import ChildTimeouts, Processes
+from kvist.supervisor.child import ChildPlan
 from kvist.testing.tiny_model import write_tiny_model
 from kvist.testing.tokenizers import write_byte_tokenizer
 

@@ -27,7 +27,8 @@ from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
 from kvist.cluster.ports import free_ports
 from kvist.cluster.probe import probe_child
-from kvist.cluster.processes import ChildPlan, ChildTimeouts, Processes
+from kvist.cluster.processes import ChildTimeouts, Processes
+from kvist.supervisor.child import ChildPlan
 from kvist.testing.rounds import check_time, in_rounds
 from kvist.testing.tcp_relay import Link, TcpRelay
 from tests.e2e.conftest import START_TIMEOUT_S, metric_of

@@ -16,7 +16,8 @@ import pytest
 
 from kvist.cluster.ports import free_ports
 from kvist.cluster.probe import probe_child
-from kvist.cluster.processes import ChildPlan, ChildTimeouts, Processes
+from kvist.cluster.processes import ChildTimeouts, Processes
+from kvist.supervisor.child import ChildPlan
 from kvist.testing.rounds import check_time, in_rounds
 
 NUM_PLACES, PHASE_S = 8, 3.0

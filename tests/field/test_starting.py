@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from kvist.cluster.probe import probe_child
-from kvist.cluster.processes import NO_ANSWER, READY
+from kvist.supervisor.child import NO_ANSWER, READY
 
 KVIST = (sys.executable, "-m", "kvist")
 

@@ -20,10 +20,11 @@ from kvist.cluster.chat_turn import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.config import ChatConfig
 from kvist.cluster.ports import LOOPBACK, free_ports
 from kvist.cluster.probe import probe_child
-from kvist.cluster.processes import ChildPlan, Processes
+from kvist.cluster.processes import Processes
 from kvist.cluster.start_display import start_display
 from kvist.cluster.up import interrupt_on_stop_signals
 from kvist.errors import EngineError, Unavailable
+from kvist.supervisor.child import ChildPlan
 
 TURN_TIMEOUT_S = 600.0  # between two pieces of an answer
 MAX_HISTORY_LINES = 1000

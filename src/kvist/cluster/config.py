@@ -31,6 +31,16 @@ class GatewayOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrontOptions:
+    listen_fd: int | None = option(
+        None,
+        "a socket of the parent process, on which the router also accepts connections when the parent asks for it; "
+        "used by kvist up",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JoinOptions:
     """The routers that a worker announces itself to. Raises `ConfigError` for an invalid URL."""
 

@@ -19,10 +19,11 @@ from kvist.cluster.chat_turn import Message, TurnOptions, TurnReport, stream_tur
 from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import probe_child
-from kvist.cluster.processes import Child, Processes
+from kvist.cluster.processes import Processes
 from kvist.cluster.start_display import StartLines
 from kvist.cluster.up import interrupt_on_stop_signals
 from kvist.errors import KvistError
+from kvist.supervisor.child import Child
 
 MAX_TOKENS = 64
 TURN_TIMEOUT_S = 120.0

@@ -16,8 +16,11 @@ from kvist.cluster.config import ClusterConfig
 from kvist.cluster.pool_plan import PoolShape, plan_pool
 from kvist.cluster.pool_plan import worker_argv as pool_argv
 from kvist.cluster.ports import LOOPBACK, free_ports
-from kvist.cluster.processes import STALL_RESTART_S, ChildPlan
+from kvist.cluster.processes import STALL_RESTART_S
 from kvist.request import Role
+from kvist.supervisor.child import ChildPlan
+
+ROUTER = "router"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class ClusterShape:
     router_environ: dict[str, str] = field(default_factory=dict)
     router_host: str = LOOPBACK
     router_port: int = 30000
+    front_fd: int | None = None  # a socket bound to this address, which the router inherits; None: it binds its own
     shows_all_lines: bool = False  # also INFO and DEBUG lines during the start
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # only for the example request
     threads_per_worker: int = 1
@@ -50,6 +54,21 @@ class ClusterShape:
         """The time that an orderly stop may take: of the router, the workers, the stores and the master, in turn."""
         return 2 * self.drain_s + (0.0 if self.pool is None else 2 * self.pool.stop_s)
 
+    @property
+    def worker_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _role in worker_names(self.config))
+
+    def folder_of(self, worker: str) -> Path | None:
+        """Return the folder of the worker's host tier, if it has one; it has the same one at the next start."""
+        if self.persist_folder is None:
+            return None
+        return Path(self.persist_folder, *([worker] if self.config.num_workers > 1 else []))
+
+    @property
+    def url(self) -> str:
+        """The router's address for clients."""
+        return f"http://{host_to_name(self.router_host, LOOPBACK)}:{self.router_port}"
+
 
 def worker_names(config: ClusterConfig) -> list[tuple[str, Role]]:
     """Return (name, role) of each worker, prefill first."""
@@ -57,9 +76,14 @@ def worker_names(config: ClusterConfig) -> list[tuple[str, Role]]:
     return [(f"{role}-{index}", role) for role, count in counts for index in range(count)]
 
 
-def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int], pool_ports: Sequence[int] = ()) -> list[ChildPlan]:
+def plan_cluster(
+    shape: ClusterShape,
+    worker_ports: Sequence[int],
+    pool_ports: Sequence[int] = (),
+    router_port: int | None = None,
+) -> list[ChildPlan]:
     """Return the pool's nodes, the workers, then the router. `worker_ports` has one free port per worker, `pool_ports`
-    as many as the pool needs."""
+    as many as the pool needs; `router_port` is only for a router behind the socket of `kvist up`."""
     assert len(worker_ports) == shape.config.num_workers
     kvist = (shape.python, "-m", "kvist")
     nodes = [] if shape.pool is None else plan_pool(shape.pool, kvist, pool_ports)
@@ -92,28 +116,38 @@ def plan_cluster(shape: ClusterShape, worker_ports: Sequence[int], pool_ports: S
                 environ=shape.worker_environ,
             )
         )
+    return [*nodes, *plans, plan_router(shape, urls, router_port, tuple(plan.name for plan in plans))]
+
+
+def plan_router(
+    shape: ClusterShape, urls: Mapping[Role, Sequence[str]], own_port: int | None, workers: tuple[str, ...]
+) -> ChildPlan:
+    """Return the router of the workers at `urls`, named `workers`. Behind the socket of `kvist up` (`front_fd`) it is
+    asked whether it is ready at `own_port` of loopback; else it has the address of `shape`."""
     remote = []
     for flag, role in (("--prefill", Role.PREFILL), ("--decode", Role.DECODE), ("--worker-urls", Role.UNIFIED)):
-        remote += [flag, *urls[role]] if urls[role] else []
-    router = ChildPlan(
-        name="router",
+        remote += [flag, *urls[role]] if urls.get(role) else []
+    host, port = shape.router_host, shape.router_port
+    front: tuple[str, ...] = ()
+    if shape.front_fd is not None:
+        assert own_port is not None
+        host, port, front = LOOPBACK, own_port, (f"--listen-fd={shape.front_fd}",)
+    return ChildPlan(
+        name=ROUTER,
         argv=(
-            *(*kvist, "router", *shape.router_argv, *remote),
-            *(f"--host={shape.router_host}", f"--port={shape.router_port}", "--stop-with-stdin"),
+            *(shape.python, "-m", "kvist", "router", *shape.router_argv, *remote),
+            *(f"--host={host}", f"--port={port}", *front, "--stop-with-stdin"),
         ),
-        url=f"http://{host_to_name(shape.router_host, LOOPBACK)}:{shape.router_port}",
+        url=f"http://{host_to_name(host, LOOPBACK)}:{port}",
         environ=shape.router_environ,
-        stops_before=tuple(plan.name for plan in plans),
+        stops_before=workers,
+        listen_fd=shape.front_fd,
     )
-    return [*nodes, *plans, router]
 
 
 def _persist(shape: ClusterShape, name: str) -> tuple[str, ...]:
-    """Return the option with the worker's own folder; the worker has the same name at the next start."""
-    if shape.persist_folder is None:
-        return ()
-    folder = Path(shape.persist_folder, *([name] if shape.config.num_workers > 1 else []))
-    return (f"--hicache-persist={folder}",)
+    folder = shape.folder_of(name)
+    return () if folder is None else (f"--hicache-persist={folder}",)
 
 
 def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:
@@ -121,7 +155,7 @@ def plan_on_free_ports(shape: ClusterShape) -> list[ChildPlan]:
     num_workers, num_pool = shape.config.num_workers, 0 if shape.pool is None else shape.pool.num_ports
     spare, *ports = free_ports(1 + num_workers + num_pool)
     shape = replace(shape, router_port=shape.router_port or spare)
-    return plan_cluster(shape, ports[:num_workers], ports[num_workers:])
+    return plan_cluster(shape, ports[:num_workers], ports[num_workers:], spare)
 
 
 def assign_gpus(shape: ClusterShape) -> list[tuple[str, ...]]:

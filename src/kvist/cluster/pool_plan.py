@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvist.cluster.ports import LOOPBACK
-from kvist.cluster.processes import ChildPlan
 from kvist.errors import ConfigError
+from kvist.supervisor.child import ChildPlan
 
 MASTER = "master"
 NUM_MASTER_PORTS = 2  # HTTP and RPC

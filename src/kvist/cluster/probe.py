@@ -6,7 +6,7 @@ import http.client
 import json
 from urllib.parse import urlsplit
 
-from kvist.cluster.processes import ALIVE, NO_ANSWER, READY, Answer
+from kvist.supervisor.child import ALIVE, NO_ANSWER, READY, Answer
 
 PROBE_TIMEOUT_S = 1.0
 _NOT_READY = "not ready: "  # from server/admin.py; the current activity follows

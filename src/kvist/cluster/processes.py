@@ -11,6 +11,9 @@ those of its `stops_before`, waits as long as open requests may take, and then k
 its whole process group. Children run with `--stop-with-stdin` and receive stop requests through a pipe, so that
 they end even if this process is killed with SIGKILL.
 
+A child is replaced in steps (upgrade/): `start_one` starts another child with its name or a new one, `wait_one` waits
+until that child is ready, `take_place` gives it the place of the old one, `end_one` ends a child for good.
+
 One thread relays output and notices deaths, and one thread per child probes the child; the caller may block. The
 processes to run are decided in plan.py.
 """
@@ -18,21 +21,18 @@ processes to run are decided in plan.py.
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
-import secrets
 import selectors
 import signal
-import subprocess
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO
 
 from kvist.clock import MonotonicClock, PauseMeter
-from kvist.cluster.stop_requests import HURRY, STOP
+from kvist.cluster.stop_requests import ACCEPT, HURRY, STOP
 from kvist.errors import ConfigError, Timeout, Unavailable
+from kvist.supervisor.child import NO_ANSWER, Child, ChildPlan, ChildState, Probe, Sink
 from kvist.supervisor.engine_process import BACKOFF_RESET_S, restart_wait_s
 
 CHECK_INTERVAL_S = 0.1
@@ -43,121 +43,7 @@ STALL_RESTART_S = 30.0
 STOP_GRACE_S = 15.0  # for a child to end, added to the time of its open requests
 HURRY_GRACE_S = 8.0
 KILL_TIMEOUT_S = 10.0  # for the kernel to end a process that was killed
-NUM_LAST_LINES = 60
 REFUSED_STATUS = 2  # exit status of cli.py for a mistake in the settings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChildPlan:
-    """One process to run. `url` is the address of its HTTP server."""
-
-    name: str  # "prefill-0", "router"
-    argv: tuple[str, ...]
-    url: str
-    starts_after: tuple[str, ...] = ()  # children that must have been ready before the first start
-    stops_before: tuple[str, ...] = ()  # children that this one uses, which end after it
-    stop_s: float = 0.0  # time to end in order, if that may take longer than open requests
-    environ: dict[str, str] = field(
-        default_factory=dict
-    )  # added to our environment, which is passed on without KVIST_ variables
-
-
-class ChildState(enum.Enum):
-    PLANNED = "waiting for other processes"
-    STARTING = "starting"
-    READY = "ready"
-    WAITING = "waiting to restart"
-    REFUSED = "refused to start"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """The answer of a child to a probe."""
-
-    alive: bool = False
-    ready: bool = False
-    doing: str = ""  # current activity during the start, for people
-
-
-NO_ANSWER, ALIVE, READY = Answer(), Answer(alive=True), Answer(alive=True, ready=True)
-
-Probe = Callable[[str, str], Answer]  # (url, instance id) -> answer; blocks for about one second at most
-Sink = Callable[[str, str], None]  # (child's name, one line of its output); must not block
-
-
-def _inherited() -> dict[str, str]:
-    """Return our environment without settings: the settings of a child are on its command line or in its plan."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("KVIST_")}
-
-
-class Child:
-    """One planned process, through all its restarts. Mutable; changed only by `Processes`, under its lock."""
-
-    def __init__(self, plan: ChildPlan) -> None:
-        self.plan = plan
-        self.state = ChildState.STOPPED
-        self.num_restarts = 0
-        self.last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
-        self.process: subprocess.Popen[bytes] | None = None
-        self.instance_id = ""  # of the current run
-        self.doing = ""  # current activity during the start, for people
-        self.was_ready = False  # in any run
-        self.started_s = 0.0
-        self.last_answer_s = 0.0
-        self.silence_reported = False
-        self.restart_at_s = 0.0
-        self.num_deaths_in_a_row = 0
-        self.partial_line = b""
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid if self.process is not None else None
-
-    def start(self, now_s: float) -> None:
-        self.instance_id = secrets.token_hex(8)
-        self.process = subprocess.Popen(
-            self.plan.argv,
-            stdin=subprocess.PIPE,  # for the lines of stop_requests.py; end of file means that this process is gone
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**_inherited(), **self.plan.environ, "KVIST_INSTANCE_ID": self.instance_id},
-            start_new_session=True,  # Ctrl-C reaches only this process, which stops the children in order
-        )
-        assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
-        self.partial_line = b""
-        self.state, self.started_s, self.silence_reported = ChildState.STARTING, now_s, False
-
-    def send(self, word: bytes) -> None:
-        if self.process is not None and self.process.stdin is not None:
-            with contextlib.suppress(OSError):
-                os.write(
-                    self.process.stdin.fileno(), word + b"\n"
-                )  # a few bytes: they fit into the pipe of a living child
-            self.process.send_signal(signal.SIGCONT)  # a suspended process would not read the line
-
-    def signal_group(self, number: signal.Signals) -> None:
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, number)
-
-    def reap(self) -> None:
-        """Clean up after the process has died: kill the rest of its process group and close its pipes."""
-        self.signal_group(signal.SIGKILL)
-        if self.process is not None:
-            for pipe in (self.process.stdin, self.process.stdout):
-                if pipe is not None:
-                    pipe.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=1.0)
-        self.process = None
-
-    def take_lines(self, chunk: bytes) -> list[str]:
-        *lines, self.partial_line = (self.partial_line + chunk).split(b"\n")
-        texts = [line.decode("utf-8", "replace").rstrip() for line in lines]
-        self.last_lines.extend(texts)
-        return texts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +78,7 @@ class Processes:
         self._hurried = threading.Event()
         self._changed = threading.Condition()
         self._threads = [threading.Thread(target=self._watch, name="watch-children", daemon=True)]
-        self._threads += [
-            threading.Thread(target=self._probe_child, args=(child,), name=f"probe-{child.plan.name}", daemon=True)
-            for child in self.children.values()
-        ]
+        self._threads += [self._prober(child) for child in self.children.values()]
 
     def __enter__(self) -> Processes:
         self.start()
@@ -215,6 +98,9 @@ class Processes:
                 self._start_if_due(child)
         for thread in self._threads:
             thread.start()
+
+    def _prober(self, child: Child) -> threading.Thread:
+        return threading.Thread(target=self._probe_child, args=(child,), name=f"probe-{child.plan.name}", daemon=True)
 
     def wait_ready(self, timeout_s: float, *, each_second: Callable[[], None] = lambda: None) -> None:
         """Wait until every child is ready. Raises `ConfigError` when a child refuses its settings, `Unavailable` when a
@@ -238,10 +124,82 @@ class Processes:
                 raise Timeout(f"not ready after {timeout_s:.0f} s: {names}{quoted}")
 
     def _quote_last_lines(self, child: Child) -> str:
+        name = child.label
         if self._lines_are_shown:
-            return f": see the lines of {child.plan.name} above"
-        name = child.plan.name
+            return f": see the lines of {name} above"
         return "; its last lines:\n" + ("\n".join(f"  [{name}] {line}" for line in child.last_lines) or "  none")
+
+    # ---- one child after another, while the others run
+
+    def start_one(self, plan: ChildPlan) -> Child:
+        """Start another child, beside the one of its name if there is one: until `take_place`, the child is labelled as
+        the new one, and its listening socket is not used. Raises `Unavailable` during a
+        stop, and for a program that cannot be started."""
+        with self._changed:
+            self._check_not_stopping()
+            is_spare = plan.name in self.children
+            child = Child(plan, f"{plan.name}+" if is_spare else plan.name)
+            assert child.label not in self.children, "one replacement at a time"
+            child.is_spare = is_spare
+            try:
+                self._start_child(child)
+            except OSError as error:
+                raise Unavailable(f"{plan.argv[0]} cannot be started: {error.strerror}") from error
+            self.children[child.label] = child
+            prober = self._prober(child)
+            self._threads.append(prober)
+        prober.start()
+        return child
+
+    def wait_one(self, child: Child, timeout_s: float) -> None:
+        """Wait until the child is ready. Raises `Unavailable` when it has died once or a stop has begun, `ConfigError`
+        when it refuses its settings, and `Timeout`; errors quote its last lines."""
+        deadline_s = self._clock.now_s() + timeout_s
+        with self._changed:
+            while child.state is not ChildState.READY:
+                self._check_not_stopping()
+                if child.state is ChildState.REFUSED:
+                    raise ConfigError(f"{child.label} refused its settings{self._quote_last_lines(child)}")
+                if child.num_deaths_in_a_row:
+                    raise Unavailable(f"{child.label} does not start{self._quote_last_lines(child)}")
+                if self._clock.now_s() > deadline_s:
+                    raise Timeout(f"{child.label} is not ready after {timeout_s:g} s{self._quote_last_lines(child)}")
+                self._changed.wait(timeout=CHECK_INTERVAL_S)
+
+    def take_place(self, child: Child) -> Child:
+        """Give the spare child the place of the one with its name, which is returned: it is not restarted when it
+        ends, and `end_one` ends it. From now on both accept connections, if they share a listening socket."""
+        with self._changed:
+            self._check_not_stopping()
+            old = self.children[child.plan.name]
+            del self.children[child.label]
+            old.label, old.is_leaving = f"{child.plan.name}-", True
+            child.label, child.is_spare = child.plan.name, False
+            self.children |= {child.label: child, old.label: old}
+            self._let_accept(child)
+        return old
+
+    def end_one(self, child: Child, *, word: bytes = STOP, within_s: float | None = None) -> None:
+        """Ask the child to end by `word`, wait for its end, and forget the child. A child that has not ended after
+        `within_s`, by default the time of open requests and a grace period, is killed."""
+        with self._changed:
+            child.is_leaving = True
+            if child.process is None:
+                child.state = ChildState.STOPPED
+            child.send(word)
+        self._wait_ended([child], within_s)
+        with self._changed:
+            self.children = {label: each for label, each in self.children.items() if each is not child}
+
+    def _check_not_stopping(self) -> None:
+        if self.stopping:
+            raise Unavailable("kvist up is stopping")
+
+    def _let_accept(self, child: Child) -> None:
+        if child.plan.listen_fd is not None and not child.is_spare:
+            child.send(ACCEPT)
+
+    # ---- the end
 
     def stop(self) -> None:
         """Stop the children in their order. A child that does not end in time is killed with its whole process group.
@@ -263,10 +221,11 @@ class Processes:
 
     def _stop_order(self) -> list[list[Child]]:
         """Return the children in groups: the children of one group end together."""
-        left, groups = dict(self.children), list[list[Child]]()
+        with self._changed:
+            left, groups = dict(self.children), list[list[Child]]()
         while left:
             needed = {name for child in left.values() for name in child.plan.stops_before}
-            groups.append([left.pop(name) for name in list(left) if name not in needed])
+            groups.append([left.pop(label) for label, child in list(left.items()) if child.plan.name not in needed])
             assert groups[-1], "children that each stop before the other"
         return groups
 
@@ -274,9 +233,11 @@ class Processes:
         """Shorten the stop in progress. Safe in a signal handler."""
         self._hurried.set()
 
-    def _wait_ended(self, children: Sequence[Child]) -> None:
-        stop_s = max((child.plan.stop_s for child in children), default=0.0)
-        end_s = self._clock.now_s() + max(self._timeouts.drain_s, stop_s) + STOP_GRACE_S
+    def _wait_ended(self, children: Sequence[Child], within_s: float | None = None) -> None:
+        if within_s is None:
+            stop_s = max((child.plan.stop_s for child in children), default=0.0)
+            within_s = max(self._timeouts.drain_s, stop_s) + STOP_GRACE_S
+        end_s = self._clock.now_s() + within_s
         hurried = False
         while self._threads[0].is_alive() and any(child.process is not None for child in children):
             now_s = self._clock.now_s()
@@ -315,7 +276,7 @@ class Processes:
         assert hasattr(pipe, "fileno")
         chunk = os.read(pipe.fileno(), 1 << 16)
         for line in child.take_lines(chunk):
-            self._sink(child.plan.name, line)
+            self._sink(child.label, line)
         return bool(chunk)
 
     def _relay_rest(self, child: Child) -> None:
@@ -336,7 +297,7 @@ class Processes:
         status = child.process.poll()
         if status is not None:
             self._handle_exit(child, status, now_s)
-        elif child.state is ChildState.READY and not self._stopping.is_set():
+        elif child.state is ChildState.READY and not child.is_leaving and not self._stopping.is_set():
             if now_s - child.started_s > BACKOFF_RESET_S:
                 child.num_deaths_in_a_row = 0
             self._check_silence(child, now_s - child.last_answer_s)
@@ -347,7 +308,7 @@ class Processes:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(child.process.stdout)  # type: ignore[arg-type]
         child.reap()
-        if self._stopping.is_set():
+        if self._stopping.is_set() or child.is_leaving:
             child.state = ChildState.STOPPED
         elif status == REFUSED_STATUS and not child.was_ready:
             child.state = ChildState.REFUSED
@@ -356,17 +317,17 @@ class Processes:
             wait_s = restart_wait_s(child.num_deaths_in_a_row)
             child.state, child.restart_at_s = ChildState.WAITING, now_s + wait_s
             how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
-            self._sink(child.plan.name, f"{how}; the next start is in {wait_s:g} s")
+            self._sink(child.label, f"{how}; the next start is in {wait_s:g} s")
         self._changed.notify_all()
 
     def _check_silence(self, child: Child, silent_s: float) -> None:
         if silent_s >= self._timeouts.stall_restart_s:
-            self._sink(child.plan.name, f"has not answered for {silent_s:.0f} s (--stall-restart-s) and is killed")
+            self._sink(child.label, f"has not answered for {silent_s:.0f} s (--stall-restart-s) and is killed")
             child.signal_group(signal.SIGKILL)
         elif (silent_s >= SILENT_AFTER_S) is not child.silence_reported:
             child.silence_reported = not child.silence_reported
             text = f"has not answered for {silent_s:.0f} s: the process is suspended or blocked"
-            self._sink(child.plan.name, text if child.silence_reported else "answers again")
+            self._sink(child.label, text if child.silence_reported else "answers again")
 
     def _start_if_due(self, child: Child) -> None:
         """Start a planned child if the children that it waits for have been ready."""
@@ -380,12 +341,15 @@ class Processes:
         assert child.process is not None
         assert child.process.stdout is not None
         self._selector.register(child.process.stdout, selectors.EVENT_READ, child)
+        self._let_accept(child)
 
     # ---- a thread for each child
 
     def _probe_child(self, child: Child) -> None:
         """Probe the child: until it is ready, and then whether it still answers."""
         while not self._stopping.wait(HEALTH_INTERVAL_S if child.state is ChildState.READY else PROBE_INTERVAL_S):
+            if child.is_leaving:
+                return
             instance_id = child.instance_id
             answer = self._probe(child.plan.url, instance_id) if child.process is not None else NO_ANSWER
             with self._changed:

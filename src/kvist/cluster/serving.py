@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 
 import httpx
 import msgspec
-import uvicorn
 
 from kvist.agents_api import agent_apis
 from kvist.channel import (
@@ -34,7 +33,7 @@ from kvist.cluster.announce import announce, curl_example, router_example, shown
 from kvist.cluster.config import GatewayOptions, JoinOptions
 from kvist.cluster.joining import Joining, OwnAddress
 from kvist.cluster.listener import bound_socket
-from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, stop_with_parent
+from kvist.cluster.stop_requests import ACCEPT, RETIRE, STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.stopping import Drain, StopSignals
 from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
@@ -55,8 +54,9 @@ from kvist.router.dispatch import Dispatcher
 from kvist.router.stream import ClusterSnapshot
 from kvist.server.app import build_app, no_engine
 from kvist.server.config import ServerConfig
+from kvist.server.front import Front
 from kvist.server.lifecycle import Lifecycle
-from kvist.server.serve import http_server
+from kvist.server.serve import HttpServer, http_server
 from kvist.supervisor.engine_process import EngineSupervisor
 from kvist.text import SamplingDefaults, TextConfig, Tokenizer, load_sampling_defaults, load_tokenizer
 from kvist.text.fingerprint import vocabulary_fingerprint
@@ -136,11 +136,13 @@ def serve_router(
     gateway: GatewayOptions,
     channel: ChannelConfig,
     stop_with_stdin: bool = False,
+    listen_fd: int | None = None,
 ) -> int:
-    """Serve until SIGINT or SIGTERM, then return 0. Raises `ConfigError` for an invalid URL, a missing tokenizer or a
-    port in use."""
+    """Serve until SIGINT or SIGTERM, then return 0; or until another router has the socket of `listen_fd`. Raises
+    `ConfigError` for an invalid URL, a missing tokenizer or a port in use."""
     channel = with_cluster_key(channel)
-    with _listening(gateway, stop_with_stdin) as listening:
+    front = None if listen_fd is None else Front(listen_fd)
+    with _listening(gateway, stop_with_stdin, front) as listening:
         checkpoint = find_checkpoint(model_path)
         tokenizer = load_tokenizer(checkpoint, gateway.text)
         named = GatewayTokenizer(name=checkpoint.name, fingerprint=vocabulary_fingerprint(tokenizer))
@@ -191,6 +193,7 @@ def _serve(
     serving = Serving(
         http=http_server(app, app.traffic, gateway.server, gateway.tls),
         listener=listening.listener,
+        front=listening.front,
         dispatcher=router.dispatcher,
         members=router.members if role is None else None,
         balancer=router.balancer,
@@ -217,17 +220,18 @@ def _sampling_defaults(checkpoint: Checkpoint, text: TextConfig) -> SamplingDefa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listening:
-    """The HTTP socket of this process, and its stop signals."""
+    """The HTTP sockets of this process, and its stop signals."""
 
     stop: StopSignals
     listener: socket.socket
+    front: Front | None  # a socket of the parent's
     name: WorkerId  # public name, HOST:PORT
     url: str
     for_people: bool  # started by hand: shows an example request when ready
 
 
 @contextlib.contextmanager
-def _listening(gateway: GatewayOptions, stop_with_stdin: bool) -> Iterator[Listening]:
+def _listening(gateway: GatewayOptions, stop_with_stdin: bool, front: Front | None = None) -> Iterator[Listening]:
     server, stop = gateway.server, StopSignals()
     with (
         handle_signals(stop, STOP_SIGNALS),
@@ -236,10 +240,12 @@ def _listening(gateway: GatewayOptions, stop_with_stdin: bool) -> Iterator[Liste
     ):
         if stop_with_stdin:
             drain_s = max(server.shutdown_timeout_s, server.drain_grace_s)
-            stop_with_parent(stop=stop.stop, hurry=stop.hurry, drain_s=drain_s)
-        name = WorkerId(f"{host_to_name(server.host, socket.gethostname())}:{listener.getsockname()[1]}")
+            words = None if front is None else {ACCEPT: front.accept, RETIRE: front.retire}
+            stop_with_parent(stop=stop.stop, hurry=stop.hurry, drain_s=drain_s, other=words)
+        host, port = (listener if front is None else front.socket).getsockname()[:2]
+        name = WorkerId(f"{host_to_name(server.host if front is None else host, socket.gethostname())}:{port}")
         url = f"{gateway.tls.scheme}://{name}"
-        yield Listening(stop=stop, listener=listener, name=name, url=url, for_people=not stop_with_stdin)
+        yield Listening(stop=stop, listener=listener, front=front, name=name, url=url, for_people=not stop_with_stdin)
 
 
 class StartProgress:
@@ -287,8 +293,9 @@ class LocalEngineView:
 class Serving:
     """One process that answers HTTP, over its own engine or over remote ones. `run` is its whole life."""
 
-    http: uvicorn.Server
+    http: HttpServer
     listener: socket.socket
+    front: Front | None = None  # of a router of `kvist up`
     dispatcher: Dispatcher
     members: Members | None = None  # of a router
     balancer: Balancer | None = None  # of a router with --auto-balance
@@ -317,7 +324,8 @@ class Serving:
         serving = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")
         stop_requested = asyncio.create_task(self.stop.requested.wait(), name="stop requested")
         engine = None if self.supervisor is None else asyncio.create_task(self.supervisor.run(), name="engine")
-        ends = {serving, stop_requested, *([] if engine is None else [engine])}
+        front = None if self.front is None else asyncio.create_task(self.front.run(self.http), name="front")
+        ends = {serving, stop_requested, *([] if engine is None else [engine]), *([] if front is None else [front])}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             announcer.cancel()
@@ -335,6 +343,9 @@ class Serving:
             self.lifecycle.stop()
             announcer.cancel()
             stop_requested.cancel()
+            if front is not None:
+                front.cancel()
+                await asyncio.gather(front, return_exceptions=True)
             self.http.should_exit = True
             await self._leave_routers()  # if that has not happened above
             await serving

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from kvist.clock import MonotonicClock
-from kvist.cluster.processes import Child, ChildState
+from kvist.supervisor.child import Child, ChildState
 
 if TYPE_CHECKING:
     from rich.live import Live

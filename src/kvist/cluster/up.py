@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 
 from kvist.cluster.announce import curl_example, shown_key
 from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.listener import bound_socket
-from kvist.cluster.plan import ClusterShape, plan_on_free_ports
+from kvist.cluster.plan import ROUTER, ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.start_display import StartBlock, start_display
 from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, signal_self, stop_with_parent
 from kvist.output import output_to
+
+Beside = Callable[[ClusterShape, Processes, Callable[[str], None]], contextlib.AbstractContextManager[None]]
 
 
 def interrupt_on_stop_signals(processes: Processes) -> contextlib.AbstractContextManager[None]:
@@ -60,10 +65,15 @@ class Screen:
         self._output.flush()
 
 
-def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
-    """Run the cluster until a stop is requested, then return 0. Raises `KvistError` if the start fails."""
-    with bound_socket(shape.router_host, shape.router_port):
-        pass  # a port in use is one error, before any process starts
+def run_up(shape: ClusterShape, *, beside: Beside, stop_with_stdin: bool = False) -> int:
+    """Run the cluster until a stop is requested, then return 0. `beside` runs while the cluster is ready. Raises
+    `KvistError` if the start fails."""
+    with bound_socket(shape.router_host, shape.router_port) as front:  # in use: one error, before any process starts
+        shape = replace(shape, router_port=front.getsockname()[1], front_fd=front.fileno())
+        return _run_behind(front, shape, beside, stop_with_stdin)
+
+
+def _run_behind(front: socket.socket, shape: ClusterShape, beside: Beside, stop_with_stdin: bool) -> int:
     if shape.pool is not None:
         shape.pool.make_folders()
     screen = Screen()
@@ -76,12 +86,15 @@ def run_up(shape: ClusterShape, *, stop_with_stdin: bool = False) -> int:
     )
     with interrupt_on_stop_signals(processes):
         try:
-            _start_and_wait(processes, shape, screen, stop_with_stdin)
+            _start(processes, shape, screen, stop_with_stdin)
+            with beside(shape, processes, lambda text: screen.show("kvist", text)):
+                threading.Event().wait()
         except KeyboardInterrupt:
             screen.show(
                 "kvist", f"stopping: open requests may finish within {shape.drain_s:g} s (a second signal cuts them)"
             )
         finally:
+            front.close()  # with the router, which has it too, the address is free
             stop_and_clear(processes, shape.runtime_dir)
     screen.show("kvist", "stopped")
     screen.flush()
@@ -93,7 +106,7 @@ def _stop(processes: Processes) -> None:
         signal_self()
 
 
-def _start_and_wait(processes: Processes, shape: ClusterShape, screen: Screen, stop_with_stdin: bool) -> None:
+def _start(processes: Processes, shape: ClusterShape, screen: Screen, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
         # the router's open requests, then the workers' open requests of other routers
         stop_with_parent(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=shape.stop_s)
@@ -103,10 +116,8 @@ def _start_and_wait(processes: Processes, shape: ClusterShape, screen: Screen, s
     screen.show("kvist", f"starting {pool}a router and workers ({workers}), {shape.threads_per_worker} thread(s) each")
     processes.start()
     screen.wait_ready(processes, shape)
-    url = processes.children["router"].plan.url
     for name, child in processes.children.items():
-        if name != "router":
+        if name != ROUTER:
             screen.show("kvist", f"{name} is process {child.pid} at {child.plan.url}")
-    screen.show("kvist", f"ready at {url}    (Ctrl-C stops everything). Try:")
-    screen.show("kvist", curl_example(url, api_key=shown_key(shape.api_keys)))
-    threading.Event().wait()
+    screen.show("kvist", f"ready at {shape.url}    (Ctrl-C stops everything). Try:")
+    screen.show("kvist", curl_example(shape.url, api_key=shown_key(shape.api_keys)))

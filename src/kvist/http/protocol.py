@@ -35,6 +35,7 @@ _PIECE_BYTES = 64 << 10  # fed to the parser at once
 _MAX_UNREAD_BYTES = 64 << 10  # a shorter body that was answered unread may arrive later on the kept-alive connection
 _LINGER_S = 1.0  # how long a client that has its response may keep sending
 _MAX_LINGERING = 64  # connections over the limit that get a lingering close
+RETIRING_KEEP_ALIVE_S = 3  # of an idle connection, while another process accepts new ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_silent_bytes = 0  # consumed since the last event
         self._num_header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
+        self._is_retiring = False  # the next response is the last one on this connection
 
     # ---------------------------------------------------------------- the connection
 
@@ -92,6 +94,13 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._close_lingering()
             return
         self._time_header()
+
+    def retire(self) -> None:
+        """Announce the end of the connection with the next response (`Connection: close`), and wait less for it."""
+        self._is_retiring, self.timeout_keep_alive = True, RETIRING_KEEP_ALIVE_S
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+            self.timeout_keep_alive_task = self.loop.call_later(RETIRING_KEEP_ALIVE_S, self.timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_header_timer()
@@ -144,7 +153,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._fail(RequestError(f"more than {_MAX_PIPELINED} requests wait on this connection"))
         super().on_headers_complete()
         self._in_header = False
-        if self.parser.should_upgrade():
+        if self.parser.should_upgrade() or self._is_retiring:
             self.cycle.keep_alive = False
 
     def on_chunk_header(self) -> None:

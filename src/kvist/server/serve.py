@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from kvist.clock import Clock, MonotonicClock
 from kvist.errors import ConfigError
-from kvist.http.protocol import Bounds, bounded_protocol
+from kvist.http.protocol import BoundedProtocol, Bounds, bounded_protocol
 from kvist.http.traffic import Traffic
 from kvist.server.config import ServerConfig, TlsOptions
 
@@ -33,7 +33,9 @@ _OTHER_FILES = 256  # upper bound of open files in this process other than HTTP 
 CLOSE_TIMEOUT_S = 2
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, which can also listen on further sockets, and leave all its sockets to another process."""
+
     def __init__(self, settings: uvicorn.Config, traffic: Traffic) -> None:
         super().__init__(settings)
         self._traffic = traffic
@@ -46,13 +48,33 @@ class _Server(uvicorn.Server):
         finally:
             watch.cancel()
 
+    async def listen(self, listener: socket.socket) -> None:
+        """Accept connections on another socket, too. The server must have started."""
+
+        def connection() -> asyncio.Protocol:
+            make = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+            return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        loop, config = asyncio.get_running_loop(), self.config
+        self.servers.append(await loop.create_server(connection, sock=listener, ssl=config.ssl, backlog=config.backlog))
+
+    def retire(self) -> None:
+        """Accept no more connections. Open ones serve their current request or the next one, and end."""
+        for server in self.servers:
+            server.close()
+        for connection in self.server_state.connections:
+            cast(BoundedProtocol, connection).retire()
+
+    def num_connections(self) -> int:
+        return len(self.server_state.connections)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the caller: uvicorn would close the port at the first signal and raise it again later."""
         yield
 
 
-def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig, tls: TlsOptions = NO_TLS) -> uvicorn.Server:
+def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig, tls: TlsOptions = NO_TLS) -> HttpServer:
     """Return a server that is not started: `await serve()` runs it, `should_exit = True` stops it.
 
     `traffic` counts requests that are refused before the app sees them. Raises `ConfigError` for an unusable
@@ -85,7 +107,7 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig, tls: TlsOp
     except (OSError, ssl.SSLError) as error:
         files = f"--ssl-certfile {tls.ssl_certfile} --ssl-keyfile {tls.ssl_keyfile}"
         raise ConfigError(f"cannot serve HTTPS with {files}: {error}", param="ssl_certfile") from error
-    return _Server(settings, traffic)
+    return HttpServer(settings, traffic)
 
 
 async def watch_loop_lag(note_lag_s: Callable[[float], None], clock: Clock) -> None:
