@@ -20,6 +20,7 @@ import httpx
 import msgspec
 
 from kvist.agents_api import agent_apis
+from kvist.api_docs import docs_api
 from kvist.channel import (
     ChannelConfig,
     ClusterProof,
@@ -177,7 +178,7 @@ def _serve(
         model_name=gateway.name.served_model_name or checkpoint.name,
         model_path=str(checkpoint.path),
         grammar=gateway.grammar,
-        apis=(*agent_apis(gateway.agents), prompt_api),
+        apis=(*agent_apis(gateway.agents), prompt_api, docs_api),
         sampling_defaults=None if tokenizer is None else _sampling_defaults(checkpoint, gateway.text),
         own_role=role,
         own_engine=no_engine if supervisor is None else lambda: supervisor.spec,

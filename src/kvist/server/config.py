@@ -30,8 +30,8 @@ class ServerConfig:
     api_key: tuple[str, ...] = option(
         (),
         "one or several keys, separated by spaces or commas; clients must send one of them as 'Authorization: Bearer "
-        "KEY', except to /, /health and /ready. A router sends the first one to its workers. Other users can read a "
-        "command line: KVIST_API_KEY is safer",
+        "KEY' or 'x-api-key: KEY', except to /, /health, /ready, /docs and /openapi.json. A router sends the first one "
+        "to its workers. Other users can read a command line: KVIST_API_KEY is safer",
         secret=True,
     )
     api_key_weights: tuple[int, ...] = option(

@@ -28,7 +28,8 @@ from kvist.server.web_pages import OriginGuard, check_host_header
 
 logger = logging.getLogger(__name__)
 
-_PATHS_WITHOUT_KEY = frozenset({"/", "/health", "/ready"})  # probes carry no key, and / says whether a key is needed
+# Probes and a browser's address line carry no key; / says whether a key is needed, and /docs has no state.
+_PATHS_WITHOUT_KEY = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 _MAX_REQUEST_ID_CHARS = 128
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 ErrorBody = Callable[[KvistError, str], object]  # error, request id → the body of the response

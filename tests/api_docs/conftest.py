@@ -1,0 +1,3 @@
+from tests.agents_api.conftest import bench
+
+__all__ = ["bench"]
