@@ -30,6 +30,16 @@ STALL_RESTART_S = 8.0  # short enough for a test, long enough for a busy machine
 WORKER_ARGV = ("--max-total-tokens=16384", f"--stall-restart-s={STALL_RESTART_S}")
 
 
+# The template of the embedded model, which shows no tools, with a place for them.
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\nReply with <tool_call></tool_call>.\n{% endfor %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
 def _is_ready(url: str) -> bool:
     """Return whether `GET /ready` answers 200. Never raises; takes about one second at most."""
     try:
@@ -121,11 +131,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster() -> Iterator[Cluster]:
     lines: list[str] = []
     plans = plan_on_free_ports(
-        ClusterShape(config=ClusterConfig(prefill=1, decode=1), router_port=0, worker_argv=WORKER_ARGV)
+        ClusterShape(
+            config=ClusterConfig(prefill=1, decode=1),
+            router_port=0,
+            worker_argv=WORKER_ARGV,
+            router_argv=(f"--chat-template={TOOL_TEMPLATE}",),
+        )
     )
     port = free_ports(1)[0]
     serve = (sys.executable, "-m", "kvist", "serve", "--stop-with-stdin", "--num-threads=1", f"--port={port}")
-    plans.append(ChildPlan(name="unified", argv=(*serve, *WORKER_ARGV), url=f"http://127.0.0.1:{port}"))
+    plans.append(
+        ChildPlan(
+            name="unified",
+            argv=(*serve, f"--chat-template={TOOL_TEMPLATE}", *WORKER_ARGV),
+            url=f"http://127.0.0.1:{port}",
+        )
+    )
     urls = {plan.name.removesuffix("-0"): plan.url for plan in plans}
     timeouts = ChildTimeouts(stall_restart_s=STALL_RESTART_S)
     with Processes(

@@ -21,6 +21,7 @@ LONG = "The quick brown fox jumps over the lazy dog, again and again and again. 
 NUM_TOKENS = 40
 GREEDY: dict[str, Any] = {"temperature": 0}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 # Requests with everything that shapes tokens, or is counted over all tokens of an answer.
 REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {**GREEDY, "logprobs": 2},
@@ -33,12 +34,20 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "include_stop_str_in_output": True,
     },
     "echo": {**GREEDY, "echo": True, "logprobs": 1, "prompt_logprobs": 1},
+    "tool calls": {
+        **SEEDED,
+        "messages": [{"role": "user", "content": "How warm are Oslo, Bergen and Reims?"}],
+        "tools": [{"type": "function", "function": {"name": "weather", "strict": True, "parameters": CITY}}],
+        "tool_choice": "required",
+        "ignore_eos": False,
+    },
 }
 
 
 def complete(url: str, fields: dict[str, Any]) -> dict[str, Any]:
-    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "kvist": {"report": True}, **fields}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    body = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "kvist": {"report": True}, **fields}
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    answer = httpx.post(url + path, json=body if "messages" in fields else {"prompt": PROMPT, **body}, timeout=120)
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found

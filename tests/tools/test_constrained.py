@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvist.errors import ConfigError
+from kvist.errors import ConfigError, InvalidConstraint
 from kvist.grammar.backend import Grammar, GrammarBackend, Vocabulary
 from kvist.grammar.backends import GRAMMAR_BACKENDS
 from kvist.request import Constraint
@@ -187,3 +187,29 @@ def test_xgrammar_takes_the_grammar_of_every_format(form: ToolFormat) -> None:
             if text is not None:
                 num_calls += len(check(form, tools, text, draw).calls)
     assert num_calls
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ({"required": [{}]}, ""),
+        ({"properties": {"a": {}}, "anyOf": []}, ".anyOf"),
+        ({"$ref": "#/$defs/x"}, ".$ref"),
+        ({"properties": {"a": {"pattern": "x"}}}, ".properties.a.pattern"),
+        ({"properties": {"a": {"type": "string", "enum": [1]}}}, ".properties.a"),
+        ({"properties": {"a>b": {"type": "integer"}}}, ".properties.a>b"),
+        (
+            {"properties": {"a": {"anyOf": [{"type": "string"}, {"enum": ["x"]}]}}},
+            ".properties.a.anyOf",
+        ),
+        (
+            {"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"anyOf": [{"$ref": "#/$defs/x"}]}}},
+            ".properties.a" + ".anyOf[0]" * 8,
+        ),
+    ],
+)
+def test_what_a_format_of_tags_cannot_enforce_is_refused_with_its_path(schema: dict[str, Any], path: str) -> None:
+    form = next(form for form in FORMATS if form.name == "qwen3_coder")
+    with pytest.raises(InvalidConstraint) as error:
+        compile_calls(form, {"f": schema}, required=True, parallel=True)
+    assert error.value.param == f"tools[0]{path}"

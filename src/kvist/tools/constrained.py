@@ -105,8 +105,8 @@ def _parameters(tool: CallableTool, schema: Mapping[str, object]) -> Sequence[_P
     """Return the parameters of a format that writes them one by one: the required ones first. Raises
     `InvalidConstraint` for a keyword about all arguments together."""
     named, needed = schema.get("properties") or {}, schema.get("required") or []
-    if not isinstance(named, Mapping) or not isinstance(needed, list):
-        raise InvalidConstraint("`properties` must be an object, and `required` a list", param=tool.param)
+    if not isinstance(named, Mapping) or not isinstance(needed, list) or not all(isinstance(n, str) for n in needed):
+        raise InvalidConstraint("`properties` must be an object, and `required` a list of names", param=tool.param)
     for keyword in schema.keys() - _OF_ALL if tool.strict else ():
         raise InvalidConstraint(
             f"`{keyword}` cannot be enforced where the model writes one parameter after the other",

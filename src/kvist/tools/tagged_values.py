@@ -15,6 +15,7 @@ from kvist.tools.values import resolved, types_of
 NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "nullable"}
 _STRING = {"type", "enum", "const", "minLength", "maxLength"}
 _CHOICES = ("anyOf", "oneOf")
+_MAX_DEPTH = 8  # of choices inside of each other
 _DEFINITIONS = ("$defs", "definitions")
 
 
@@ -28,7 +29,7 @@ def tagged_value(
     if types and "string" not in types:
         return tag(begin + line, json_schema(embedded(schema, root), strict=strict), line + end)
     text = _StringSchema(types, strict=strict)
-    text.read(schema, root, path)
+    text.read(schema, path, root=root)
     return text.tag(begin + line, line, end)
 
 
@@ -48,20 +49,25 @@ class _StringSchema:
         self._least = 0  # characters
         self._most: int | None = None
 
-    def read(self, schema: object, root: Mapping[str, object], path: str) -> None:
+    def read(self, schema: object, path: str, *, root: Mapping[str, object], depth: int = 0) -> None:
+        if depth == _MAX_DEPTH:
+            self._refuse("a choice between choices, nested this deeply, cannot be enforced", path)
+            return
         known = resolved(schema, root)
         for name in known.keys() - NOTES - _STRING - {*_DEFINITIONS, *_CHOICES}:
             self._refuse(f"`{name}` cannot be enforced", f"{path}.{name}")
         for name in _CHOICES:
-            self._read_choices(known.get(name), root, f"{path}.{name}")
+            self._read_choices(known.get(name), root, f"{path}.{name}", depth + 1)
         texts = [known["const"]] if "const" in known else known.get("enum")
         if isinstance(texts, list):
             self._texts = [one for one in texts if isinstance(one, str)]
+            if not self._texts:
+                self._refuse("none of the values is a string", path)
         least, most = known.get("minLength"), known.get("maxLength")
         self._least = max(self._least, least if isinstance(least, int) else 0)
         self._most = most if isinstance(most, int) else self._most
 
-    def _read_choices(self, choices: object, root: Mapping[str, object], path: str) -> None:
+    def _read_choices(self, choices: object, root: Mapping[str, object], path: str, depth: int) -> None:
         """Of several kinds of strings, at most one may have limits: the text of a string does not show its kind."""
         strings: list[tuple[object, str]] = []
         for index, choice in enumerate(choices if isinstance(choices, list) else ()):
@@ -69,7 +75,7 @@ class _StringSchema:
             if "string" in types or not types:
                 strings.append((choice, f"{path}[{index}]"))
         if len(strings) == 1:
-            self.read(strings[0][0], root, strings[0][1])
+            self.read(*strings[0], root=root, depth=depth)
         elif any(resolved(choice, root).keys() - {"type"} - NOTES for choice, _ in strings):
             self._refuse("several kinds of strings look alike", path)
 
