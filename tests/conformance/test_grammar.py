@@ -285,6 +285,25 @@ def test_without_strict_unknown_parts_of_a_schema_are_ignored_and_named(default:
         ({"type": "integer", "minimum": 5, "maximum": 3}, "", "greater"),
         ({"properties": {"a": {"$ref": "https://example.com/x"}}}, "properties.a", "example.com"),
         ({"$ref": "#"}, "", "no finite answer"),
+        (
+            {**PERSON, "required": ["x"], "properties": {"x": {"type": "integer", "minimum": 2, "maximum": 1}}},
+            "properties.x",
+            "greater",
+        ),
+        (
+            {**PERSON, "required": ["x"], "properties": {"x": {"type": "string", "minLength": 2, "maxLength": 1}}},
+            "properties.x",
+            "Unsat",
+        ),
+        (
+            {
+                "properties": {"x": {**PERSON, "properties": {"x": {"$ref": "#/properties/x"}}, "required": ["x"]}},
+                "type": "object",
+                "required": ["x"],
+            },
+            "properties.x.properties.x",
+            "no finite answer",
+        ),
         ({"properties": {"a": {"type": "string", "format": "what"}}}, "properties.a", "what"),
     ],
 )

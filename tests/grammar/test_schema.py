@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.errors import InvalidConstraint
-from kvist.grammar.schema import MAX_DEPTH, find_fault, parse_json, path_text
+from kvist.grammar.endless import find_endless
+from kvist.grammar.schema import MAX_DEPTH, find_fault, parse_json
+from kvist.grammar.schema_parts import path_text
 
 BAD = "bad"
 
@@ -39,7 +42,7 @@ def fails(text: str) -> str | None:
 
 def place(schema: object) -> str:
     assert fails(json.dumps(schema)) == "refused"
-    return path_text(find_fault(schema, "refused", fails))
+    return path_text(find_fault(schema, "refused", fails)[0])
 
 
 names = st.sampled_from(["a", "b", "name with . and [0]"])
@@ -78,7 +81,54 @@ def test_references_that_form_a_circle_end_the_search() -> None:
 
 
 def test_a_fault_of_the_whole_has_no_path() -> None:
-    assert find_fault({"properties": {"a": {}}}, "too large", lambda _: None) == ()
+    assert find_fault({"properties": {"a": {}}}, "too large", lambda _: None) == ((), "too large")
+
+
+@pytest.mark.parametrize(
+    ("required", "found"), [(["b"], ("properties.b", "empty")), (["a"], ("", "whole")), ([], ("", "whole"))]
+)
+def test_an_impossible_part_is_at_fault_if_every_document_needs_it(required: list[str], found: tuple[str, str]) -> None:
+    schema = {"properties": {"a": {}, "b": {"enum": []}}, "required": required}
+    path, message = find_fault(schema, "whole", lambda text: "empty" if json.loads(text).get("enum") == [] else None)
+    assert (path_text(path), message) == found
+
+
+NEXT = {"type": "object", "properties": {"value": {}, "next": {"$ref": "#"}}}
+LISTED = {"type": "array", "items": {"$ref": "#"}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ({**NEXT, "required": ["next"]}, ("properties", "next")),
+        (NEXT, None),
+        ({**NEXT, "required": ["value"]}, None),
+        ({**NEXT, "type": ["object", "null"], "required": ["next"]}, None),
+        ({"anyOf": [{**NEXT, "required": ["next"]}, {"type": "null"}]}, None),
+        ({**LISTED, "minItems": 1}, ("items",)),
+        ({**LISTED, "minItems": 1, "prefixItems": [{}]}, None),
+        ({**LISTED, "minItems": 2, "prefixItems": [{}]}, ("items",)),
+        (LISTED, None),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, ("$defs", "b")),
+        ({"$ref": "https://example.com"}, None),
+        (True, None),
+    ],
+)
+def test_a_schema_without_a_finite_document_is_found(schema: object, path: tuple[str, ...] | None) -> None:
+    assert find_endless(schema) == path
+
+
+def test_the_search_for_endless_schemas_takes_time_in_proportion_to_their_size() -> None:
+    """A chain of references, whose last link decides, between many alternatives."""
+    num_links = 3000
+    links: dict[str, Any] = {str(number): {"$ref": f"#/$defs/{number + 1}"} for number in range(num_links)}
+    links[str(num_links)] = {"anyOf": [{"$ref": "#"}] * num_links}
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/0"}}, "required": ["a"], "$defs": links}
+    start_s = time.thread_time()
+    assert find_endless(schema) is not None
+    links[str(num_links)]["anyOf"].append({})
+    assert find_endless(schema) is None
+    assert time.thread_time() - start_s < 2.0
 
 
 texts = st.text('[]{}"\\', max_size=4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import llguidance
@@ -30,6 +30,7 @@ _MAX_MESSAGE_CHARS = 500
 _NUM_MASK_THREADS = max(
     1, min(8, num_usable_cores() // 2)
 )  # the other cores plan and launch steps, in several processes
+_NUM_KEPT_TEXTS, _MAX_KEPT_CHARS = 4096, 256  # forced texts whose tokens are kept
 _MIN_PARALLEL = 4  # masks; to wake the threads costs as much as a few masks
 # About 20 ms for a mask and 0.4 s to compile, at most; the library's own limits are for trusted grammars.
 _LIMITS = llguidance.LLParserLimits(
@@ -156,6 +157,7 @@ class _Wrapped:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._tokens = vocabulary.tokens
+        self._encode_kept = lru_cache(_NUM_KEPT_TEXTS)(self._encode)  # the same keys are forced in every answer
         self.eos_token_id = vocabulary.end_token_ids[0]
         self.bos_token_id = None
         self.tokens = vocabulary.token_bytes()
@@ -164,6 +166,9 @@ class _Wrapped:
     def __call__(self, text: str) -> list[int]:
         if isinstance(text, bytes):  # the library asks whether bytes are accepted
             raise TypeError("text only")
+        return self._encode_kept(text) if len(text) <= _MAX_KEPT_CHARS else self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         return self._tokens.encode(text, add_special_tokens=False)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvist.errors import InvalidConstraint
-from kvist.grammar.schema import Path, path_text
+from kvist.grammar.schema_parts import Path, path_text
 
 MAX_RULES = 2048
 _TEXT = r"/(.|\n)*/"

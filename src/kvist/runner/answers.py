@@ -92,23 +92,14 @@ class Answer:
         """Whether tokens may follow without a step of their own."""
         return self._skips_forced and self.matcher is not None and not self.matcher.is_terminated
 
-    def take_forced(self) -> list[int]:
-        """Accept the tokens that follow in any case, and return them. Steps would sample the same tokens one after the
-        other, because nothing else is allowed."""
-        found: list[int] = []
-        while self.may_skip and len(found) < _MAX_FORCED and (token_id := self._forced_token()) is not None:
-            self.accept(len(self.token_ids), (token_id,))
-            found.append(token_id)
-        return found
-
-    def _forced_token(self) -> int | None:
-        if self.mask is None and self.matcher is not None:
-            self.mask = np.empty(self._num_words, dtype=np.int32)
-            try:
-                self.matcher.fill(self.mask)
-            except KvistError as error:
-                self.fail(error.message)
-        return None if self.mask is None else _only_token(self.mask)
+    def accept_forced(self) -> bool:
+        """Accept the token that follows in any case, if there is one; `mask` is known. A step would sample the same
+        token, because nothing else is allowed."""
+        token_id = _only_token(self.mask) if self.may_skip and self.mask is not None else None
+        if token_id is None:
+            return False
+        self.accept(len(self.token_ids), (token_id,))
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +195,13 @@ class SlotAnswers:
         if not rows:
             return {}
         newest = [each for each in rows if each.answer.may_skip and len(each.answer.token_ids) == each.position + 1]
-        self.fill(newest)
-        found = ((each.row, each.answer.take_forced()) for each in newest)
+        left = newest
+        for _ in range(_MAX_FORCED):
+            if not left:
+                break
+            self.fill(left)
+            left = [each for each in left if each.answer.accept_forced()]
+        found = ((each.row, each.answer.token_ids[each.position + 1 :]) for each in newest)
         return {row: token_ids for row, token_ids in found if token_ids}
 
 
