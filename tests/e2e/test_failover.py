@@ -34,6 +34,11 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "include_stop_str_in_output": True,
     },
     "echo": {**GREEDY, "echo": True, "logprobs": 1, "prompt_logprobs": 1},
+    "forced tokens": {
+        **SEEDED,
+        "structured_outputs": {"regex": r'(\{"name": "[a-z]{2,9}", "count": [0-9]{2,5}\},\n){30}'},
+        "ignore_eos": False,
+    },
     "tool calls": {
         **SEEDED,
         "messages": [{"role": "user", "content": "How warm are Oslo, Bergen and Reims?"}],

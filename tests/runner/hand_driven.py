@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 import torch
 
 from kvist.checkpoint import Checkpoint
+from kvist.grammar.backend import Vocabulary
+from kvist.grammar.backends import GRAMMAR_BACKENDS
 from kvist.grammar.compiler import GrammarCompiler
 from kvist.models import load_model_config
 from kvist.plan.batch import Batch, BatchItem, StartRequest
@@ -17,6 +19,7 @@ from kvist.request import RequestId, SampledToken, SamplingParams, SlotId
 from kvist.runner.build import build_runner
 from kvist.runner.config import RunnerOptions
 from kvist.runner.runner import AnyRunner, Runner
+from kvist.testing.tokenizers import byte_tokenizer
 
 PAGE_SIZE = 4
 
@@ -43,6 +46,12 @@ def make_plain_runner(checkpoint: Checkpoint, runtime_dir: Path, *, grammars: Gr
     runner = make_runner(checkpoint, runtime_dir, grammars=grammars)
     assert isinstance(runner, Runner)
     return runner
+
+
+def byte_grammars() -> GrammarCompiler:
+    """Return a compiler for the vocabulary of the tiny checkpoint: bytes, and the end token 1."""
+    vocabulary = Vocabulary(tokens=byte_tokenizer(), size=211, end_token_ids=(1,))
+    return GrammarCompiler(lambda: GRAMMAR_BACKENDS["llguidance"].make({}, vocabulary))
 
 
 AnyR = TypeVar("AnyR", bound=AnyRunner)

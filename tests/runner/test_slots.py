@@ -16,8 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.checkpoint import Checkpoint
-from kvist.grammar.backend import Vocabulary
-from kvist.grammar.backends import GRAMMAR_BACKENDS
 from kvist.grammar.compiler import GrammarCompiler
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch, BatchItem, StartRequest
@@ -36,7 +34,7 @@ from kvist.testing.specs import make_peer_spec, submit_full
 from kvist.testing.tokenizers import byte_tokenizer
 from kvist.wire import Abort, PoolAddress
 from tests.runner.cuda_on_cpu import make_cuda_runner, without_a_gpu
-from tests.runner.hand_driven import make_plain_runner
+from tests.runner.hand_driven import byte_grammars, make_plain_runner
 
 TEXT = byte_tokenizer()
 PAGE_SIZE = 4
@@ -167,8 +165,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def grammars() -> GrammarCompiler:
-    vocabulary = Vocabulary(tokens=byte_tokenizer(), size=211, end_token_ids=EOS)
-    return GrammarCompiler(lambda: GRAMMAR_BACKENDS["llguidance"].make({}, vocabulary))
+    return byte_grammars()
 
 
 @pytest.fixture(scope="module", params=["cpu", "gpu"])

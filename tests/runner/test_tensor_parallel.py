@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +19,18 @@ from typing import Any
 import pytest
 import torch
 
-from kvist.checkpoint import Checkpoint
+from kvist.checkpoint import Checkpoint, find_checkpoint
 from kvist.errors import ConfigError, EngineError
 from kvist.models import load_model_config
 from kvist.models.load import declare_model
 from kvist.plan.batch import Batch, BatchItem, StartRequest
-from kvist.request import RequestId, SamplingParams, SlotId
+from kvist.request import Constraint, RequestId, SamplingParams, SlotId
 from kvist.runner import tp
 from kvist.runner.build import build_runner, page_layout, weights_bytes
 from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.tp import FollowerProcesses, Rendezvous
-from tests.runner.hand_driven import HandDriven, PlainEngine, make_runner
+from kvist.testing.tokenizers import byte_tokenizer, write_byte_tokenizer
+from tests.runner.hand_driven import HandDriven, PlainEngine, byte_grammars, make_runner
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
 SHAPED = SamplingParams(
@@ -60,19 +63,41 @@ def test_two_ranks_give_the_tokens_and_pages_of_one_rank(
         got = [token.token_id for token in pair.generate(prompt, SAMPLING, chunks=[9, 13], pages=pages)]
         assert got == expected
         torch.testing.assert_close(runner.pool.tensor[pages[:6]], engine.runner.pool.tensor[pages[:6]])
-        assert overlapped(pair, prompt, pages) == overlapped(engine, prompt, pages)
+        assert overlapped(pair, prompt, pages, SHAPED) == overlapped(engine, prompt, pages, SHAPED)
     finally:
         runner.close()
     assert list((tmp_path / "two").iterdir()) == []
 
 
-def overlapped(engine: HandDriven[Any], prompt: list[int], pages: list[int]) -> list[int]:
-    """Return shaped tokens. Only the prompt is given: each rank continues from its own tokens, and counts them."""
-    slot = engine.start("shaped", SHAPED, prompt)
+@pytest.mark.e2e
+def test_two_ranks_follow_a_constraint_alike(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The other rank compiles the constraint itself, and follows the tokens that it has sampled."""
+    folder = Path(shutil.copytree(tiny_checkpoint.path, tmp_path / "model"))
+    write_byte_tokenizer(folder)
+    checkpoint = find_checkpoint(str(folder))
+    prompt, answers = list(range(3, 25)), []
+    constraint = Constraint(kind="regex", text="(name=[a-f]{1,3};|count:[0-9]{2}!){9}")
+    sampling = SamplingParams(max_tokens=20, temperature=1.5, seed=8, constraint=constraint)
+    for size in (1, 2):
+        runner = make_runner(checkpoint, tmp_path / str(size), tp=size, grammars=byte_grammars())
+        try:
+            engine = HandDriven(runner)
+            pages = engine.pages(60)
+            answers.append(overlapped(engine, prompt, pages, sampling))
+            answers.append([token.token_id for token in engine.generate(prompt, sampling, pages=pages)])
+        finally:
+            runner.close()
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+    assert re.match("name=[a-f]|count:[0-9]", byte_tokenizer().decode(answers[0]))
+
+
+def overlapped(engine: HandDriven[Any], prompt: list[int], pages: list[int], sampling: SamplingParams) -> list[int]:
+    """Return the tokens. Only the prompt is given: each rank continues from its own tokens, and counts them."""
+    slot = engine.start("overlapped", sampling, prompt)
     items = [BatchItem(slot=slot, token_ids=prompt, start=0, page_ids=pages, samples=True)]
     items += [
         BatchItem(slot=slot, token_ids=(), start=len(prompt) + number, page_ids=pages, samples=True)
-        for number in range(SHAPED.max_tokens - 1)
+        for number in range(sampling.max_tokens - 1)
     ]
     tokens = [token.token_id for item in items for token in engine.step(item).values()]
     engine.end(slot)

@@ -1,0 +1,140 @@
+"""Schemas that cannot be compiled are refused in bounded time and memory, and do not hold up the streams of others."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kvist.testing.rounds import check_time, in_rounds
+from tests.e2e.conftest import Cluster
+
+LIMIT_S = 15.0  # the limit of a compilation is 10
+STREAM = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 20, "ignore_eos": True, "stream": True}
+
+
+def needs(schema: object) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"], "additionalProperties": False}
+
+
+def nested(num_levels: int) -> str:
+    return '{"items":' * num_levels + "{}" + "}" * num_levels
+
+
+# the path of the fault inside the schema, and a part of the reason
+BAD: dict[str, tuple[object, str, str]] = {
+    "1 MB": ({"enum": ["x" * 1_000_000]}, "", "limit"),
+    "10,000 levels": (nested(10_000), "", "levels"),
+    "a reference to itself": ({"$ref": "#"}, "", "no finite answer"),
+    "references in a circle": (
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        ".$defs.a",
+        "no finite answer",
+    ),
+    "an endless list": (needs({"type": "array", "minItems": 1, "items": {"$ref": "#"}}), "", "no finite answer"),
+    "look-ahead": (needs({"type": "string", "pattern": "(?=a)b"}), ".properties.a", "look-a"),
+    "back-references": (needs({"type": "string", "pattern": r"(a+)+\1"}), ".properties.a", "regex"),
+    "contradictory numbers": (needs({"type": "integer", "minimum": 5, "maximum": 3}), ".properties.a", "greater"),
+    "contradictory types": (needs({"allOf": [{"type": "integer"}, {"type": "string"}]}), ".properties.a", ""),
+    "contradictory lengths": (needs({"type": "string", "minLength": 5, "maxLength": 3}), ".properties.a", ""),
+    "an unknown format": (needs({"type": "string", "format": "no-such"}), ".properties.a", "no-such"),
+    "an unknown type": (needs({"type": "strin"}), ".properties.a", "strin"),
+    "another document": (needs({"$ref": "https://example.com/x"}), ".properties.a", "example.com"),
+}
+# Without back-tracking, patterns that are catastrophic elsewhere cost nothing; too many states end the request alone.
+HARD = [
+    needs({"type": "string", "pattern": "^(a+)+$", "maxLength": 8}),
+    needs({"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$", "maxLength": 8}),
+    needs({"type": "string", "pattern": "^(((a{1,99}){1,99}){1,99}){1,99}$"}),
+    needs({"type": "string", "pattern": "(.*a.{25}){9}"}),
+]
+
+
+def post(url: str, schema: object) -> httpx.Response:
+    body = {"prompt": "x", "max_tokens": 2, "structured_outputs": {"json": schema}}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+def rss_mib(cluster: Cluster, name: str) -> float:
+    child = cluster.processes.children[name]
+    status = Path(f"/proc/{child.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+
+
+@pytest.mark.parametrize("name", BAD)
+@in_rounds(3)
+def test_a_bad_schema_is_a_400_with_the_path_of_its_fault_in_bounded_time(settled: Cluster, name: str) -> None:
+    schema, path, reason = BAD[name]
+    start_s = time.monotonic()
+    answer = post(settled.router, schema)
+    took_s = time.monotonic() - start_s
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"].startswith("structured_outputs.json" + path), error
+    assert reason in error["message"], error
+    check_time(took_s < LIMIT_S, f"the refusal took {took_s:.1f} s")
+
+
+@pytest.mark.parametrize("schema", HARD, ids=lambda schema: schema["properties"]["a"]["pattern"])
+def test_a_hard_pattern_is_followed_or_ends_its_request_alone(settled: Cluster, schema: dict[str, Any]) -> None:
+    answer = post(settled.router, schema)
+    assert answer.status_code == 200 or answer.json()["error"]["code"] == "invalid_constraint", answer.text
+
+
+def gap_s(url: str) -> float:
+    """Return the mean time between the tokens of a stream."""
+    times: list[float] = []
+    with httpx.stream("POST", f"{url}/v1/completions", json=STREAM, timeout=120) as response:
+        assert response.status_code == 200
+        times += [time.monotonic() for line in response.iter_lines() if line.startswith("data: {")]
+    assert len(times) >= 20
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+@contextlib.contextmanager
+def storm(url: str, num_threads: int = 2) -> Iterator[list[int]]:
+    """Send bad schemas one after the other, each a new one; yield the status codes."""
+    codes: list[int] = []
+    is_over = threading.Event()
+    numbers = itertools.count()
+
+    def send() -> None:
+        with httpx.Client(timeout=60) as client:
+            while not is_over.is_set():
+                number = next(numbers)
+                schema = list(BAD.values())[number % len(BAD)][0]
+                if isinstance(schema, dict):
+                    schema = {"title": f"schema {number}", **schema}
+                body = {"prompt": "x", "max_tokens": 2, "structured_outputs": {"json": schema}}
+                codes.append(client.post(f"{url}/v1/completions", json=body).status_code)
+
+    threads = [threading.Thread(target=send) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield codes
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join(60)
+
+
+@in_rounds(4)
+def test_a_storm_of_bad_schemas_does_not_hold_up_the_streams_of_others(settled: Cluster) -> None:
+    gap_s(settled.unified)  # warms up
+    quiet_s = gap_s(settled.unified)
+    before = rss_mib(settled, "unified")
+    with storm(settled.unified) as codes:
+        stormy_s = gap_s(settled.unified)
+    assert len(codes) >= 10
+    assert set(codes) == {400}, json.dumps(sorted(set(codes)))
+    assert rss_mib(settled, "unified") < before + 200
+    check_time(stormy_s < 2.5 * quiet_s, f"{1e3 * quiet_s:.0f} ms between tokens became {1e3 * stormy_s:.0f} ms")
