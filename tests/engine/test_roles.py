@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist import wire
-from kvist.engine.roles import RoleSwitch, SwitchState
+from kvist.engine.roles import RoleSwitch, SwitchMeter, SwitchState
 from kvist.errors import Conflict
 from kvist.plan.events import RoleChanged
 from kvist.request import HandoffId, Mode, Outcome, Role
@@ -56,6 +56,24 @@ def test_pages_that_no_transport_reaches_keep_an_engine_unified() -> None:
         roles.request(Role.DECODE)
     roles.request(Role.UNIFIED)
     assert roles.role is Role.UNIFIED
+
+
+def test_the_meter_counts_switches_and_the_time_until_every_gateway_follows() -> None:
+    roles, meter = RoleSwitch(Role.PREFILL), SwitchMeter()
+
+    def note(now_s: float, *known: Role) -> float | None:
+        roles.update(known)
+        return meter.note(roles, now_s)
+
+    assert note(0.0, Role.PREFILL) is None
+    roles.request(Role.DECODE)
+    assert note(1.0, Role.PREFILL, Role.PREFILL) is None
+    assert note(1.5, Role.DECODE, Role.PREFILL) is None
+    assert note(3.0, Role.DECODE, Role.DECODE) == 2.0
+    assert note(4.0, Role.DECODE) is None
+    roles.request(Role.PREFILL)
+    assert note(5.0) == 0.0, "there is no gateway"
+    assert meter.totals() == {"role_switches": 2.0, "role_switch_seconds": 2.0}
 
 
 # ---------------------------------------------------------------- the loop

@@ -55,15 +55,21 @@ class SimWorker:
         computing = [] if self.prompt is None else [self.prompt]
         return sum(each.arrival.num_prompt_tokens for each in (*self.prompts, *computing))
 
+    def _queue_wait_s(self) -> float:
+        """The queue over the rate at which it becomes shorter, as a worker measures it."""
+        if self.role is Role.PREFILL:
+            return sum(each.arrival.num_prompt_tokens for each in self.prompts) / PREFILL_TOKENS_PER_S
+        times = self.times[Role.DECODE]
+        return len(self.waiting) * sum(times) / len(times) / PLACES if times else 0.0
+
     def report(self) -> BalancedWorker:
         is_prefill = self.role is Role.PREFILL
-        times = self.times[self.role]
         return BalancedWorker(
             worker_id=self.worker_id,
             role=self.role,
             num_running=int(self.prompt is not None) if is_prefill else self.num_streams,
             num_waiting=len(self.prompts) if is_prefill else len(self.waiting),
-            service_s=sum(times) / len(times) if times else 0.0,
+            queue_wait_s=self._queue_wait_s(),
         )
 
 

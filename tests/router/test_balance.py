@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -67,7 +68,11 @@ WORKERS = st.lists(st.tuples(ROLE, st.integers(0, 20), st.integers(0, 50), st.fl
 def as_workers(fleet: list[tuple[Role, int, int, float]]) -> list[BalancedWorker]:
     return [
         BalancedWorker(
-            worker_id=WorkerId(f"w{number}"), role=role, num_running=running, num_waiting=waiting, service_s=service_s
+            worker_id=WorkerId(f"w{number}"),
+            role=role,
+            num_running=running,
+            num_waiting=waiting,
+            queue_wait_s=waiting * service_s / max(1, running),
         )
         for number, (role, running, waiting, service_s) in enumerate(fleet)
     ]
@@ -106,6 +111,17 @@ def test_the_least_busy_worker_is_switched_after_requests_have_waited_for_a_whil
     assert shift == Shift(worker_id=WorkerId("w2"), role=Role.PREFILL, wait_s=9.0)
 
 
+def test_a_burst_that_free_places_take_at_once_and_an_unmeasured_wait_switch_no_worker() -> None:
+    """By the time of a request, five waiting beside one that runs would wait for 100 s."""
+    for wait_s in (0.05, None):
+        fleet = as_workers([(Role.PREFILL, 1, 0, 1.0), (Role.PREFILL, 1, 0, 1.0), (Role.DECODE, 1, 5, 20.0)])
+        fleet[-1] = replace(fleet[-1], queue_wait_s=wait_s)
+        state = BalanceState()
+        for now_s in range(30):
+            state, shift = balance(fleet, state, RULES, float(now_s))
+            assert shift is None
+
+
 def test_a_switch_by_others_is_waited_for_too() -> None:
     state, _ = balance(CROWDED, BalanceState(), RULES, 10.0)
     others = [(Role.PREFILL, 1, 9, 1.0), *[(Role.DECODE, 2, 0, 9.0)] * 2]
@@ -137,7 +153,7 @@ async def test_the_balancer_switches_a_worker_and_leaves_alone_one_that_refuses(
     prefill = bench.engines.join("p", role=Role.PREFILL)
     others = [bench.engines.join(name, role=Role.DECODE) for name in ("d1", "d2", "d3")]
     bench.engines.join("old", role=Role.DECODE, protocol_version=4)
-    bench.registry.on_report(prefill, make_load(num_running=1, num_waiting=9, service_s=1.0), 0.0)
+    bench.registry.on_report(prefill, make_load(num_running=1, num_waiting=9, queue_wait_s=9.0), 0.0)
     for worker in others:
         bench.registry.on_report(worker, make_load(), 0.0)
     balancer = Balancer(bench.registry, bench.dispatcher, RULES, bench.clock)

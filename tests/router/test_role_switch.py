@@ -100,6 +100,7 @@ def test_a_switch_overrules_the_flags_of_router_and_worker(
     assert worker.role is used
     assert worker.state is WorkerState.READY
     assert registry.snapshot()[0].role is used
+    assert registry.role_switches == ({} if before is used else {(before, used): 1})
 
 
 def test_a_lost_worker_has_the_role_of_its_spec_until_it_reports_again() -> None:

@@ -228,6 +228,19 @@ def test_a_burst_at_an_idle_worker_is_not_refused_because_the_request_before_was
     assert step(engine, *(arrived(f"r{number}") for number in range(50))).ended == ()
 
 
+def test_the_wait_of_a_queue_is_unknown_while_places_are_free_and_nothing_was_measured() -> None:
+    """By the time of the request before, the first of these would wait for 30 s."""
+    engine = unified(num_pages=64, max_running_requests=10, max_queued_requests=64, max_prefill_tokens=16)
+    step(engine, arrived("slow"))
+    engine.world.now_s = 30.0
+    while not step(engine).ended:
+        pass
+    step(engine, *(arrived(f"r{number}", 16) for number in range(9)))
+    status = engine.scheduler.status()
+    assert status.num_waiting > 0
+    assert status.queue_wait_s is None
+
+
 @pytest.mark.parametrize("num_tokens", [16, 40])
 def test_a_prompt_that_can_never_fit_fails_at_once(num_tokens: int) -> None:
     engine = unified(num_pages=4)  # 16 tokens

@@ -13,7 +13,7 @@ import pytest
 
 from kvist.cluster.listener import bound_socket
 from kvist.errors import ConfigError
-from kvist.server.front import Front
+from kvist.http.front import Front
 from kvist.server.serve import http_server
 from kvist.testing.gateway_bench import GatewayBench
 from tests.server.conftest import MakeBench

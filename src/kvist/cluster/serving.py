@@ -38,6 +38,7 @@ from kvist.cluster.stop_requests import ACCEPT, RETIRE, STOP_SIGNALS, handle_sig
 from kvist.cluster.stopping import Drain, StopSignals
 from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
+from kvist.http.front import Front
 from kvist.output import output_to
 from kvist.prompt_work import prompt_api
 from kvist.request import Role, WorkerId
@@ -55,7 +56,6 @@ from kvist.router.dispatch import Dispatcher
 from kvist.router.stream import ClusterSnapshot
 from kvist.server.app import build_app, no_engine
 from kvist.server.config import ServerConfig
-from kvist.server.front import Front
 from kvist.server.lifecycle import Lifecycle
 from kvist.server.serve import HttpServer, http_server
 from kvist.supervisor.engine_process import EngineSupervisor

@@ -24,6 +24,13 @@ LOOP_COUNTERS = CounterGroup(
             text="engine steps aborted half-way because all requests of the step had ended, as their clients had "
             "disconnected; only on a CPU, where a step can take seconds",
         ),
+        Counter(name="role_switches", unit="switches", text="switches of this worker to another role"),
+        Counter(
+            name="role_switch_seconds",
+            unit="seconds",
+            text="time from each switch until every router used the worker by its new role; meanwhile requests of both "
+            "roles are admitted",
+        ),
         Counter(
             name="undecodable_messages", unit="messages", text="messages dropped because they could not be decoded"
         ),

@@ -39,7 +39,7 @@ from kvist.engine.in_flight import LaunchedStep, StepRunner, StepsInFlight
 from kvist.engine.inbox import Inbox, refusal
 from kvist.engine.page_events import PageEventLog
 from kvist.engine.reports import LoadReports
-from kvist.engine.roles import RoleSwitch
+from kvist.engine.roles import RoleSwitch, SwitchMeter
 from kvist.engine.step_abort import StepAbort
 from kvist.engine.step_times import StepCpuTimes
 from kvist.errors import HandoffFailed, Unavailable
@@ -152,6 +152,7 @@ class EngineLoop:
         self._drain = threading.Event()
         self._may_follow = False  # a step was launched or read since the last plan: plan at once what may follow it
         self._step_times = StepCpuTimes()
+        self._switches = SwitchMeter()
         self._in_flight = StepsInFlight(parts.runner, parts.watch_step, self._step_times, overlap=parts.overlap)
         self._step_abort = StepAbort(lambda request_id: self._gateways.owner(request_id) is not None, parts.clock)
 
@@ -259,15 +260,18 @@ class EngineLoop:
             *tier_reports,
             *(() if self._parts.grammars is None else self._parts.grammars.poll()),
             *self._pending_events,
-            *self._role_change(),
+            *self._role_change(now_s),
             *events,
             *self._check_liveness(now_s),
         ]
         self._pending_events = []
         return now_s, events
 
-    def _role_change(self) -> list[Event]:
-        change = self._parts.roles.update(gateway.known_role for gateway in self._gateways)
+    def _role_change(self, now_s: float) -> list[Event]:
+        roles = self._parts.roles
+        change = roles.update(gateway.known_role for gateway in self._gateways)
+        if (seconds := self._switches.note(roles, now_s)) is not None:
+            logger.info("every router uses this worker for %s, %.2f s after its switch", roles.role, seconds)
         if change is None:
             return []
         self._parts.reports.make_due()
@@ -437,6 +441,7 @@ class EngineLoop:
             "failed_steps": float(self._in_flight.num_failed),
             "abandoned_steps": float(self._step_abort.num_aborted),
             **self._step_times.totals(),
+            **self._switches.totals(),
             **({} if self._parts.mover is None else self._parts.mover.totals()),
             **({} if self._parts.storage is None else self._parts.storage.totals()),
             **({} if self._parts.grammars is None else self._parts.grammars.totals()),

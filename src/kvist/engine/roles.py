@@ -26,6 +26,31 @@ class SwitchState(enum.Enum):
     SWITCHING = "switching"
 
 
+class SwitchMeter:
+    """Counts the switches of an engine, and the time until every gateway follows each. Mutable; owned by the loop."""
+
+    def __init__(self) -> None:
+        self._role: Role | None = None
+        self._since_s: float | None = None  # of a switch that some gateway does not follow yet
+        self._num_switches = 0
+        self._seconds = 0.0
+
+    def note(self, roles: RoleSwitch, now_s: float) -> float | None:
+        """Note the present state. Return the time since the last switch if every gateway follows it from now on."""
+        if self._role not in (None, roles.role):
+            self._num_switches += 1
+            self._since_s = now_s
+        self._role = roles.role
+        if self._since_s is None or roles.state is SwitchState.SWITCHING:
+            return None
+        seconds, self._since_s = now_s - self._since_s, None
+        self._seconds += seconds
+        return seconds
+
+    def totals(self) -> dict[str, float]:
+        return {"role_switches": float(self._num_switches), "role_switch_seconds": self._seconds}
+
+
 class RoleSwitch:
     """Mutable; owned by the engine loop. Other threads may read `role`."""
 

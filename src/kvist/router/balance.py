@@ -1,6 +1,7 @@
 """PURE. Decides which worker should be switched between prefill and decode, by the time that requests wait for each.
 
-The estimated wait of a role is the time until the request at the end of its queues would be served. A worker is
+The wait of a role is the mean of the waits that its workers report: the queued tokens over the rate at which they leave
+the queue, measured while there is one. A burst that a worker admits at once is therefore no wait. A worker is
 switched to the role where requests wait, if they have waited there for `hold_s` and longer than `wait_s`, many times
 longer than in the other role, and the other role keeps a worker. While that wait becomes shorter, no further worker
 follows: those that are there suffice. After a switch, also one by an operator or another router, nothing is decided for
@@ -33,7 +34,7 @@ class BalancedWorker:
     role: Role
     num_running: int
     num_waiting: int
-    service_s: float  # recent mean time from admission to end; 0: unknown
+    queue_wait_s: float | None  # how long its queue lasts; None: not measured yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +58,9 @@ class Shift:
 
 
 def wait_of(role: Role, workers: Sequence[BalancedWorker]) -> float:
-    """Return the estimated wait for a role in seconds."""
-    own = [worker for worker in workers if worker.role is role]
-    num_waiting, num_running = sum(each.num_waiting for each in own), sum(each.num_running for each in own)
-    busy = [each.service_s for each in own if each.service_s > 0]
-    if not num_waiting or not busy:
-        return 0.0
-    return num_waiting * (sum(busy) / len(busy)) / max(1, num_running)
+    """Return the wait for a role in seconds; 0 without workers and without measurements."""
+    waits = [worker.queue_wait_s or 0.0 for worker in workers if worker.role is role]
+    return sum(waits) / len(waits) if waits else 0.0
 
 
 def balance(

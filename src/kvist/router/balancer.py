@@ -72,7 +72,7 @@ class Balancer:
                 role=role,
                 num_running=load.num_running,
                 num_waiting=load.num_waiting,
-                service_s=load.service_s or 0.0,
+                queue_wait_s=load.queue_wait_s,
             )
 
     async def _carry_out(self, shift: Shift) -> None:

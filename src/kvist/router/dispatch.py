@@ -89,6 +89,7 @@ class Dispatcher:
             cancelled=Cancelled(num_held=counts.num_cancelled_held, release_s=counts.release_s),
             failovers=counts.failovers,
             num_routes=counts.num_routes.copy(),
+            role_switches=self._registry.role_switches.copy(),
             num_index_entries=index.num_entries,
             num_index_bytes=index.num_bytes,
             handoffs=dict(counts.num_handoffs),

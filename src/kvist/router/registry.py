@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import logging
 import secrets
+from collections import Counter
 from dataclasses import dataclass, field
 
 from kvist.bounded_log import BoundedLog
@@ -201,6 +202,7 @@ class Registry:
         self._tokenizer = tokenizer
         self._log = BoundedLog(logger)
         self._workers: dict[str, Worker] = {}
+        self.role_switches: Counter[tuple[Role, Role]] = Counter()  # (from, to) of workers that reported another role
         self.index = PrefixIndex(config.routing.max_known_pages, seed=secrets.randbits(128))
 
     @property
@@ -290,6 +292,8 @@ class Registry:
             worker.state, worker.problem = WorkerState.DRAINING, "it is stopping"
         if worker.role is role_before:
             return False
+        if role_before is not None and worker.role is not None:
+            self.role_switches[role_before, worker.role] += 1
         logger.info("worker %s is used for %s from now on, before for %s", worker.worker_id, worker.role, role_before)
         return True
 

@@ -85,5 +85,6 @@ class ClusterSnapshot:
     cancelled: Cancelled = field(default_factory=Cancelled)
     failovers: FailoverCounts = field(default_factory=FailoverCounts)
     num_routes: Mapping[Reason, int] = field(default_factory=dict)  # routes chosen so far, retries included
+    role_switches: Mapping[tuple[Role, Role], int] = field(default_factory=dict)  # (from, to), as workers reported them
     num_index_entries: int = 0  # different pages that the index knows
     num_index_bytes: int = 0

@@ -110,6 +110,15 @@ def _failover_families(counts: FailoverCounts) -> Iterator[Metric]:
     yield counts.pause_s.family("failover_pause_seconds", "time from the failure of a worker to the next token")
 
 
+def _role_switches(snapshot: ClusterSnapshot) -> Metric:
+    switches = CounterMetricFamily(
+        "kvist:role_switches", "switches of workers to another role that this router has seen", labels=["before", "now"]
+    )
+    for (before, now), count in snapshot.role_switches.items():
+        switches.add_metric([str(before), str(now)], count)
+    return switches
+
+
 def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     labels = ["worker", "role"]
     alive = GaugeMetricFamily("kvist:worker_up", "1 when requests can be sent to this worker", labels=labels)
@@ -204,6 +213,7 @@ def worker_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
     yield from pool_families(snapshot)
     yield routes
     yield from _failover_families(snapshot.failovers)
+    yield _role_switches(snapshot)
     yield GaugeMetricFamily(
         "kvist:cancelled_requests_held",
         "cancelled requests that at least one worker has not ended yet",

@@ -21,7 +21,7 @@ CHECK_INTERVAL_S = 0.05
 
 
 class Listener(Protocol):
-    """The HTTP server (serve.py)."""
+    """The HTTP server (server/serve.py)."""
 
     started: bool
 
