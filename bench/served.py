@@ -54,7 +54,7 @@ class BenchServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             if self._process is not None:
                 self._process.wait(STOP_TIMEOUT_S)
@@ -73,7 +73,7 @@ class BenchServer:
                 start_new_session=True,
                 env=self._environ,
             )
-        while not self._is_ready():
+        while not self.is_ready():
             self.ready_s = time.monotonic() - start_s
             if self._process.poll() is not None:
                 raise BenchFailure(
@@ -87,11 +87,17 @@ class BenchServer:
     def kill(self) -> None:
         """Send SIGKILL to the server and its engine, as a crash of both."""
         if self._process is not None:
-            self._signal(signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             self._process.wait(STOP_TIMEOUT_S)
             if self._process.stdin is not None:
                 self._process.stdin.close()
             self._process = None
+
+    def wait_ended(self) -> None:
+        """Wait for the end of a server that was told to stop. Raises `TimeoutExpired`."""
+        if self._process is not None:
+            self._process.wait(STOP_TIMEOUT_S)
+            self.kill()
 
     def metrics(self) -> dict[str, float]:
         """Return the counters of all workers together, by their names without `kvist:worker_` and `_total`."""
@@ -128,13 +134,14 @@ class BenchServer:
         """Return the last lines of the server's log."""
         return "\n".join(f"  [{self.name}] {line}" for line in self.log().splitlines()[-NUM_LAST_LINES:])
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
         try:
             return self._http.get("/ready", timeout=2.0).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 
-    def _signal(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server and its children, if it runs."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)

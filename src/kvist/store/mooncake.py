@@ -11,7 +11,8 @@ An object is a page behind its header (page_seals/). Mooncake can return other b
 an existing key changes nothing, memory may be reused while it is read, and a restored master can hold old places.
 Therefore every page is verified: a page that is not what its key says is removed, and counts as a miss.
 
-Reads and writes each have one call at a time: more threads are slower. The master evicts pages; its clients keep no
+Reads and writes each have one call of the library at a time, since more are slower. Of two writers one makes headers,
+seals and copies while the other's pages are on their way. The master evicts pages; its clients keep no
 limit. The host pool is registered for the life of the store, and the headers have memory of their own.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import mmap
+import queue
 import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +50,7 @@ from kvist.store.mooncake_options import STORES_USER, MooncakeStoreOptions
 from kvist.store.replicas import ReadPlan, Replica, SuspectStores, num_leading
 
 OBJECT_HEADER_BYTES = 128  # that of PageSeals, padded
+_MAX_WRITERS = 2
 _MAX_READ_PROCESSES = 3  # each has an engine of its own, whose copies use one core
 _CALL_PAGES = 128  # in one call of the library
 _STAGED_PAGES = 16  # in one call through the buffer
@@ -67,18 +70,18 @@ class _Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class _Direction:
-    """One direction of copies, with one call at a time."""
+class _Writer:
+    """The memory of one put. These take memory when they are first used."""
 
-    lock: threading.Lock
     headers: _Memory
+    staging: _Memory
 
 
 class MooncakeStore:
     """A `PageStore`. Raises `ConfigError` if Mooncake cannot run here, `StoreError` if the pool cannot be used."""
 
     max_readers: int | None = 1
-    max_writers: int | None = 1
+    max_writers: int | None = _MAX_WRITERS
 
     def __init__(self, options: MooncakeStoreOptions, context: StoreContext, *, clock: Clock | None = None) -> None:
         options = options.resolved()
@@ -94,6 +97,7 @@ class MooncakeStore:
         self._clock = clock or MonotonicClock()
         self._tally = Tally()
         self._suspects = SuspectStores()
+        self._writers: queue.SimpleQueue[_Writer] = queue.SimpleQueue()  # those that no put uses
         self._stored_bytes = 0  # by this process
         self._turns = itertools.count(random.randrange(1 << 16))
         if self._has_cache and options.local_cache_bytes < self._object_bytes:
@@ -116,11 +120,16 @@ class MooncakeStore:
         try:
             if context.host_memory is not None:
                 engine.register(context.host_memory.address, context.host_memory.num_bytes)
-            self._reading, self._writing = (
-                _Direction(threading.Lock(), _Memory(engine, _CALL_PAGES, OBJECT_HEADER_BYTES)) for _ in range(2)
-            )
-            # These take memory when they are first used.
-            self._staging, self._put_staging = (_Memory(engine, _STAGED_PAGES, self._object_bytes) for _ in range(2))
+            self._reading, self._putting, self._counting = (threading.Lock() for _ in range(3))
+            self._headers = _Memory(engine, _CALL_PAGES, OBJECT_HEADER_BYTES)  # of pages that are read
+            self._staging = _Memory(engine, _STAGED_PAGES, self._object_bytes)
+            for _ in range(_MAX_WRITERS):
+                self._writers.put(
+                    _Writer(
+                        _Memory(engine, _CALL_PAGES, OBJECT_HEADER_BYTES),
+                        _Memory(engine, _STAGED_PAGES, self._object_bytes),
+                    )
+                )
             self._client = PoolClient(engine, settings)
             self._watch = None if context.only_reads else PoolWatch(options.master_url, api_key=api_key)
         except EngineError as error:
@@ -141,7 +150,7 @@ class MooncakeStore:
         num_hits = 0
         for first in range(0, len(keys), _CALL_PAGES):
             part = slice(first, first + _CALL_PAGES)
-            with self._reading.lock, self._until_closed():
+            with self._reading, self._until_closed():
                 num_read = self._get(keys[part], into[part])
                 num_hits += num_read
             if num_hits < min(part.stop, len(keys)):
@@ -153,8 +162,8 @@ class MooncakeStore:
         num_stored = 0
         for first in range(0, len(keys), _CALL_PAGES):
             part = slice(first, first + _CALL_PAGES)
-            with self._writing.lock, self._until_closed():
-                num_stored += self._put(keys[part], pages[part])
+            with self._writer() as writer, self._until_closed():
+                num_stored += self._put(writer, keys[part], pages[part])
             if num_stored < min(part.stop, len(keys)):
                 break
         return num_stored
@@ -208,7 +217,7 @@ class MooncakeStore:
         into: Sequence[memoryview],
         oks: list[bool],
     ) -> None:
-        headers = self._reading.headers
+        headers = self._headers
         pieces: dict[str, Pieces] = {}
         for session, pages in reads.items():
             each = pieces[session] = Pieces()
@@ -271,7 +280,15 @@ class MooncakeStore:
 
     # ------------------------------------------------------------ writing
 
-    def _put(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
+    @contextlib.contextmanager
+    def _writer(self) -> Iterator[_Writer]:
+        writer = self._writers.get()
+        try:
+            yield writer
+        finally:
+            self._writers.put(writer)
+
+    def _put(self, writer: _Writer, keys: Sequence[bytes], pages: Sequence[memoryview]) -> int:
         names = self.names(keys)
         stored = self._client.exists(names)  # for a page that is stored already, this counts as a use
         self._count_errors(stored)
@@ -284,34 +301,42 @@ class MooncakeStore:
         for first in range(0, len(missing), batch_pages):
             part = missing[first : first + batch_pages]
             put = self._put_copies if self._puts_copies else self._put_pieces
-            codes += put([names[i] for i in part], [keys[i] for i in part], [pages[i] for i in part])
+            codes += put(writer, [names[i] for i in part], [keys[i] for i in part], [pages[i] for i in part])
             if any(codes):
                 break  # pages after it would not count, and each call may wait for a store that has stopped
         for index, code in zip(missing, codes, strict=False):
             oks[index] = code == 0
         num_written = sum(code == 0 for code in codes)
-        self._stored_bytes += num_written * self._object_bytes
+        with self._counting:
+            self._stored_bytes += num_written * self._object_bytes
         self._tally.add(num_written=num_written, num_refused=sum(code == NO_SPACE for code in codes))
         self._count_errors(codes)
         return num_leading(oks)
 
-    def _put_pieces(self, names: Sequence[str], keys: Sequence[bytes], pages: Sequence[memoryview]) -> list[int]:
+    def _put_pieces(
+        self, writer: _Writer, names: Sequence[str], keys: Sequence[bytes], pages: Sequence[memoryview]
+    ) -> list[int]:
         """Put pages from where they are. Return a code for each."""
-        headers = self._writing.headers
+        headers = writer.headers
         for row, key, page in zip(headers.rows, keys, pages, strict=False):
             row[:HEADER_BYTES] = np.frombuffer(self._seals.header(key, page), np.uint8)
         pieces = list(zip(headers.addresses, map(_address, pages), strict=False))
         sizes = [(OBJECT_HEADER_BYTES, self._page_bytes)] * len(names)
-        return self._client.put(names, pieces, sizes, num_replicas=self._num_replicas)
+        with self._putting:
+            return self._client.put(names, pieces, sizes, num_replicas=self._num_replicas)
 
-    def _put_copies(self, names: Sequence[str], keys: Sequence[bytes], pages: Sequence[memoryview]) -> list[int]:
+    def _put_copies(
+        self, writer: _Writer, names: Sequence[str], keys: Sequence[bytes], pages: Sequence[memoryview]
+    ) -> list[int]:
         """Put copies of at most `_STAGED_PAGES` pages, each behind its header. Return a code for each."""
-        staging = self._put_staging
+        staging = writer.staging
         for row, key, page in zip(staging.rows, keys, pages, strict=False):
             row[OBJECT_HEADER_BYTES:] = np.frombuffer(page, np.uint8)
             row[:HEADER_BYTES] = np.frombuffer(self._seals.header(key, row[OBJECT_HEADER_BYTES:].data), np.uint8)
         pieces = [(address,) for address in staging.addresses[: len(names)]]
-        return self._client.put(names, pieces, [(self._object_bytes,)] * len(names), num_replicas=self._num_replicas)
+        sizes = [(self._object_bytes,)] * len(names)
+        with self._putting:
+            return self._client.put(names, pieces, sizes, num_replicas=self._num_replicas)
 
     # ------------------------------------------------------------ names and codes
 
