@@ -94,7 +94,7 @@ class BenchServer:
             self._process = None
 
     def wait_ended(self) -> None:
-        """Wait for the end of a server that was told to stop. Raises `TimeoutExpired`."""
+        """Wait for the end of a server that has got a signal to stop. Raises `TimeoutExpired`."""
         if self._process is not None:
             self._process.wait(STOP_TIMEOUT_S)
             self.kill()

@@ -1,4 +1,4 @@
-"""What `kvist master` passes on to its program: whole bodies of a bounded size, that arrive in time."""
+"""`kvist master` passes on to its program whole bodies of a bounded size that arrive in time."""
 
 from __future__ import annotations
 

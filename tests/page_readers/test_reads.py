@@ -1,4 +1,4 @@
-"""Reader processes: pages as the store itself reads them, whatever happens to the processes."""
+"""Reader processes read pages as the store itself does, also when a process dies."""
 
 from __future__ import annotations
 

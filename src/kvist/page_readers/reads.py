@@ -84,7 +84,7 @@ def read_by_processes(
 
 
 class ReaderDied(Exception):
-    """The process has ended before its answer. It writes no more."""
+    """The process has ended before its answer, and writes no more."""
 
 
 class ReaderProcess:

@@ -97,7 +97,7 @@ class MooncakeStore:
         self._clock = clock or MonotonicClock()
         self._tally = Tally()
         self._suspects = SuspectStores()
-        self._writers: queue.SimpleQueue[_Writer] = queue.SimpleQueue()  # those that no put uses
+        self._writers: queue.SimpleQueue[_Writer] = queue.SimpleQueue()  # idle
         self._stored_bytes = 0  # by this process
         self._turns = itertools.count(random.randrange(1 << 16))
         if self._has_cache and options.local_cache_bytes < self._object_bytes:
