@@ -5,10 +5,10 @@
 
 A master, three stores and one worker on loopback, all real processes. In each row `--streams` answers are written,
 while a visitor asks every second for a prompt that is in the pool only (the other tiers are flushed first). After
-`--before` seconds comes the row's fault; `--after` seconds later the pool is repaired, and the next row waits until the pool is
-whole. Prints for each row the longest pause of any stream before the fault and from the fault on, the visitor's median
-time in both, and its longest. Every request must succeed, and a prompt must have the same answer each time: a failure
-ends the run. The pool keeps `--replicas` copies of each page.
+`--before` seconds comes the row's fault; `--after` seconds later the pool is repaired, and the next row waits until all
+of the pool is ready. Prints for each row the longest pause of any stream before the fault and from the fault on, the
+visitor's median time in both, and its longest. Every request must succeed, and a prompt must have the same answer each
+time: a failure ends the run. The pool keeps `--replicas` copies of each page.
 """
 
 from __future__ import annotations

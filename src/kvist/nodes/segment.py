@@ -136,8 +136,8 @@ class Segment:
         self.session = self._find_session()
 
     def _find_session(self) -> str:
-        """Return the name that the master uses for copies in our memory. The library has no call for this name, which is
-        the engine's, so a byte is stored: a segment that has just been mounted has room for a byte."""
+        """Return the name that the master uses for copies in our memory. The library has no call for this name, which
+        is the engine's, so a byte is stored: a segment that has just been mounted has room for a byte."""
         key, config = f"kvist-store-{self.plan.name}", load("mooncake.store").ReplicateConfig()
         config.preferred_segment = self.plan.name
         self._store.remove(key, True)
@@ -173,8 +173,8 @@ class Segment:
         return self._move_through(pages, self._buffer(num_bytes))
 
     def _buffer(self, num_bytes: int) -> int:
-        """Return the address of registered memory, which is kept for further calls: new memory costs more than the copies
-        into the memory. Raises `EngineError`."""
+        """Return the address of registered memory, which is kept for further calls: new memory costs more than the
+        copies into the memory. Raises `EngineError`."""
         if num_bytes > len(self._registered):
             if self._registered:
                 self._store.unregister_buffer(ctypes.addressof(self._registered))
