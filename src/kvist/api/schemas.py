@@ -39,6 +39,7 @@ MAX_CONTINUATION_TOKENS = 4096
 Continuations = Annotated[list[str | list[int]], msgspec.Meta(min_length=1)]
 _USE_TOOLS = "use `tools` of the request, `tool_calls` of messages, and messages with the role tool"
 _NO_MEDIA = "only text is supported"
+_LITELLM = "LiteLLM adds this; OpenAI's fields are used"
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -128,6 +129,7 @@ class CalledFunction(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     name: Annotated[str, Honoured("passed to the chat template")]
     arguments: Annotated[str, Honoured("a JSON object, written as a text; passed to the chat template")]
     parsed_arguments: Annotated[object, Advisory("OpenAI's client adds this; `arguments` is used")] = None
+    provider_specific_fields: Annotated[object, Advisory(_LITELLM)] = None
 
 
 class ToolCall(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -135,6 +137,7 @@ class ToolCall(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     type: Annotated[str, Honoured('"function"')] = "function"
     function: Annotated[CalledFunction, Honoured("see `messages[].tool_calls[].function.*`")]
     index: Annotated[object, Advisory("calls are numbered by their order")] = None
+    provider_specific_fields: Annotated[object, Advisory(_LITELLM)] = None
 
 
 Strict = Annotated[
@@ -183,6 +186,8 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     annotations: Annotated[object, Advisory("only the text is used", ([],))] = None
     cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
     parsed: Annotated[object, Advisory("OpenAI's client adds this; `content` is used")] = None
+    provider_specific_fields: Annotated[object, Advisory(_LITELLM)] = None
+    thinking_blocks: Annotated[object, Advisory("LiteLLM adds this; `reasoning_content` is used", ([],))] = None
     phase: Annotated[object, Advisory("no model served here has phases")] = None
     tool_calls: Annotated[list[ToolCall] | None, Honoured("calls of an assistant; see `messages[].tool_calls[].*`")] = (
         None
