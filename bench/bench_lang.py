@@ -30,7 +30,7 @@ import httpx
 
 import kvist.lang as kv
 from json_report import write_report
-from kvist.execution.openai_server import prompt_fields
+from kvist.execution.backend import prompt_fields
 from kvist.execution.report import Report
 from lang_by_hand import BY_HAND
 from served import REPORT_INTERVAL_S, BenchServer

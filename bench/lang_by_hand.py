@@ -23,11 +23,6 @@ class Chat:
     def __init__(self, client: AsyncOpenAI, model: str) -> None:
         self._client, self._model = client, model
 
-    @classmethod
-    async def at(cls, url: str) -> Chat:
-        client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_S)
-        return cls(client, (await client.models.list()).data[0].id)
-
     async def ask(self, messages: Messages, max_tokens: int, **options: Any) -> str:
         extra = options.pop("extra_body", {})
         if messages[-1]["role"] == "assistant":
@@ -127,8 +122,9 @@ async def _rag(chat: Chat, arguments: dict[str, Any]) -> str:
 
 def _batch(work: Work) -> Callable[[str, Sequence[dict[str, Any]]], Coroutine[Any, Any, list[object]]]:
     async def run(url: str, batch: Sequence[dict[str, Any]]) -> list[object]:
-        chat = await Chat.at(url)
-        return await asyncio.gather(*(work(chat, arguments) for arguments in batch))
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_S) as client:
+            chat = Chat(client, (await client.models.list()).data[0].id)
+            return await asyncio.gather(*(work(chat, arguments) for arguments in batch))
 
     return run
 

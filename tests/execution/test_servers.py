@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from kvist.errors import EngineError, KvistError, Overloaded, PromptTooLong, RequestError, Unavailable
-from kvist.execution.backend import GenerateRequest, Hints, ScoreRequest
+from kvist.execution.backend import GenerateRequest, Hints, ScoreRequest, prefix_fields, prompt_fields
 from kvist.execution.kvist_server import KvistServer
 from kvist.execution.openai_server import OpenAIServer
 from kvist.execution.sampling import Sampling
@@ -304,3 +304,32 @@ async def test_a_server_without_room_gives_no_lease() -> None:
     for status in (429, 400):
         recorded = Recorded({"/v1/leases": httpx.Response(status, json={"error": {"message": "no room"}})})
         assert await (await recorded.kvist()).lease(CHAT, None, 30, Hints()) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields"),
+    [
+        (Prompt("Once"), {"prompt": "Once"}),
+        (CHAT, {"messages": [{"role": "user", "content": "Why?"}], "add_generation_prompt": True}),
+        (
+            Prompt().with_open("system").with_text("Be kind.").with_close("system").with_open("user"),
+            {"messages": [{"role": "system", "content": "Be kind."}], "add_generation_prompt": False},
+        ),
+        (
+            Prompt().with_open("system").with_text("Be"),
+            {
+                "messages": [{"role": "system", "content": "Be"}],
+                "add_generation_prompt": False,
+                "continue_final_message": True,
+            },
+        ),
+    ],
+)
+def test_a_prefix_ends_with_a_whole_or_an_open_message(prompt: Prompt, fields: dict[str, object]) -> None:
+    assert prefix_fields(prompt) == fields
+
+
+def test_a_generation_in_a_message_without_text_is_an_error_unless_it_is_the_assistants() -> None:
+    assert prompt_fields(CHAT)["add_generation_prompt"] is True
+    with pytest.raises(RequestError, match="needs some text before gen"):
+        prompt_fields(Prompt().with_open("system").with_text("a").with_close("system").with_open("user"))

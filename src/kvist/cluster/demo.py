@@ -1,8 +1,8 @@
 """`kvist demo`: a cluster of separate processes answers a question and a chat; then a table of the figures is printed.
 
-The demo starts a cluster, streams the answers and stops the cluster. Before the last turns, the upper cache tiers are
-flushed, so that these turns load their pages from the tier below. The demo fails if the first answer lacks the expected
-word, or if no page was loaded from a tier.
+The demo starts a cluster, streams the answers, runs a small program of kvist.lang, and stops the cluster. Before the
+last turns, the upper cache tiers are flushed, so that these turns load their pages from the tier below. The demo fails
+if the first answer lacks the expected word, or if no page was loaded from a tier.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import httpx
 
 from kvist.clock import MonotonicClock
 from kvist.cluster.chat_turn import Message, TurnOptions, TurnReport, stream_turn
+from kvist.cluster.demo_program import run_demo_program
 from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.probe import probe_child
@@ -97,6 +98,9 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         show_line(process_summary(rows, list(processes.children.values())))
         for check, (_name, report) in zip(checks, rows[-len(checks) :], strict=True):
             show_line(cache_summary(check, report))
+        show_line("")
+        run_demo_program(router.plan.url, show_line)
+        show_line("")
     show_line("All processes are stopped.")
     failures = unmet_expectations(rows, checks, question=question, expect=expect)
     for failure in failures:

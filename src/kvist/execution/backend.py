@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvist.errors import RequestError
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.results import Answer, Served
 from kvist.execution.sampling import Sampling
 from kvist.planning.fleet import Fleet, Role
-from kvist.planning.prompt import Prompt
+from kvist.planning.prompt import ChatMessage, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,31 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Close all connections."""
+
+
+def prompt_fields(prompt: Prompt) -> dict[str, object]:
+    """Return the fields of a request that hold the prompt: `prompt`, or `messages` and how they end. Raises
+    `RequestError` for a message that cannot be continued, because it has no text yet."""
+    if prompt.is_chat and prompt.open_role not in (None, "assistant") and not prompt.messages()[-1].text:
+        raise RequestError(f"a {prompt.open_role} message that is continued needs some text before gen()")
+    return prefix_fields(prompt)
+
+
+def prefix_fields(prompt: Prompt) -> dict[str, object]:
+    """Return the fields for a prompt that is the beginning of others: the beginning of a message without text yet is
+    left out."""
+    if not prompt.is_chat:
+        return {"prompt": prompt.outline}
+    messages, role = prompt.messages(), prompt.open_role
+    if role is not None and not messages[-1].text and len(messages) > 1:
+        return {"messages": _bodies(messages[:-1]), "add_generation_prompt": role == "assistant"}
+    if role is None:
+        return {"messages": _bodies(messages), "add_generation_prompt": False}
+    return {"messages": _bodies(messages), "add_generation_prompt": False, "continue_final_message": True}
+
+
+def _bodies(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 def total(parts: Sequence[Served]) -> Served:

@@ -12,12 +12,12 @@ def explained(graph: Graph, report: Report) -> Explanation:
     done = {each.operation.operation_id: each for each in report.of_graph(graph)}
     ids = {each.operation_id for each in graph.operations}
     rows = [_warm_row(each) for each in report.warms if not each.warm.users or ids & set(each.warm.users)]
-    rows += [_row(operation, done.get(operation.operation_id)) for operation in graph.operations]
+    requests = [_row(operation, done.get(operation.operation_id)) for operation in graph.operations]
     notes = list(report.notes)
     for pin in report.pins:
         if ids & set(pin.until):
             notes.append(f"kept cached until its last use: a prefix of {pin.num_tokens} tokens, {len(pin.until)} uses")
-    num_off = sum(row.is_off for row in rows)
+    num_off = sum(row.is_off for row in requests)
     if num_off:
         notes.append(f"{num_off} of {len(done)} requests took twice their prediction or half of it (marked with !)")
     if report.num_refusals:
@@ -27,7 +27,7 @@ def explained(graph: Graph, report: Report) -> Explanation:
     if report.num_planned:
         per_operation = 1000 * report.planning_s / report.num_planned
         notes.append(f"planning took {per_operation:.2f} ms an operation")
-    return Explanation(rows=tuple(rows), notes=tuple(notes), happened=True)
+    return Explanation(rows=(*rows, *requests), notes=tuple(notes), happened=True)
 
 
 def _warm_row(done: DoneWarm) -> Row:

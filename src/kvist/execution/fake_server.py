@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from kvist.errors import KvistError, RequestError
-from kvist.execution.backend import GenerateRequest, Hints, Scored, ScoreRequest
+from kvist.execution.backend import GenerateRequest, Hints, Scored, ScoreRequest, prefix_fields, prompt_fields
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.results import Answer, Served
 from kvist.planning.fleet import Fleet, Native, Role, Worker
@@ -128,6 +128,7 @@ class FakeServer:
 
     async def prefill(self, prompt: Prompt, hints: Hints) -> Served:
         self.seen.prefilled.append(prompt)
+        prefix_fields(prompt)
         return await self._prefilled(prompt, hints)
 
     async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> str | None:
@@ -153,6 +154,7 @@ class FakeServer:
             raise error
         if not prompt.is_known:
             raise RequestError("the prompt has a hole")
+        prompt_fields(prompt)  # raises for a prompt that cannot be sent
 
     async def _prefilled(self, prompt: Prompt, hints: Hints) -> Served:
         """Compute what no worker has cached."""

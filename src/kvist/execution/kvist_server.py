@@ -10,10 +10,10 @@ import contextlib
 from typing import Any
 
 from kvist.errors import Overloaded, RequestError
-from kvist.execution.backend import Hints, Scored, ScoreRequest, total
+from kvist.execution.backend import Hints, Scored, ScoreRequest, prefix_fields, prompt_fields, total
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.fleet_report import fleet_of
-from kvist.execution.openai_server import NEUTRAL, OpenAIServer, prompt_fields
+from kvist.execution.openai_server import NEUTRAL, OpenAIServer
 from kvist.execution.results import Served
 from kvist.planning.fleet import Fleet, Native, Role
 from kvist.planning.prompt import Prompt
@@ -59,11 +59,11 @@ class KvistServer(OpenAIServer):
         return Scored(choices=choices, served=total([_served(answer) for answer in answers]))
 
     async def _continuations(self, prompt: Prompt, request: ScoreRequest) -> Any:
-        body = self._prompt_body(prompt, request.hints)
+        body = _with_hints(prompt_fields(prompt), request.hints)
         return await self._post(_SCORE, body | {"continuations": list(request.choices)})
 
     async def prefill(self, prompt: Prompt, hints: Hints) -> Served:
-        body = self._prompt_body(prompt, hints)
+        body = _with_hints(prefix_fields(prompt), hints)
         if not hints.in_background:
             body["priority"] = 0
         return _served(await self._post(_PREFILL, body))
@@ -77,17 +77,17 @@ class KvistServer(OpenAIServer):
             with contextlib.suppress(RequestError):  # 404: the lease has ended, or its worker is gone: take a new one
                 return str((await self._post(f"{_LEASES}/{lease_id}/renew", {"ttl_s": ttl_s}))["id"])
         try:
-            return str((await self._post(_LEASES, self._prompt_body(prompt, hints) | {"ttl_s": ttl_s}))["id"])
+            return str((await self._post(_LEASES, _with_hints(prefix_fields(prompt), hints) | {"ttl_s": ttl_s}))["id"])
         except (Overloaded, RequestError):  # no room; less than a page, or more pages than one key may lease
             return None
 
-    def _prompt_body(self, prompt: Prompt, hints: Hints) -> dict[str, object]:
-        body = prompt_fields(prompt)
-        if hints.session:
-            body["session_id"] = hints.session
-        if place := _place(hints):
-            body["kvist"] = place
-        return body
+
+def _with_hints(body: dict[str, object], hints: Hints) -> dict[str, object]:
+    if hints.session:
+        body["session_id"] = hints.session
+    if place := _place(hints):
+        body["kvist"] = place
+    return body
 
 
 def _place(hints: Hints) -> dict[str, object]:

@@ -18,11 +18,11 @@ import httpx
 import msgspec
 
 from kvist.errors import EngineError, KvistError, Overloaded, RequestError, Unavailable, error_from_wire
-from kvist.execution.backend import GenerateRequest, Hints, Scored, ScoreRequest, total
+from kvist.execution.backend import GenerateRequest, Hints, Scored, ScoreRequest, prompt_fields, total
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.results import Answer, Served
 from kvist.planning.fleet import Fleet, unknown_fleet
-from kvist.planning.prompt import Prompt, PromptError
+from kvist.planning.prompt import Prompt
 
 _CHATS, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 NEUTRAL = Prompt("\n")  # the prompt of a likelihood without the prompt
@@ -253,25 +253,6 @@ class OpenAIServer:
             scored = answer.get("prompt_logprobs") or choices[0].get("prompt_logprobs") or []
             meta["input_token_logprobs"] = scored[max(logprob_start, 0) :] if logprob_start != -1 else scored[-1:]
         return Answer(texts=texts, served=served_of(answer), meta=meta | _figures(answer))
-
-
-def prompt_fields(prompt: Prompt) -> dict[str, object]:
-    """Return the fields of a request that hold the prompt: `prompt`, or `messages` and how they end."""
-    if not prompt.is_chat:
-        return {"prompt": prompt.outline}
-    messages = prompt.messages()
-    role = prompt.open_role
-    if role == "assistant" and not messages[-1].text and len(messages) > 1:
-        return {"messages": _bodies(messages[:-1]), "add_generation_prompt": True}
-    if role is None:
-        return {"messages": _bodies(messages), "add_generation_prompt": False}
-    if not messages[-1].text:
-        raise RequestError(str(PromptError(f"a {role} message that is continued needs some text before gen()")))
-    return {"messages": _bodies(messages), "add_generation_prompt": False, "continue_final_message": True}
-
-
-def _bodies(messages: Any) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 def _first_end(text: str, num_old: int, patterns: list[re.Pattern[str]]) -> int | None:

@@ -13,7 +13,7 @@ _OWN_FOLDER = str(Path(__file__).parent)
 def here() -> Position:
     """Return the line of the innermost caller outside of this package."""
     frame = sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_OWN_FOLDER) or frame.f_code.co_filename.startswith("<string>"):
+    while frame.f_code.co_filename.startswith(_OWN_FOLDER):
         if frame.f_back is None:
             break
         frame = frame.f_back
