@@ -31,7 +31,7 @@ CLEAN = {
     "src/kvist/api", "src/kvist/attention", "src/kvist/bench", "src/kvist/bounded_log.py", "src/kvist/channel",
     "src/kvist/checkpoint.py", "src/kvist/cli.py", "src/kvist/clock.py", "src/kvist/cluster", "src/kvist/config.py",
     "src/kvist/cores.py", "src/kvist/counter.py", "src/kvist/door.py", "src/kvist/engine",
-    "src/kvist/errors.py", "src/kvist/event_loop.py", "src/kvist/execution",
+    "src/kvist/demo_program.py", "src/kvist/errors.py", "src/kvist/event_loop.py", "src/kvist/execution",
     "src/kvist/fairness.py", "src/kvist/fingerprint.py", "src/kvist/fit.py", "src/kvist/flag_help.py",
     "src/kvist/flags.py", "src/kvist/foreign_flags.py", "src/kvist/http", "src/kvist/kernels", "src/kvist/kv",
     "src/kvist/lang", "src/kvist/log.py",

@@ -72,6 +72,7 @@ def test_a_shared_prefix_is_computed_once_ahead_and_kept_until_its_last_use() ->
     (pin,) = made.pin
     assert (pin.prompt, pin.until) == (warm.prompt, tuple(range(8)))
     assert all(each.after_warm == warm.prompt.outline for each in made.placements)
+    assert {(each.work, each.prefill_worker) for each in made.placements} == {(Work.SPLIT, "p")}
     assert max(each.num_computed_tokens for each in made.placements) <= 1
     assert len({each.session for each in made.placements}) == 1
 

@@ -201,7 +201,13 @@ class Executor:
         placements: dict[int, Placement] = {}
         operations: list[Operation] = [*(job.operation for job in (*jobs, *waiting)), *tools]
         if operations:
-            placements = {each.operation_id: each for each in self._plan(operations).placements}
+            try:
+                placements = {each.operation_id: each for each in self._plan(operations).placements}
+            except Exception as error:  # a bug of the planner: its requests fail, and no program waits for them
+                for job in (*jobs, *waiting):
+                    self._waiting.pop(job.operation.operation_id, None)
+                    self._fail(job, error)
+                return
         for job in jobs:
             operation_id = job.operation.operation_id
             heapq.heappush(

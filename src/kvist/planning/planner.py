@@ -41,10 +41,15 @@ class _Worker:
         self.worker = worker
         self.free_s = worker.queue_s  # when its next prefill can begin
         self.cached = CachedPrompts(cached)
+        self.handed_over = CachedPrompts()  # by requests of this plan: there for those that need their results
         self.num_streams = max(worker.num_running, 1)  # that decode there now, or soon
 
-    def num_uncached(self, prompt: Prompt, fleet: Fleet) -> int:
-        return fleet.num_tokens(prompt.num_chars - self.cached.longest(prompt).num_chars)
+    def num_uncached(self, prompt: Prompt, fleet: Fleet, *, later: bool = False) -> int:
+        """`later`: the request is sent after others of this plan."""
+        num_cached = self.cached.longest(prompt).num_chars
+        if later:
+            num_cached = max(num_cached, self.handed_over.longest(prompt).num_chars)
+        return fleet.num_tokens(prompt.num_chars - num_cached)
 
     def prefill_s(self, num_tokens: int) -> float:
         return num_tokens / self.worker.prefill_tokens_per_s
@@ -55,6 +60,7 @@ class _Planner:
         self._graph, self._fleet, self._running = graph, fleet, running
         self._workers = [_Worker(worker, running.cached.get(worker.name, ())) for worker in fleet.workers]
         self._answered_s: dict[int, float] = {}  # when the result of each placed request is there
+        self._warm_s: dict[str, float] = {}  # when each prefix that is computed ahead is there
 
     def plan(self) -> Plan:
         fleet = self._fleet
@@ -112,6 +118,7 @@ class _Planner:
             )
             worker.free_s += worker.prefill_s(num_tokens)
             worker.cached.add(node.prompt)
+            self._warm_s[node.prompt.outline] = worker.free_s
             warmed[index] = node.prompt.outline
         return found
 
@@ -157,6 +164,9 @@ class _Planner:
     def _place(self, operation: Request, *, session: str, gate: str | None) -> Placement:
         """Choose the workers by the time until the answer is done, and add the work to theirs."""
         ready_s = max((self._answered_s.get(needed, 0.0) for needed in operation.needs), default=0.0)
+        if gate is not None:  # the request waits for its prefix, wherever it runs
+            ready_s = max(ready_s, self._warm_s[gate])
+        later = bool(operation.needs)
         num_output = (
             0 if isinstance(operation, Score) else max(1, round(operation.max_tokens * self._fleet.answer_fraction))
         )
@@ -167,7 +177,7 @@ class _Planner:
 
         def cost_s(way: tuple[_Worker, _Worker | None]) -> float:
             first, second = way
-            num_uncached = first.num_uncached(operation.prompt, self._fleet)
+            num_uncached = first.num_uncached(operation.prompt, self._fleet, later=later)
             prefill_s = first.prefill_s(num_uncached)
             if second is not None:
                 after_s = second.worker.handoff_s
@@ -177,7 +187,7 @@ class _Planner:
             return max(first.free_s, ready_s) + prefill_s + after_s + _LOAD_S * loaded
 
         first, second = min(ways, key=cost_s)
-        num_uncached = first.num_uncached(operation.prompt, self._fleet) + self._fleet.num_tokens(added)
+        num_uncached = first.num_uncached(operation.prompt, self._fleet, later=later) + self._fleet.num_tokens(added)
         num_prompt = self._fleet.num_tokens(operation.prompt.num_chars + added)
         start_s = max(first.free_s, ready_s)
         prefill_s = first.prefill_s(num_uncached)
@@ -187,7 +197,7 @@ class _Planner:
         first.cached.add(operation.prompt)
         (second or first).num_streams += 0 if isinstance(operation, Score) else 1
         if second is not None:
-            second.cached.add(operation.prompt)
+            second.handed_over.add(operation.prompt)
         self._answered_s[operation.operation_id] = start_s + prefill_s + decode_s
         return Placement(
             operation_id=operation.operation_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import kvist.lang as kv
-from kvist.cluster import demo_program
+from kvist import demo_program
 from kvist.execution.fake_server import FakeServer
 
 
