@@ -41,7 +41,7 @@ def twelve_fields(name: str = "field") -> dict[str, Any]:
         properties[f"{name}_text_{number}"] = {"type": "string", "maxLength": 12}
         properties[f"{name}_count_{number}"] = {"type": "integer", "minimum": 0, "maximum": 99_999}
     properties[f"{name}_kind"] = {"enum": ["alpha", "beta", "gamma"]}
-    properties[f"{name}_price"] = {"type": "number", "minimum": 0, "maximum": 1000, "multipleOf": 0.01}
+    properties[f"{name}_price"] = {"type": "integer", "minimum": 0, "maximum": 1000}
     properties[f"{name}_ok"] = {"type": "boolean"}
     properties[f"{name}_tags"] = {"type": "array", "items": {"enum": ["x", "y", "z"]}, "maxItems": 3}
     assert len(properties) == 12
@@ -86,7 +86,7 @@ class Client:
 
 def is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        json.loads(text, strict=False)  # xgrammar allows control characters in strings
     except ValueError:
         return False
     return True

@@ -88,6 +88,10 @@ class CudaBatch:
         self._outputs = outputs
         self._launched.set()
 
+    @property
+    def is_read(self) -> bool:
+        return self._token_ids is not None
+
     def is_done(self) -> bool:
         outputs = self._outputs
         if outputs is None:
@@ -217,7 +221,7 @@ class CudaRunner:
             with torch.inference_mode():
                 computed = self._forward(columns, scored)
             choose = partial(self._choose_step, batch, followed, computed, rows)
-            if before is not None and answers.await_tokens(batch.items):
+            if before is not None and not before.is_read and answers.await_tokens(batch.items):
                 self._unchosen = _Unchosen(before=before, batch=launched, choose=choose)
             else:
                 launched.finish_launch(choose())
