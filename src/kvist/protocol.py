@@ -8,7 +8,7 @@ new form, the second one sends it.
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 6  # 5: SetRole, RoleAnswer; 6: LeaseCommand, LeaseAnswer
+PROTOCOL_VERSION = 6  # 5: SetRole, RoleAnswer; 6: LeaseCommand, LeaseAnswer, SubmitTogether
 OLDEST_PROTOCOL_VERSION = 4  # earlier versions work with no other version
 
 

@@ -1,6 +1,6 @@
 """The typed messages between processes: msgspec MessagePack, one union per direction, strict decode, never pickle.
 
-    gateway → engine   Hello ListPages Submit Abort FlushCache StorageCommand SetRole LeaseCommand
+    gateway → engine   Hello ListPages Submit SubmitTogether Abort FlushCache StorageCommand SetRole LeaseCommand
     engine → gateway   Welcome StepOutputs LoadReport PageEvents Flushed StorageAnswer RoleAnswer LeaseAnswer
     decode → prefill   Grant Ack Revoke            (protocol: docs/handoff.md)
     prefill → decode   Done Closed
@@ -95,7 +95,6 @@ class Hello(_Message, frozen=True):
 
 class ListPages(_Message, frozen=True):
     """List the cached pages from the piece `first_piece` on, in `num_pieces` pieces (`PageEvents.listed`).
-
     The gateway asks for the others when it has applied these. All changes come along, from the first `ListPages` on."""
 
     first_piece: int = 0
@@ -116,7 +115,6 @@ HandoffWay = Literal["direct", "store"]
 
 class Submit(_Message, frozen=True):
     """A request, and the part of it that this engine runs.
-
     With the handoff "store" no two engines meet: a PREFILL stores the pages of its prompt, and its decode engine gets
     the request in mode FULL, with the first token in `output_token_ids`, and looks for the pages in the store."""
 
@@ -126,6 +124,12 @@ class Submit(_Message, frozen=True):
     handoff_id: HandoffId | None = None  # set for PREFILL and DECODE, if the handoff is direct
     prefill: PrefillPeer | None = None  # set for DECODE
     target_epoch: EpochId | None = None  # set for a direct PREFILL: only a Grant of this decode engine is accepted
+
+
+class SubmitTogether(_Message, frozen=True):  # to engines of protocol version 6
+    """Requests that share tokens. The engine has all of them before it plans its next step."""
+
+    submits: tuple[Submit, ...]
 
 
 class Abort(_Message, frozen=True):
@@ -390,8 +394,7 @@ class RoleAnswer(_Message, frozen=True):
 
 
 class Grant(_Message, frozen=True):
-    """Permission to write into pages of decode. `page_ids` are decode's pages for the prompt pages
-    [first_page, first_page + len(page_ids))."""
+    """Permission to write into pages of decode."""
 
     handoff_id: HandoffId
     request_id: RequestId
@@ -399,7 +402,7 @@ class Grant(_Message, frozen=True):
     source_epoch: EpochId  # of the prefill engine that the Grant is for
     target: PeerSpec  # the decode engine, with the addresses of its pool
     first_page: int  # decode has pages [0, first_page) cached already
-    page_ids: tuple[int, ...]
+    page_ids: tuple[int, ...]  # of decode's pages, for the prompt's pages from `first_page` on
 
     @property
     def pools(self) -> tuple[PoolAddress, ...]:
@@ -457,8 +460,7 @@ class Pong(_Message, frozen=True):
 
 
 class Closed(_Message, frozen=True):
-    """Prefill writes no more bytes for this handoff: refused, failed, or in answer to `Revoke`. Also the answer to a
-    Grant or Revoke for a closed handoff, and to a Revoke for an unknown one."""
+    """Prefill writes no more bytes: refused, failed or revoked. Also the answer about a closed or unknown handoff."""
 
     handoff_id: HandoffId
     target_epoch: EpochId
@@ -468,13 +470,11 @@ class Closed(_Message, frozen=True):
     unsettled: bool = False  # a write failed, and its bytes may still be under way: decode must revoke the access first
 
 
-ToScheduler = (
-    Submit | Abort | FlushCache | LeaseCommand
-)  # events of the engine's scheduler; the engine handles all others itself
+ToScheduler = Submit | Abort | FlushCache | LeaseCommand  # the engine handles all others itself
 Command = FlushCache | StorageCommand | SetRole | LeaseCommand  # each worker answers with the same `call_id`
 Answer = Flushed | StorageAnswer | RoleAnswer | LeaseAnswer
 AnswerT = TypeVar("AnswerT", bound=Answer)
-GatewayToEngine = Hello | ListPages | ToScheduler | Command
+GatewayToEngine = Hello | ListPages | ToScheduler | SubmitTogether | Command
 EngineToGateway = Welcome | StepOutputs | LoadReport | PageEvents | Answer
 TargetToSource = Grant | Ack | Revoke | Ping
 SourceToTarget = Done | Closed | Pong

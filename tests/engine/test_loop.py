@@ -12,6 +12,7 @@ from kvist.engine.counters import CPU_COUNTERS, ENGINE_COUNTERS, LOOP_COUNTERS
 from kvist.engine.in_flight import MAX_FAILED_STEPS_IN_A_ROW
 from kvist.engine.loop import STORE_PROBE_S
 from kvist.errors import EngineError
+from kvist.lease_messages import LeaseAnswer, LeaseCommand
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Flush, Plan
@@ -110,6 +111,23 @@ def test_every_message_reaches_the_scheduler_as_its_event(engine: LoopBench) -> 
         Ack(handoff_id=handoff, target_epoch=target),
         Revoke(handoff_id=handoff, target_epoch=target, reason="late"),
     ]
+
+
+def test_requests_sent_together_are_events_of_one_step_and_each_is_checked_alone(engine: LoopBench) -> None:
+    together = wire.SubmitTogether(submits=(submit("a"), submit("b", 1, 100), submit("c")))
+    assert engine.iterate((G1, together)) == [submit("a"), submit("c")]
+    [outputs] = engine.sent(wire.StepOutputs, G1)
+    assert [(end.request_id, end.error_code) for end in outputs.ended] == [("b", "invalid_request")]
+
+
+def test_an_answer_about_leases_goes_to_the_gateway_that_asked(engine: LoopBench) -> None:
+    asked = LeaseCommand(call_id="c", action="list", owner="k")
+    assert engine.iterate((G1, asked), (G2, LeaseCommand(call_id="d", action="renew", owner="k", ttl_s=601.0))) == [
+        asked
+    ]
+    answer = LeaseAnswer(call_id="c")
+    engine.iterate(plan=Plan(lease_answers=(answer,)))
+    assert (engine.sent(LeaseAnswer, G1), engine.sent(LeaseAnswer, G2)) == ([answer], [])
 
 
 def test_the_engine_answers_hello_with_its_spec(engine: LoopBench) -> None:

@@ -29,6 +29,7 @@ from kvist.engine.reports import LoadReports
 from kvist.engine.roles import RoleSwitch
 from kvist.errors import ConfigError, KvistError, WireError
 from kvist.kv.cache import PageCache
+from kvist.lease_messages import LeaseAnswer, LeaseCommand
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
 from kvist.plan.plan import Plan
@@ -37,6 +38,7 @@ from kvist.request import (
     EpochId,
     FinishReason,
     HandoffId,
+    LeaseTerms,
     Mode,
     Outcome,
     RequestId,
@@ -106,9 +108,12 @@ class Messages:
     def to_engine(self) -> Any:
         dice, handoff, request = self.dice, HandoffId(self._name("h")), RequestId(self._name("r"))
         target, source = EpochId(dice.choice(("D", "D", "E"))), EpochId(dice.choice(("P", "P", "Q")))
-        kind = dice.randrange(16)
+        kind = dice.randrange(17)
         if kind < 8:
             return self._submit(request, handoff, target, source)
+        if kind == 16:
+            names = (RequestId(self._name("r")) for _ in range(dice.randrange(3)))
+            return wire.SubmitTogether(submits=tuple(self._submit(name, handoff, target, source) for name in names))
         page_ids = tuple(dice.sample(range(NUM_PAGES), dice.randint(0, 6)))
         done = wire.Done(
             handoff_id=handoff, target_epoch=target, source_epoch=source, num_pages=len(page_ids), checksum="s",
@@ -127,7 +132,18 @@ class Messages:
         return (
             dice.choice((wire.Hello(gateway_id="g"), wire.ListPages(first_piece=dice.randrange(-1, 3)))),
             wire.Abort(request_id=request),
-            dice.choice((wire.FlushCache(call_id="c"), wire.StorageCommand(call_id="c", action="attach"))),
+            dice.choice(
+                (
+                    wire.FlushCache(call_id="c"),
+                    wire.StorageCommand(call_id="c", action="attach"),
+                    LeaseCommand(
+                        call_id="c", action="renew", owner="", lease_id=self._name("l", 2), ttl_s=dice.random()
+                    ),
+                    LeaseCommand(
+                        call_id="c", action=dice.choice(("end", "list")), owner="", lease_id=self._name("l", 2)
+                    ),
+                )
+            ),
             grant,
             wire.Ack(handoff_id=handoff, target_epoch=target),
             wire.Revoke(handoff_id=handoff, target_epoch=target, reason="x"),
@@ -140,7 +156,7 @@ class Messages:
         request = make_request(
             request_id,
             tuple(dice.randrange(3) for _ in range(dice.randint(1, 20))),
-            max_tokens=dice.randint(1, 8),
+            max_tokens=dice.randint(1, 8) if (answers := dice.random() < 0.9) else 0,
             temperature=dice.random(),
             seed=dice.randrange(2**63),
             num_logprobs=dice.choice((None, 0, 3)),
@@ -153,6 +169,9 @@ class Messages:
             allowed_token_ids=(3, 4, 7),
             bad_words=((3,), (4, 5), (1,) * 9),
             cache_salt=dice.choice(("", "s")),
+            background=dice.random() < 0.2,
+            num_shared_tokens=dice.choice((0, 0, 5, 100)),
+            lease=None if answers else LeaseTerms(lease_id=self._name("l", 2), ttl_s=dice.random()),
         )
         peer = wire.PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=source)
         return wire.Submit(
@@ -179,9 +198,9 @@ class Messages:
             sums=(wire.TierSum(tier="host", num_pages=1, xor=bytes(wire.DIGEST_BYTES)),),
         )
         outputs = wire.StepOutputs(chunks=(chunk,), ended=(ended,) if dice.random() < 0.2 else ())
-        flushed = wire.Flushed(call_id="c", num_pages=1)
+        flushed, leases = wire.Flushed(call_id="c", num_pages=1), LeaseAnswer(call_id="c", error_code="lease_not_found")
         return dice.choice(
-            (outputs, outputs, outputs, report, events, wire.Welcome(spec=spec_of(Role.UNIFIED)), flushed)
+            (outputs, outputs, outputs, report, events, wire.Welcome(spec=spec_of(Role.UNIFIED)), flushed, leases)
         )
 
     def mutated(self, message: Any) -> bytes:

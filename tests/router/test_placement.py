@@ -6,12 +6,14 @@ import asyncio
 
 import pytest
 
-from kvist.request import FinishReason, Role
+from kvist import wire
+from kvist.request import FinishReason, RequestId, Role
 from kvist.router.config import RouterConfig, RoutingOptions
 from kvist.router.placement import Placement
 from kvist.router.registry import Worker
+from kvist.router.sent_together import MOST_TOKENS_TOGETHER, Message, sent_together, submits_of
 from kvist.testing.router_bench import RouterBench, read_all, settle
-from kvist.testing.specs import make_pool, make_request
+from kvist.testing.specs import make_pool, make_request, submit_full
 
 POOL = make_pool(num_pages=1 << 16)
 PROMPT = range(100)
@@ -111,3 +113,66 @@ async def test_a_stream_goes_on_at_the_workers_of_its_placement() -> None:
     target = next(worker for worker, _ in bench.engines.sent[-2:] if worker.role is Role.DECODE)
     bench.engines.emit(target, 0, 1, 2, 3, finish=FinishReason.LENGTH)
     assert await task == [1, 2, 3]
+
+
+async def test_the_requests_of_a_group_are_sent_in_one_message() -> None:
+    bench = RouterBench()
+    new, old = bench.engines.join("new"), bench.engines.join("old", protocol_version=5)
+    for worker in (new, old):
+        placement = Placement(group=worker.url, worker=worker.url)
+        requests = [make_request(f"r{number}", PROMPT, max_tokens=0, num_shared_tokens=90) for number in range(3)]
+        tasks = [asyncio.create_task(read_all(bench.dispatcher.generate(each, placement))) for each in requests]
+        await settle()
+        assert len(bench.engines.submits(worker)) == 3
+        messages = [message for to, message in bench.engines.sent if to is worker]
+        assert [len(submits_of(message)) for message in messages] == ([3] if worker is new else [1, 1, 1])
+        for task in tasks:
+            task.cancel()
+        await settle()
+        assert len(bench.engines.aborts(worker)) == 3
+
+
+def test_requests_that_share_tokens_are_joined_up_to_a_limit_and_before_their_aborts() -> None:
+    bench = RouterBench()
+    first, second = bench.engines.join("a"), bench.engines.join("b")
+
+    def submit(name: str, num_tokens: int, shared: int = 1) -> wire.Submit:
+        return submit_full(make_request(name, [1] * num_tokens, num_shared_tokens=shared))
+
+    submits = [submit(f"r{number}", MOST_TOKENS_TOGETHER // 2) for number in range(5)]
+    long, alone, abort = (
+        submit("long", MOST_TOKENS_TOGETHER + 1),
+        submit("alone", 3, 0),
+        wire.Abort(request_id=RequestId("r0")),
+    )
+    sends: list[tuple[Worker, Message]] = [
+        (first, submits[0]),
+        (first, abort),
+        (second, alone),
+        *((first, each) for each in submits[1:]),
+    ]
+    sends += [(first, long), (second, submits[0])]
+    found = list(sent_together(sends))
+    assert [(worker.url, [each.request.request_id for each in submits_of(message)]) for worker, message in found] == [
+        ("a", ["r0", "r1"]),
+        ("a", ["r2", "r3"]),
+        ("a", ["r4"]),
+        ("a", ["long"]),
+        ("b", ["r0"]),
+        ("a", []),  # the Abort
+        ("b", ["alone"]),
+    ]
+
+
+async def test_a_group_that_cannot_be_sent_goes_elsewhere() -> None:
+    bench = RouterBench()
+    gone, other = bench.engines.join("gone"), bench.engines.join("other")
+    bench.engines.unreachable.add(gone)
+    requests = [make_request(f"r{number}", PROMPT, max_tokens=0, num_shared_tokens=90) for number in range(3)]
+    placement = Placement(group="g", worker="gone")
+    tasks = [asyncio.create_task(read_all(bench.dispatcher.generate(each, placement))) for each in requests]
+    await bench.pass_time(0.5)
+    assert len(bench.engines.submits(other)) == 3
+    for task in tasks:
+        task.cancel()
+    await settle()

@@ -71,11 +71,12 @@ class Inbox:
         events: list[Event] = []
         replies: list[Reply] = []
         for identity, message in received:
-            translated = self._translate_one(identity, message, now_s)
-            if isinstance(translated, Reply):
-                replies.append(translated)
-            elif translated is not None:
-                events.append(translated)
+            for part in message.submits if isinstance(message, wire.SubmitTogether) else (message,):
+                translated = self._translate_one(identity, part, now_s)
+                if isinstance(translated, Reply):
+                    replies.append(translated)
+                elif translated is not None:
+                    events.append(translated)
         return events, replies
 
     def take_call(self, call_id: str) -> bytes | None:
@@ -105,8 +106,8 @@ class Inbox:
                 return message
             case wire.Done() | wire.Closed():
                 return self._from_prefill(message)
-            case wire.Ping() | wire.Pong():
-                return None  # answered by the loop, if at all
+            case wire.Ping() | wire.Pong() | wire.SubmitTogether():
+                return None  # the loop answers a ping; `translate` has divided the others
 
     def _from_prefill(self, message: wire.SourceToTarget) -> Event:
         if isinstance(message, wire.Done) and not 0 <= message.first_token.token_id < self._spec.vocab_size:
@@ -147,6 +148,8 @@ class Inbox:
                     return Reply(identity=gateway.identity, message=_no_host_tier(message))
                 self._on_storage_command(gateway.identity, message)
                 return None
+            case wire.SubmitTogether():
+                return None  # `translate` has divided it
             case wire.SetRole():
                 return Reply(identity=gateway.identity, message=self._switched(message))
 
@@ -190,7 +193,7 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
     repetition = sampling.repetition_penalty
     wrong_bias = next((value for _, value in sampling.logit_bias if not -100 <= value <= 100), None)  # perhaps NaN
     kind = None if sampling.constraint is None else sampling.constraint.kind
-    ttl_s = None if request.lease is None else request.lease.ttl_s
+    lease_id, ttl_s = ("", None) if request.lease is None else (request.lease.lease_id, request.lease.ttl_s)
     shortest = min(map(len, sampling.bad_words), default=1)
     for name, value, allowed in (
         ("temperature", sampling.temperature, 0 <= sampling.temperature <= _MAX_FACTOR),
@@ -211,6 +214,7 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
         ("a value of logit_bias", wrong_bias, wrong_bias is None),
         ("the number of bad_words", len(sampling.bad_words), len(sampling.bad_words) <= MAX_BAD_WORDS),
         ("num_shared_tokens", request.num_shared_tokens, request.num_shared_tokens >= 0),
+        ("the length of a lease's id", len(lease_id), len(lease_id) <= MAX_REQUEST_ID_CHARS),
         ("the time of a lease", ttl_s, ttl_s is None or is_lease_ttl(ttl_s)),
         ("the kind of constraint", kind, kind is None or kind in CONSTRAINT_KINDS),
         ("the shortest of bad_words", shortest, shortest > 0),

@@ -26,6 +26,7 @@ from kvist.router.open_stream import OpenStream
 from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.route import Router
+from kvist.router.sent_together import sent_together, submits_of
 from kvist.router.stream import Cancelled, ClusterSnapshot, StreamPart
 from kvist.router.streams import Streams
 
@@ -105,7 +106,10 @@ class Dispatcher:
         `Timeout`."""
         stream = self._streams.begin(request, self._clock.now_s(), placement)
         try:
-            self._carry_out()
+            if placement.group:
+                asyncio.get_running_loop().call_soon(self._carry_out)  # the others of the group may begin first
+            else:
+                self._carry_out()
             while True:
                 part = stream.take()
                 if part is not None:
@@ -206,9 +210,10 @@ class Dispatcher:
             streams.on_time(now_s)
         while streams.sends:
             sends, streams.sends = streams.sends, []
-            for worker, message in sends:
-                if not self._engines.send(worker, message) and isinstance(message, wire.Submit):
-                    streams.on_unsent(worker, message, now_s)
+            for worker, message in sent_together(sends):
+                if not self._engines.send(worker, message):
+                    for submit in submits_of(message):
+                        streams.on_unsent(worker, submit, now_s)
         if streams.woken:
             woken, streams.woken = streams.woken, []
             for stream in woken:

@@ -20,6 +20,7 @@ from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.handoff_ways import HandoffWay
 from kvist.router.placement import ANYWHERE, Placement
+from kvist.router.sent_together import MOST_TOKENS_TOGETHER
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
 from kvist.wire import AnswerT, Command, EngineSpec, HandoffReport, StoredPages, TokenChunk
@@ -240,12 +241,14 @@ async def run_choices(
             async for delta in deltas:
                 yield choice, delta
         return
+    num_tokens = sum(choice.request.num_prompt_tokens for choice in choices)
+    together = bool(choices[0].placement.group) and num_tokens <= MOST_TOKENS_TOGETHER
     queue: asyncio.Queue[tuple[ChoiceState, Delta | BaseException]] = asyncio.Queue(_QUEUE_PARTS)
     tasks: list[asyncio.Task[None]] = []
     try:
         for choice in choices:
             tasks.append(asyncio.create_task(_feed(queue, dispatcher, choice, metrics, clock)))
-            if choice.request.num_prompt_tokens > _LONG_PROMPT_TOKENS:
+            if choice.request.num_prompt_tokens > _LONG_PROMPT_TOKENS and not together:
                 await asyncio.sleep(0)  # send the prompt now, and let other tasks run before the next prompt
         num_open = len(choices)
         while num_open:

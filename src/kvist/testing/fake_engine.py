@@ -25,6 +25,7 @@ from kvist import wire
 from kvist.channel import ChannelConfig, EngineChannel, Member
 from kvist.clock import MonotonicClock
 from kvist.request import EngineRequest, FinishReason, Mode, Outcome, RequestId, Role, WorkerId
+from kvist.router.sent_together import submits_of
 from kvist.testing.specs import LoadFields, make_load, make_roomy_spec
 
 RECV_TIMEOUT_S = 0.05
@@ -181,8 +182,9 @@ class FakeEngine:
             self.num_listings += 1
             nothing = wire.ListedPages(tier="device", first_piece=message.first_piece)
             self._send_events(sender, wire.PageEvents(sequence=0, listed=(nothing,), sums=_NO_PAGES))
-        elif isinstance(message, wire.Submit):
-            self._take(sender, message)
+        elif isinstance(message, wire.Submit | wire.SubmitTogether):
+            for submit in submits_of(message):
+                self._take(sender, submit)
         elif isinstance(message, wire.Abort):
             self.aborted.append(message.request_id)
             self._streams = deque(s for s in self._streams if s.submit.request.request_id != message.request_id)

@@ -21,6 +21,7 @@ from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
 from kvist.router.fleet import EngineEvents
 from kvist.router.registry import Registry, Worker
+from kvist.router.sent_together import submits_of
 from kvist.router.stream import StreamPart
 from kvist.router.streams import RETRY_S
 from kvist.testing.clocks import FakeClock
@@ -58,8 +59,8 @@ class MemoryEngines:
         if worker in self.unreachable:
             return False
         self.sent.append((worker, message))
-        if isinstance(message, wire.Submit):
-            self.on_submit(worker, message)
+        for submit in submits_of(message):
+            self.on_submit(worker, submit)
         return True
 
     async def close(self) -> None: ...
@@ -83,7 +84,7 @@ class MemoryEngines:
     # ------------------------------------------------------------ messages to engines
 
     def submits(self, worker: Worker) -> list[wire.Submit]:
-        return [message for to, message in self.sent if to is worker and isinstance(message, wire.Submit)]
+        return [submit for to, message in self.sent if to is worker for submit in submits_of(message)]
 
     def aborts(self, worker: Worker) -> list[RequestId]:
         return [message.request_id for to, message in self.sent if to is worker and isinstance(message, wire.Abort)]
