@@ -286,3 +286,44 @@ async def test_a_session_reaches_the_router_as_a_digest_that_depends_on_the_salt
     assert none == ""
     refused = await bench.chat(prompt_cache_key="é" * 129)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_cache_key")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"truncate_prompt_tokens": 3}, "<end>"[-3:]),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, "abc"),
+        ({"truncate_prompt_tokens": 5000}, None),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 150}, ("abcdef" * 50 + "<end>")[-50:]),
+    ],
+)
+async def test_a_prompt_is_truncated_on_request(
+    bench: GatewayBench, fields: dict[str, object], kept: str | None
+) -> None:
+    text = "abcdef" * 50 + "<end>" if kept else "short"
+    for prompt in (text, [text, text]):
+        body = {"prompt": prompt, "max_tokens": 4, **fields}
+        assert (await bench.post("/v1/completions", body)).status_code == 200
+        assert bench.dispatcher.tokenizer.decode(bench.dispatcher.requests[-1].prompt_token_ids) == (kept or text)
+    messages = [{"role": "user", "content": "x" * 300}]
+    asked = {"messages": messages, "max_tokens": 4, "truncate_prompt_tokens": 12}
+    assert (await bench.post("/v1/chat/completions", asked)).status_code == 200
+    prompt = bench.dispatcher.tokenizer.decode(bench.dispatcher.requests[-1].prompt_token_ids)
+    assert prompt == "<assistant>".rjust(12, "x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"truncation_side": "middle"}, "truncation_side"),
+        ({"truncate_prompt_tokens": 5, "echo": True}, "echo"),
+        ({"truncate_prompt_tokens": 190, "prompt": "x" * 300}, "max_tokens"),
+    ],
+)
+async def test_a_truncation_that_cannot_be_honoured_is_refused(
+    bench: GatewayBench, fields: dict[str, object], param: str
+) -> None:
+    response = await bench.post("/v1/completions", {"prompt": "abc", **fields, "max_tokens": 20})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)

@@ -84,7 +84,7 @@ def test_cuts_change_nothing_in_any_text(name: str, text: str, seed: int) -> Non
         assert whole.calls[index][1].startswith("{")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "openai"])  # its headers are not content
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "openai"])  # headers of messages are not content
 @settings(max_examples=150)
 @given(text=texts)
 def test_text_without_calls_is_content_without_loss(name: str, text: str) -> None:

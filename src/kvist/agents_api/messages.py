@@ -10,6 +10,7 @@ from kvist.agents_api.messages_format import MessagesFormat, error_body
 from kvist.agents_api.messages_request import chat_of_messages
 from kvist.api.decoding import BodyDecoder
 from kvist.api.messages import MessagesRequest, TokenCount
+from kvist.checking.tools import offered_tools
 from kvist.http.asgi import JSON_TYPE, Headers, send_bytes
 from kvist.http.caller import Caller
 from kvist.server.app import MountedApi
@@ -18,7 +19,6 @@ from kvist.server.generation_endpoint import generation_endpoint
 from kvist.server.openai import ChatRun
 from kvist.server.respond import Job
 from kvist.server.routing_fields import with_ignored
-from kvist.server.tools import offered_tools
 
 _PATH = "/v1/messages"
 _MESSAGES = BodyDecoder(MessagesRequest)

@@ -27,6 +27,7 @@ from kvist.agents_api.responses_request import LOGPROBS, chat_of_responses, chec
 from kvist.api.decoding import BodyDecoder
 from kvist.api.response_objects import DeletedResponse, InputTokens, ItemList, ResponseObject
 from kvist.api.responses import InputItem, InputPart, ResponsesRequest
+from kvist.checking.tools import offered_tools
 from kvist.errors import Conflict, EngineError, KvistError, RequestError, UnsupportedField
 from kvist.http.asgi import JSON_TYPE, Headers, cancel_on_disconnect, send_bytes
 from kvist.http.caller import Caller, caller_of
@@ -35,7 +36,6 @@ from kvist.server.gateway import GatewayContext
 from kvist.server.generation_endpoint import run_job, with_constraint
 from kvist.server.openai import ChatRun
 from kvist.server.respond import Job, complete
-from kvist.server.tools import offered_tools
 
 logger = logging.getLogger(__name__)
 

@@ -111,7 +111,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     return_mm_kwargs: Annotated[object, Advisory("only a rendering endpoint would return this", _BOTH)] = None
     spaces_between_special_tokens: Annotated[object, Advisory("no spaces are inserted between tokens", _BOTH)] = None
     guided_decoding_backend: Annotated[object, Advisory("the server's `--grammar-backend` is used")] = None
-    truncation_side: Annotated[object, Advisory("prompts are never truncated", ("left", "right"))] = None
+    truncation_side: Annotated[object, Advisory("this prompt is not truncated", ("left", "right"))] = None
 
     cache_control: Annotated[object, Advisory(_CACHING)] = None
     diagnostics: Annotated[object, Advisory(_LOCAL)] = None
@@ -191,7 +191,7 @@ class KnownFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     documents: Annotated[object, Refused("write the documents into the messages", ([],))] = None
     task: Annotated[object, Refused("write the task into the messages")] = None
     chat_template: Annotated[object, Refused("the server's template is used: `kvist serve --chat-template`")] = None
-    truncate_prompt_tokens: Annotated[object, Refused("shorten the prompt; /tokenize counts its tokens")] = None
+    truncate_prompt_tokens: Annotated[object, Refused(_V1)] = None
     session_params: Annotated[
         object, Refused("send the whole prompt; a cached prefix is not computed again", ({},))
     ] = None

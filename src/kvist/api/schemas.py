@@ -281,6 +281,10 @@ class Generation(SamplingFields, Constraints, forbid_unknown_fields=True, kw_onl
     add_special_tokens: Annotated[
         bool | None, Honoured("whether the tokenizer puts its own tokens around the prompt")
     ] = None
+    truncate_prompt_tokens: Annotated[
+        int | None, Honoured("number of tokens of the prompt that are kept, the last ones; -1: as many as fit")
+    ] = None
+    truncation_side: Annotated[str | None, Honoured('"left" (default) or "right": where the prompt is cut')] = None
     request_id: Annotated[str | None, Honoured("the response's id, after `chatcmpl-` or `cmpl-`")] = None
     rid: Annotated[str | None, Honoured("the response's id")] = None
     cache_salt: Salt = None

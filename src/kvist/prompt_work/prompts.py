@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from kvist.api.schemas import PromptRequest
 from kvist.checking.sampling import check_token_ids, output_limit
+from kvist.checking.tools import offered_tools
 from kvist.errors import RequestError
 from kvist.http.caller import Caller
 from kvist.request import EngineRequest, LeaseTerms, RequestId, SamplingParams
@@ -14,7 +15,6 @@ from kvist.router.placement import Placement
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
 from kvist.server.routing_fields import Routing
-from kvist.server.tools import offered_tools
 
 PROMPT_ALONE = SamplingParams(max_tokens=0, temperature=0.0)
 

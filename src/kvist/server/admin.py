@@ -13,6 +13,7 @@ from kvist import __version__, metrics
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import DetokenizeRequest, TokenizeRequest
 from kvist.checking.sampling import check_num_lists, check_token_ids, token_lists
+from kvist.checking.tools import offered_tools
 from kvist.errors import RequestError, Unavailable, error_from_wire
 from kvist.http.asgi import JSON_TYPE, Headers, send_bytes, send_json
 from kvist.request import Role
@@ -21,7 +22,6 @@ from kvist.server.capacity import capacity_of
 from kvist.server.gateway import GatewayContext
 from kvist.server.pairs import pair_infos
 from kvist.server.storage_names import decode_store, field_of, named_status
-from kvist.server.tools import offered_tools
 from kvist.server.worker_metrics import pages_by_state
 from kvist.wire import FlushCache, Flushed, FlushTier, StorageAnswer, StorageCommand
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvist.api.schemas import ChatRequest
+from kvist.checking.tools import OfferedTools
 from kvist.request import FinishReason
-from kvist.server.tools import OfferedTools
 from kvist.text import Tokenizer
 from kvist.tools import (
     AnswerFormats,

@@ -14,6 +14,7 @@ from typing import TypeVar
 from starlette.types import Receive, Scope
 
 from kvist.api.schemas import ChatMessage, ChatRequest, PromptRequest, TokenizeRequest
+from kvist.checking.tools import CallHistory, OfferedTools
 from kvist.clock import Clock
 from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
 from kvist.fit import Limit, limit_text
@@ -27,7 +28,6 @@ from kvist.server.admission import Admission
 from kvist.server.config import TENANT_API_KEY, ServerConfig
 from kvist.server.generation import EngineClient
 from kvist.server.lifecycle import Lifecycle
-from kvist.server.tools import CallHistory, OfferedTools
 from kvist.text import PromptEncoder, SamplingDefaults, Tokenizer, encode_up_to
 from kvist.wire import EngineHealth, EngineSpec
 
@@ -145,9 +145,14 @@ class GatewayContext:
         if name is not None and name != self.model_name:
             raise UnknownModel(f"the model `{name}` is not served here; `{self.model_name}` is", param="model")
 
-    def encode(self, text: str, *, add_special_tokens: bool, param: str, salt: str) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool, param: str, salt: str, any_length: bool = False
+    ) -> list[int]:
         """Return the token ids of a prompt. Only prompts with an equal `salt` save each other time. Tokenising stops
-        once the text is known to be too long. Raises `PromptTooLong`."""
+        once the text is known to be too long. With `any_length` it may be longer than the model's context, up to
+        `max_tokens_shown`. Raises `PromptTooLong`, and then `RequestError`."""
+        if any_length:
+            return self.encode_to_show([text], add_special_tokens=add_special_tokens, param=param)[0]
         return self._encode_within(self.limit(), text, add_special_tokens=add_special_tokens, param=param, salt=salt)
 
     def _encode_within(self, limit: Limit, text: str, *, add_special_tokens: bool, param: str, salt: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import ChatRequest, CompletionRequest
@@ -19,6 +20,8 @@ from kvist.checking.sampling import (
     shows_stop,
     token_lists,
 )
+from kvist.checking.tools import OfferedTools, offered_tools
+from kvist.checking.truncation import check_truncation, truncated
 from kvist.errors import RequestError
 from kvist.fit import Limit
 from kvist.http.asgi import Headers
@@ -30,7 +33,6 @@ from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.openai_format import AnswerFields, ChatFormat, CompletionFormat, Envelope
 from kvist.server.respond import Job
 from kvist.server.routing_fields import Routing, checked_routing
-from kvist.server.tools import OfferedTools, offered_tools
 from kvist.text import Tokenizer
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -81,8 +83,13 @@ def chat_run(
     parsing = AnswerParsing.of(request, tools, tokenizer, text)
     constraint = _chat_constraint(request, tools, tokenizer, text)
     routing, headers = checked_routing(gateway, caller, request, headers)
+    check_truncation(request)
     prompt_ids = gateway.encode(
-        text, add_special_tokens=bool(request.add_special_tokens), param="messages", salt=routing.salt
+        text,
+        add_special_tokens=bool(request.add_special_tokens),
+        param="messages",
+        salt=routing.salt,
+        any_length=request.truncate_prompt_tokens is not None,
     )
     default = gateway.sampling_defaults.max_new_tokens
     prompts = [_prompt(gateway.limit(), request, prompt_ids, default=default, fits_context=fits_context)]
@@ -142,8 +149,13 @@ def _prompt_token_ids(gateway: GatewayContext, request: CompletionRequest, salt:
     """Return the token ids of every prompt. `prompt` is a text, a list of texts, token ids, or a list of lists of
     token ids; a mixture raises `RequestError`."""
     prompt, add_special_tokens = request.prompt, request.add_special_tokens is not False
+    check_truncation(request)
+    any_length = request.truncate_prompt_tokens is not None
+    if any_length and request.echo:
+        raise RequestError("`echo` shows the whole prompt: omit `truncate_prompt_tokens`", param="echo")
+    encode = partial(gateway.encode, add_special_tokens=add_special_tokens, param="prompt", salt=salt)
     if isinstance(prompt, str):
-        return [gateway.encode(prompt, add_special_tokens=add_special_tokens, param="prompt", salt=salt)]
+        return [encode(prompt, any_length=any_length)]
     if not prompt:
         raise RequestError("`prompt` is an empty list", param="prompt")
     num_prompts = 1 if isinstance(prompt[0], int) else len(prompt)
@@ -153,6 +165,8 @@ def _prompt_token_ids(gateway: GatewayContext, request: CompletionRequest, salt:
         texts = [item for item in prompt if isinstance(item, str)]
         if len(texts) < len(prompt):
             raise RequestError("`prompt` mixes texts, token ids and lists of token ids; use one kind", param="prompt")
+        if any_length:
+            return [encode(text, any_length=True) for text in texts]
         return gateway.encode_all(texts, add_special_tokens=add_special_tokens, param="prompt", salt=salt)
     vocab_size = gateway.vocab_size()
     for one in found:
@@ -174,6 +188,7 @@ def _prompt(
         if asked is not None and asked != request.max_completion_tokens:
             raise RequestError("`max_tokens` and `max_completion_tokens` differ; set only one", param="max_tokens")
         asked, param = request.max_completion_tokens, "max_completion_tokens"
+    token_ids = truncated(token_ids, request, limit.num_tokens - max(1 if asked is None else asked, 0))
     if fits_context and asked is not None:
         asked = min(asked, max(1, limit.num_tokens - len(token_ids)))
     max_tokens = output_limit(
