@@ -24,6 +24,18 @@ settings.load_profile("kvist")
 
 
 SHARED_CLUSTER = "tests/e2e/"
+SLOWEST = (  # of what pytest-xdist's workers get, the slowest first: at the end, no worker waits long for the other
+    SHARED_CLUSTER,
+    "tests/engine/test_processes.py",
+    "tests/engine/test_engines.py",
+    "tests/nodes/test_pool.py",
+    "tests/adding/test_walks.py",
+    "tests/engine/test_two_hosts.py",
+    "tests/engine/test_tp_handoff.py",
+    "tests/runner/test_tensor_parallel.py",
+    "tests/store/test_mooncake_faults.py",
+    "tests/bench/test_scaling.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,6 +47,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # has no types
         def _split_scope(self, nodeid: str) -> str:
             return SHARED_CLUSTER if nodeid.startswith(SHARED_CLUSTER) else super()._split_scope(nodeid)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            if slowest := next((each for each in SLOWEST if each in self.workqueue), None):
+                self.workqueue.move_to_end(slowest, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)
 

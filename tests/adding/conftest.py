@@ -7,8 +7,7 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +102,6 @@ class Cluster:
         answer = httpx.get(f"{self.url}/hicache/storage-backend", timeout=60)
         assert answer.status_code == 200, answer.text
         return list(answer.json()["workers"].values())
-
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        give_up_s = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < give_up_s
-            time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

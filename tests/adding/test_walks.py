@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from kvist.testing.waits import wait_until
 from tests.adding.conftest import Cluster, Followed
 from tests.adding.walks import PAGE, ROOT, Block, read_walks
 
@@ -68,7 +69,7 @@ def test_a_cluster_with_every_new_part_answers(cluster: Cluster) -> None:
 def test_pages_come_back_from_the_new_store(cluster: Cluster) -> None:
     body = {"prompt": PROMPT, "temperature": 0, "kvist": {"usage": True}}
     first = cluster.post("/v1/completions", **body)
-    cluster.wait_until(lambda: all(store["stored_bytes"] for store in cluster.stores()))
+    wait_until(lambda: all(store["stored_bytes"] for store in cluster.stores()))
     cluster.post("/flush_cache")
     second = cluster.post("/v1/completions", **body)
     assert second["usage"]["kvist"]["cached_tokens"] == {"device": 0, "host": 0, "storage": PAGE_TOKENS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -13,6 +13,7 @@ from kvist.channel import ClusterProof
 from kvist.cluster.config import JoinOptions
 from kvist.cluster.joining import Joining, OwnAddress
 from kvist.errors import ConfigError
+from kvist.testing.waits import until
 from tests.server.test_workers import KEY, World
 
 ROUTER = "http://localhost:30000"
@@ -58,12 +59,6 @@ def joining(
         api_key=api_key,
         transport=network.transport,
     )
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_a_worker_announces_itself_again_and_again_and_withdraws_at_its_stop(world: World) -> None:

@@ -31,9 +31,10 @@ from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.supervisor.child import ChildPlan
 from kvist.testing.rounds import check_time, in_rounds
 from kvist.testing.tcp_relay import Link, TcpRelay
+from kvist.testing.waits import wait_until
 from tests.e2e.conftest import START_TIMEOUT_S, metric_of
 from tests.e2e.test_lifetimes import children_of
-from tests.e2e.test_membership import seconds_until, workers_of
+from tests.e2e.test_membership import workers_of
 
 FAR_HOST = "127.0.0.2"  # of the relays
 NUM_STREAMS = 4
@@ -146,7 +147,7 @@ def pair(started: Pair) -> Iterator[Pair]:
     started.wait_ready()
     yield started
     started.restore()
-    assert seconds_until(lambda: started.held() == 0) < GATEWAY_TIMEOUT_S + 10
+    assert wait_until(lambda: started.held() == 0) < GATEWAY_TIMEOUT_S + 10
 
 
 def make_cases(num_tokens: int) -> list[Case]:
@@ -245,7 +246,7 @@ def test_streams_of_a_worker_behind_a_broken_network_go_on_elsewhere(
 
     def break_link() -> None:
         pair.link(link)
-        seen_s.append(seconds_until(lambda: not pair.is_healthy(pair.far)))
+        seen_s.append(wait_until(lambda: not pair.is_healthy(pair.far)))
 
     readers, _ = stream_through(pair, break_link)
     assert_equal(readers, twins)
@@ -304,8 +305,8 @@ def test_streams_of_an_engine_without_progress_go_on_elsewhere(pair: Pair, twins
 
     def suspend() -> None:
         os.kill(engine, signal.SIGSTOP)
-        noticed_s.append(seconds_until(lambda: not pair.is_healthy(pair.far)))
-        noticed_s.append(noticed_s[0] + seconds_until(is_unready))
+        noticed_s.append(wait_until(lambda: not pair.is_healthy(pair.far)))
+        noticed_s.append(noticed_s[0] + wait_until(is_unready))
 
     try:
         readers, _ = stream_through(pair, suspend)
@@ -367,7 +368,7 @@ def test_streams_of_a_killed_gateway_end_and_its_workers_release_everything(
 
     def kill() -> None:
         pair.processes.children["router"].signal_group(signal.SIGKILL)
-        released_s.append(seconds_until(lambda: num_aborted() == before + NUM_STREAMS and pair.held() == 0))
+        released_s.append(wait_until(lambda: num_aborted() == before + NUM_STREAMS and pair.held() == 0))
 
     readers, ends = stream_through(pair, kill, make_cases(num_tokens=3900))  # longer than that takes
     assert all(isinstance(end, HttpFailure) for end in ends), ends

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,14 @@ import pytest
 
 from kvist.checkpoint import find_checkpoint
 from kvist.cluster.ports import free_ports
+from kvist.testing.waits import wait_until
+from tests.e2e.conftest import START_TIMEOUT_S
 
 KVIST = (sys.executable, "-m", "kvist")
-ASK = {"text": "The capital of France is", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+ASK = {
+    "text": "The capital of France is",
+    "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+}
 
 
 def children_of(pid: int) -> list[int]:
@@ -35,13 +39,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):  # ProcessLookupError if the process ends while its file is open
         return False
-
-
-def wait_until(condition: Callable[[], object], *, within_s: float, what: str) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.05)
 
 
 def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready: Callable[[str], bool]) -> None:
@@ -61,7 +58,7 @@ def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready: Callab
     families: list[int] = []
     try:
         url = f"http://127.0.0.1:{router}"
-        wait_until(lambda: is_ready(url), within_s=180, what="the router is ready")
+        wait_until(lambda: is_ready(url), within_s=START_TIMEOUT_S, what="the router is ready")
         families = [pid for process in started for pid in family_of(process.pid)]
         question = {"role": "user", "content": "What is the capital of France?"}
         body = json.dumps({"messages": [question], "max_tokens": 16, "temperature": 0})
@@ -81,24 +78,36 @@ def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready: Callab
 
 @pytest.mark.case("signal-to-all")
 @pytest.mark.parametrize(
-    ("number", "to_all", "code"), [(signal.SIGINT, False, 0), (signal.SIGTERM, True, 0), (signal.SIGKILL, False, -9)]
+    ("number", "to_all", "code", "is_tiny"),
+    [(signal.SIGINT, False, 0, False), (signal.SIGTERM, True, 0, True), (signal.SIGKILL, False, -9, True)],
 )
 def test_kvist_up_leaves_nothing_behind_however_it_ends(
-    number: signal.Signals, to_all: bool, code: int, tmp_path: Path, memory_folder: Path
+    number: signal.Signals,
+    to_all: bool,
+    code: int,
+    is_tiny: bool,
+    tiny_model: Path,
+    tmp_path: Path,
+    memory_folder: Path,
 ) -> None:
     port = free_ports(1)[0]
     log = tmp_path / "up.log"
-    command = (*KVIST, "up", "--prefill", "1", "--decode", "1", "--port", str(port), "--max-total-tokens", "8192")
+    command = [*KVIST, "up", "--prefill", "1", "--decode", "1", "--port", str(port), "--max-total-tokens", "8192"]
+    if is_tiny:
+        command += ["--model-path", str(tiny_model), "--load-format", "dummy"]
     with log.open("wb") as stream:
         up = subprocess.Popen(
             command, stdout=stream, stderr=stream, env={**os.environ, "KVIST_RUNTIME_DIR": str(memory_folder)}
         )
     try:
-        wait_until(lambda: "Ctrl-C stops everything" in log.read_text(), within_s=180, what="kvist up says it is ready")
+        wait_until(
+            lambda: "Ctrl-C stops everything" in log.read_text(), within_s=START_TIMEOUT_S, what="kvist up is ready"
+        )
         family = family_of(up.pid)
         assert len(family) == 6, "kvist up, three children, two engines"
         answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ASK, timeout=60)
-        assert "Paris" in answer.json()["text"]
+        assert answer.json()["meta_info"]["completion_tokens"] == 4
+        assert is_tiny or "Paris" in answer.json()["text"]
     finally:
         for pid in family if to_all else [up.pid]:  # as a service manager or a terminal does
             os.kill(pid, number)

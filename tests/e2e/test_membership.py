@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,9 @@ import pytest
 
 from kvist.cluster.ports import free_ports
 from kvist.testing.rounds import check_time, in_rounds
-from tests.e2e.test_lifetimes import family_of, is_alive, wait_until
+from kvist.testing.waits import wait_until
+from tests.e2e.conftest import START_TIMEOUT_S
+from tests.e2e.test_lifetimes import family_of, is_alive
 
 KVIST = (sys.executable, "-m", "kvist")
 KEY = "the key of the test, long enough"
@@ -87,14 +88,6 @@ def all_healthy(router: str, urls: set[str]) -> bool:
     return {url for url, worker in workers_of(router).items() if worker["is_healthy"]} == urls
 
 
-def seconds_until(condition: Callable[[], bool]) -> float:
-    began_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began_s + 60
-        time.sleep(0.01)
-    return time.monotonic() - began_s
-
-
 @pytest.fixture
 def machines(tmp_path: Path, memory_folder: Path, tiny_model: Path) -> Iterator[Machines]:
     with ExitStack() as stack:
@@ -122,17 +115,19 @@ def test_workers_and_routers_start_in_any_order_and_die_in_every_way(machines: M
     machines.start("router", url=second)
     workers[other] = start_worker(other)
     for router in (first, second):
-        wait_until(partial(all_healthy, router, {one, other}), within_s=120, what=f"both workers at {router}")
+        wait_until(
+            partial(all_healthy, router, {one, other}), within_s=START_TIMEOUT_S, what=f"both workers at {router}"
+        )
     the_requests_of_a_dead_router_are_aborted_and_those_of_the_other_go_on(first, second, dying)
 
     def leaves_in_time(worker: str, limit_s: float, why: str) -> None:
-        left_s = seconds_until(lambda: not is_healthy(second, worker))
+        left_s = wait_until(lambda: not is_healthy(second, worker))
         check_time(left_s < limit_s, f"out of the routing after {left_s:.2f} s: {why}")
 
     def family_of_the_worker(url: str) -> list[int]:
         if workers[url].poll() is not None:  # after a slow round
             workers[url] = start_worker(url)
-        wait_until(lambda: is_healthy(second, url), within_s=120, what=f"{url} is ready")
+        wait_until(lambda: is_healthy(second, url), within_s=START_TIMEOUT_S, what=f"{url} is ready")
         return family_of(workers[url].pid)
 
     @in_rounds(3)

@@ -19,6 +19,7 @@ from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.supervisor.child import ChildPlan
 from kvist.testing.rounds import check_time, in_rounds
+from tests.e2e.conftest import START_TIMEOUT_S
 
 NUM_PLACES, PHASE_S = 8, 3.0
 BOUND = 1.6  # 1.3 by the simulation; the clients take a part of this machine's two cores; 3 without overload control
@@ -35,7 +36,7 @@ def worker() -> Iterator[str]:
     plan = ChildPlan(name="worker", argv=argv, url=f"http://127.0.0.1:{port}")
     timeouts = ChildTimeouts(stall_restart_s=60.0)
     with Processes([plan], probe=probe_child, sink=lambda _name, _line: None, timeouts=timeouts) as processes:
-        processes.wait_ready(120.0)
+        processes.wait_ready(START_TIMEOUT_S)
         yield plan.url
 
 

@@ -19,6 +19,7 @@ from kvist.request import EpochId, WorkerId
 from kvist.router import Dispatcher, LinkOptions, RouterConfig, WorkerUrls, build_router
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.specs import make_request, make_roomy_spec
+from kvist.testing.waits import until
 
 TIMEOUT_S = 0.5
 
@@ -50,12 +51,6 @@ async def ask_worker(engine: FakeEngine) -> AsyncIterator[tuple[Dispatcher, Call
     await until(dispatcher.ready)
     yield dispatcher, set_health
     await dispatcher.close()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def stream(dispatcher: Dispatcher) -> None:

@@ -25,6 +25,7 @@ from kvist.server.lifecycle import Lifecycle
 from kvist.server.serve import http_server
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.specs import make_roomy_spec
+from kvist.testing.waits import until
 from kvist.text import TextConfig, Tokenizer, load_tokenizer
 
 ASK = {"prompt": [5, 6], "max_tokens": 1000, "stream": True}
@@ -49,11 +50,6 @@ class Server:
 
     async def ended(self) -> None:
         await asyncio.wait_for(asyncio.shield(self._running), 60)
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(60):
-            while not condition():
-                await asyncio.sleep(0.005)
 
 
 @pytest.fixture
@@ -111,7 +107,7 @@ async def test_a_stream_over_the_shutdown_timeout_ends_with_an_error_event_and_o
         server.engine.stop_after = 3
         streaming = asyncio.create_task(read(server, ASK))
         whole = asyncio.create_task(server.client.post("/v1/completions", json={**ASK, "stream": False}))
-        await server.until(lambda: server.engine.num_hanging == 2)
+        await until(lambda: server.engine.num_hanging == 2)
         server.signal()
         last_event = (await streaming).strip().split("\n\n")[-1]
         assert last_event.startswith("event: error\n")
@@ -133,7 +129,7 @@ async def test_vllm_24885_a_drain_request_lets_open_streams_finish_by_count_and_
     async with serve(shutdown_timeout_s=3600) as server:  # type: ignore[attr-defined]
         server.engine.stop_after = 3
         streaming = asyncio.create_task(read(server, ASK))
-        await server.until(lambda: server.engine.num_hanging)
+        await until(lambda: server.engine.num_hanging)
         drained = await server.client.post("/drain")
         assert (drained.status_code, drained.json()["requests_in_flight"]) == (202, 1)
         assert (await server.client.post("/v1/completions", json=ASK)).status_code == 503
@@ -150,9 +146,9 @@ async def test_open_streams_finish_within_the_shutdown_timeout_and_new_requests_
     async with serve(shutdown_timeout_s=60) as server:  # type: ignore[attr-defined]
         server.engine.stop_after = 3
         streaming = asyncio.create_task(read(server, ASK))
-        await server.until(lambda: server.engine.num_hanging)
+        await until(lambda: server.engine.num_hanging)
         server.signal()
-        await server.until(lambda: server._stop.requested.is_set())
+        await until(lambda: server._stop.requested.is_set())
         refused = await server.client.post("/v1/completions", json=ASK)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
         assert "retry-after" in refused.headers
@@ -165,7 +161,7 @@ async def test_a_second_signal_cuts_open_requests_at_once(serve: Callable[..., o
     async with serve(shutdown_timeout_s=3600, drain_grace_s=3600) as server:  # type: ignore[attr-defined]
         server.engine.stop_after = 3
         streaming = asyncio.create_task(read(server, ASK))
-        await server.until(lambda: server.engine.num_hanging)
+        await until(lambda: server.engine.num_hanging)
         server.signal()
         server.signal()
         assert "event: error" in await streaming
@@ -177,7 +173,7 @@ async def test_the_port_answers_unready_for_the_drain_grace_and_then_closes(serv
     async with serve(drain_grace_s=1.0, shutdown_timeout_s=0) as server:  # type: ignore[attr-defined]
         assert (await server.client.get("/ready")).status_code == 200
         server.signal()
-        await server.until(lambda: server._stop.requested.is_set())
+        await until(lambda: server._stop.requested.is_set())
         ready = await server.client.get("/ready")
         assert (ready.status_code, "stopping" in ready.text) == (503, True)
         assert (await server.client.get("/health")).status_code == 200
@@ -226,7 +222,7 @@ async def test_kvist_drain_ends_a_server_after_its_open_requests(
     async with serve() as server:  # type: ignore[attr-defined]
         server.engine.stop_after = 3
         streaming = asyncio.create_task(read(server, ASK))
-        await server.until(lambda: server.engine.num_hanging)
+        await until(lambda: server.engine.num_hanging)
         assert await asyncio.to_thread(main, ["drain", str(server.client.base_url)]) == 0
         assert "drains: 1 requests are open" in capsys.readouterr().out
         assert (await server.client.get("/ready")).status_code == 503
@@ -243,7 +239,7 @@ async def test_a_draining_worker_gets_no_new_request_and_finishes_its_open_ones(
     async with serve() as server:  # type: ignore[attr-defined]
         server.engine.stop_after = 3
         streaming = asyncio.create_task(read(server, ASK))
-        await server.until(lambda: server.engine.num_hanging)
+        await until(lambda: server.engine.num_hanging)
         server.engine.report(draining=True)
         ready = await server.client.get("/ready")
         async with asyncio.timeout(60):

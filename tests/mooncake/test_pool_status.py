@@ -22,8 +22,8 @@ from kvist.server.storage_names import named_status
 from kvist.server.worker_metrics import pool_families
 from kvist.testing.clocks import FakeClock
 from kvist.testing.specs import make_load
+from kvist.testing.waits import wait_until
 from kvist.wire import Decoder, EngineToGateway, LoadReport, StorageStatus, encode
-from tests.nodes.conftest import wait_until
 
 TEXT = """\
 # HELP master_key_count Total number of keys

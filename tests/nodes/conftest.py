@@ -6,8 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from kvist.cluster.ports import free_ports
 from kvist.mooncake.master_admin import MasterAdmin
 from kvist.mooncake.requirements import library_obstacle
+from kvist.testing.waits import wait_until
 
 WITHIN_S = 60.0  # on a busy machine
 NUM_STORES = 3
@@ -30,16 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.e2e)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def wait_until(condition: Callable[[], bool], what: Callable[[], str] = str, *, within_s: float = WITHIN_S) -> float:
-    """Wait until the condition holds; return the seconds. Fails the test after a timeout."""
-    start_s = time.monotonic()
-    while not condition():
-        if time.monotonic() - start_s > within_s:
-            pytest.fail(f"not within {within_s} s: {what()}")
-        time.sleep(0.02)
-    return time.monotonic() - start_s
 
 
 class Server:

@@ -11,7 +11,8 @@ import pytest
 
 from kvist.checkpoint import find_checkpoint
 from kvist.cluster.ports import free_ports
-from tests.nodes.conftest import Pool, Server, wait_until
+from kvist.testing.waits import wait_until
+from tests.nodes.conftest import Pool, Server
 
 START_TIMEOUT_S = 200.0
 QUESTION = "What is the capital of France? " * 12 + "Answer in one word."

@@ -12,7 +12,8 @@ import pytest
 
 from kvist import cli
 from kvist.store.mooncake import MooncakeStore
-from tests.nodes.conftest import Pool, Server, wait_until
+from kvist.testing.waits import wait_until
+from tests.nodes.conftest import Pool, Server
 from tests.store.mooncake_writer import KEYS, PAGE_BYTES, open_store, page_of
 
 NUM_PAGES = 60

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +21,11 @@ from kvist.store import STORES
 from kvist.store.backend import HostMemory, PageStore, StoreContext
 from kvist.testing.clocks import FakeClock
 from kvist.testing.memory_store import MemoryStore
+from kvist.testing.waits import wait_until
 
 NUM_PAGES, PAGE_BYTES = 8, 10_000
 KEYS = page_digests(range(NUM_PAGES), 1, "readers")
 GIVE_UP_S = 20.0
-
-
-def until(condition: Callable[[], object]) -> None:
-    give_up_s = time.monotonic() + GIVE_UP_S
-    while not condition():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.005)
 
 
 class Place:
@@ -89,7 +83,7 @@ def is_running(pid: int) -> bool:
 
 def test_a_process_reads_what_the_store_would_read_and_its_counts_are_those_of_the_store(place: Place) -> None:
     assert place.get() == 4, "the process is being started: the thread reads"
-    until(place.is_ready)
+    wait_until(place.is_ready)
     before = place.reads.stats()
     assert place.get() == 4
     after = place.reads.stats()
@@ -108,7 +102,7 @@ def test_a_process_reads_what_the_store_would_read_and_its_counts_are_those_of_t
 
 
 def test_a_page_outside_the_pool_is_read_by_the_thread(place: Place) -> None:
-    until(place.is_ready)
+    wait_until(place.is_ready)
     page = memoryview(bytearray(PAGE_BYTES))
     assert place.reads.get(KEYS[:1], [page]) == 1
     assert page == place.content[0].data
@@ -118,7 +112,7 @@ def test_a_page_outside_the_pool_is_read_by_the_thread(place: Place) -> None:
 def test_the_thread_reads_when_a_process_has_died_and_a_new_one_takes_over(
     place: Place, *, during_a_call: bool
 ) -> None:
-    until(place.is_ready)
+    wait_until(place.is_ready)
     (pid,) = place.reads.pids
     if during_a_call:
         os.kill(pid, signal.SIGSTOP)
@@ -137,7 +131,7 @@ def test_the_thread_reads_when_a_process_has_died_and_a_new_one_takes_over(
     assert place.get() == 4
     assert place.reads.pids == [], "not at once"
     place.clock.advance(RESTART_S)
-    until(place.is_ready)
+    wait_until(place.is_ready)
     assert place.reads.pids not in ([], [pid])
 
 
@@ -150,12 +144,12 @@ def test_a_process_that_cannot_open_the_store_is_not_used(place: Place) -> None:
         assert place.get() == 4
         return not place.reads.pids
 
-    until(has_given_up)
+    wait_until(has_given_up)
     assert place.reads.stats().errors == {"reader_died": 1}
 
 
 def test_processes_end_with_the_store_and_not_by_a_signal_to_the_group(place: Place) -> None:
-    until(place.is_ready)
+    wait_until(place.is_ready)
     (pid,) = place.reads.pids
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(pid, number)
@@ -166,11 +160,11 @@ def test_processes_end_with_the_store_and_not_by_a_signal_to_the_group(place: Pl
 
 
 def test_a_process_ends_with_the_engine_even_when_the_engine_is_killed(place: Place) -> None:
-    until(place.is_ready)
+    wait_until(place.is_ready)
     (pid,) = place.reads.pids
     reader: ReaderProcess = place.reads._readers[0]
     reader.end()  # as the death of the engine's process closes the socket
-    until(lambda: reader._process.poll() is not None)
+    wait_until(lambda: reader._process.poll() is not None)
     assert not is_running(pid)
 
 

@@ -24,6 +24,7 @@ from kvist.router.discovery import reachable_endpoint
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.page_events import tier_changes
 from kvist.testing.specs import make_request, make_roomy_spec
+from kvist.testing.waits import until
 
 BOUND_S = 60.0
 StartEngine = Callable[..., FakeEngine]
@@ -58,12 +59,6 @@ async def connect() -> AsyncIterator[Connect]:
     yield make
     for dispatcher in started:
         await dispatcher.close()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(BOUND_S):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def ask(dispatcher: Dispatcher, first_token: int = 1000, max_tokens: int = 50, name: str = "r") -> list[int]:

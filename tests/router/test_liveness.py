@@ -21,6 +21,7 @@ from kvist.router.registry import Registry, WorkerState
 from kvist.testing.clocks import FakeClock
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.specs import make_roomy_spec
+from kvist.testing.waits import until
 from tests.router.conftest import StartEngine
 
 STEP_S = 0.05
@@ -55,11 +56,6 @@ class World:
     def is_routed_to(self) -> bool:
         return bool(self.registry.ready(Role.UNIFIED))
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(60):
-            while not condition():
-                await asyncio.sleep(0.005)
-
     async def seconds_until_lost(
         self, health_at: Callable[[float], wire.EngineHealth | None], at_most_s: float
     ) -> float:
@@ -76,7 +72,7 @@ class World:
 async def world(start_engine: StartEngine) -> AsyncIterator[World]:
     made = World(start_engine(spec=make_roomy_spec(worker_id=WorkerId("w"))))
     await made.dispatcher.start()
-    await made.until(made.is_routed_to)
+    await until(made.is_routed_to)
     yield made
     await made.dispatcher.close()
 

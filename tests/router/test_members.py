@@ -18,6 +18,7 @@ from kvist.request import EpochId, Role, WorkerId
 from kvist.router import Announcement, Dispatcher, RouterConfig, RouterParts, build_router
 from kvist.testing.fake_engine import CLUSTER_KEY, FakeEngine
 from kvist.testing.specs import make_request, make_roomy_spec
+from kvist.testing.waits import until
 from tests.router.conftest import StartEngine
 
 BOUND_S = 60.0
@@ -81,12 +82,6 @@ def start_worker(start_engine: StartEngine, network: Network) -> Callable[[str],
         return network.engines[host]
 
     return start
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(BOUND_S):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def add(parts: RouterParts, host: str, role: Role | None = None, api_key: str | None = None) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from kvist.router.members import Members
 from kvist.router.membership import Membership, Source
 from kvist.router.sources import Discovery, DnsDiscovery, FileDiscovery, discovery_of, urls_in
 from kvist.testing.router_bench import RouterBench
+from kvist.testing.waits import until
 from tests.server.test_workers import RegistryLinks
 
 A, B = "http://10.0.0.1:1", "http://10.0.0.2:1"
@@ -131,12 +130,6 @@ class Scripted(Discovery):
         if self.problem:
             raise Unavailable(self.problem)
         return self.urls
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_workers_follow_the_readings_and_stay_during_failures_which_are_logged_once(

@@ -16,10 +16,10 @@ from kvist.mooncake.client import check_master
 from kvist.store.mooncake import MooncakeStore
 from kvist.testing.mooncake_pool import CLIENT_TTL_S, MooncakePool
 from kvist.testing.rounds import check_time, in_rounds
+from kvist.testing.waits import wait_until
 from tests.store.mooncake_writer import KEYS, open_store
 from tests.store.test_mooncake_store import get, put
 
-GIVE_UP_S = 30.0
 FIRST_TRY_S = 6.0  # the longest call of a store or master that does not answer
 
 
@@ -35,13 +35,6 @@ def open_here(breakable_pool: MooncakePool) -> Iterator[Callable[..., MooncakeSt
     yield open_one
     for store in opened:
         store.close()
-
-
-def until(condition: Callable[[], object]) -> None:
-    give_up_s = time.monotonic() + GIVE_UP_S
-    while not condition():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.05)
 
 
 def timed(call: Callable[[], int]) -> tuple[int, float]:
@@ -77,8 +70,8 @@ def test_with_one_replica_the_pages_of_a_killed_store_are_misses_and_can_be_stor
     num_pages, took_s = timed(lambda: get(store, KEYS[:64]))
     assert num_pages < 64
     check_time(took_s < FIRST_TRY_S, f"{took_s:.2f} s")
-    until(lambda: store.exists(KEYS[:64]) < 64)  # the master forgets the store
-    until(lambda: put(store, KEYS[:64]) == 64)
+    wait_until(lambda: store.exists(KEYS[:64]) < 64)  # the master forgets the store
+    wait_until(lambda: put(store, KEYS[:64]) == 64)
     assert get(store, KEYS[:64]) == 64
     assert store.stats().num_broken == 0
 
@@ -103,7 +96,7 @@ def test_a_stopped_store_delays_one_read_and_is_then_left_alone(
     breakable_pool.stores[1].signal(signal.SIGCONT)
     other = open_here(namespace, mooncake_replica_num=num_replicas)
     # The master may still name pages that the store had, and forget them a moment later.
-    until(lambda: put(other, KEYS[:64]) == 64 and get(other, KEYS[:64]) == 64)
+    wait_until(lambda: put(other, KEYS[:64]) == 64 and get(other, KEYS[:64]) == 64)
     assert store.stats().num_broken == 0
 
 
@@ -139,8 +132,8 @@ def test_without_a_master_every_call_says_so_in_time_and_a_probe_finds_it_again(
         breakable_pool.start_master()
     else:
         breakable_pool.master_process.signal(signal.SIGCONT)
-    until(lambda: answers(store))
-    until(lambda: put(store, KEYS[:8]) == 8)
+    wait_until(lambda: answers(store))
+    wait_until(lambda: put(store, KEYS[:8]) == 8)
     assert get(store, KEYS[:8]) == 8
     assert store.stats().num_broken == 0
 
@@ -162,7 +155,7 @@ def test_pages_of_a_worker_killed_while_it_stores_are_whole_or_missing(
         assert writer.stdout is not None
         try:
             assert writer.stdout.readline() == "writing\n"
-            until(lambda: store.exists(KEYS[:1]))
+            wait_until(lambda: store.exists(KEYS[:1]))
         finally:
             writer.kill()
     time.sleep(CLIENT_TTL_S / 10)
@@ -187,5 +180,5 @@ def test_a_put_while_a_store_is_dead_counts_the_leading_pages_and_the_rest_is_st
     assert num_stored < 64
     check_time(took_s < FIRST_TRY_S, f"{took_s:.2f} s")
     assert get(store, KEYS[:num_stored]) == num_stored
-    until(lambda: put(store, KEYS[:64]) == 64)
+    wait_until(lambda: put(store, KEYS[:64]) == 64)
     assert get(store, KEYS[:64]) == 64

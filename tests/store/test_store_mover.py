@@ -32,6 +32,7 @@ from kvist.store.io_threads import Threads, num_readers
 from kvist.store.mover import StoreMover
 from kvist.testing.clocks import FakeClock
 from kvist.testing.memory_store import MemoryStore
+from kvist.testing.waits import wait_until
 
 PAGE_BYTES, NUM_PAGES, DEADLINE_S = 64, 400, 10.0
 NUM_READERS = num_readers()
@@ -115,15 +116,9 @@ class Moving:
         self.store.go.clear()
         num_calls = len(self.store.calls)
         self.start(kind, count, slot=10)
-        self.until(lambda: len(self.store.calls) > num_calls)
+        wait_until(lambda: len(self.store.calls) > num_calls)
         self.clock.advance(DEADLINE_S + 1)
         assert self.mover.poll() == []
-
-    def until(self, condition: Callable[[], object]) -> None:
-        give_up_s = time.monotonic() + GIVE_UP_S
-        while not condition():
-            assert time.monotonic() < give_up_s
-            time.sleep(0.001)
 
 
 @pytest.fixture
@@ -180,9 +175,9 @@ def test_reads_do_not_wait_for_slow_writes(moving: Moving) -> None:
     moving.store.go.clear()
     for _ in range(10):
         moving.start(StorePages, 3)
-    moving.until(lambda: moving.store.calls == ["put"] * 2)
+    wait_until(lambda: moving.store.calls == ["put"] * 2)
     moving.start(FindPages, 3)
-    moving.until(lambda: "exists" in moving.store.calls)
+    wait_until(lambda: "exists" in moving.store.calls)
     moving.store.go.set()
     moving.reports(11)
 
@@ -198,7 +193,7 @@ def test_a_fetch_that_has_not_begun_can_be_cancelled_and_is_answered_at_once(mov
     moving.store.go.clear()
     for _ in range(NUM_READERS):
         moving.start(FetchPages, 1)
-    moving.until(lambda: len(moving.store.calls) == NUM_READERS)
+    wait_until(lambda: len(moving.store.calls) == NUM_READERS)
     job = moving.start(FetchPages, 3)
     moving.mover.start(CancelFetch(job_id=job.job_id))
     assert moving.reports() == [PagesFetched(job_id=job.job_id, num_pages=0)]
@@ -245,7 +240,7 @@ def test_jobs_waiting_behind_a_hung_call_are_answered_when_the_breaker_opens(mov
     moving.store.go.clear()
     for _ in range(NUM_READERS + 5):
         moving.start(FetchPages, 1)
-    moving.until(lambda: len(moving.store.calls) == NUM_READERS)
+    wait_until(lambda: len(moving.store.calls) == NUM_READERS)
     moving.clock.advance(DEADLINE_S + 1)
     assert {report.job_id for report in moving.reports(5)} == set(range(NUM_READERS + 1, NUM_READERS + 6))
     assert moving.mover.totals()["storage_unasked_jobs"] == 5
@@ -260,7 +255,7 @@ def test_an_unanswered_lookup_is_reported_apart_from_a_miss(moving: Moving) -> N
     assert moving.reports() == [PagesFound(job_id=2, num_pages=PIECE_PAGES)]
     moving.store.go.clear()
     moving.start(FindPages, PIECE_PAGES + 5)
-    moving.until(lambda: moving.store.calls[-1] == "exists" and len(moving.store.calls) == 4)
+    wait_until(lambda: moving.store.calls[-1] == "exists" and len(moving.store.calls) == 4)
     moving.clock.advance(DEADLINE_S + 1)
     assert moving.mover.poll() == []
     moving.store.go.set()
@@ -275,13 +270,13 @@ def test_the_store_is_probed_after_a_pause_and_used_again_when_the_probe_returns
     assert moving.reports() == [PagesFound(job_id=2, num_pages=0, answered=False)], "too early"
     moving.clock.advance(1)
     assert moving.mover.poll() == []
-    moving.until(lambda: moving.store.calls[-1] == "probe")
+    wait_until(lambda: moving.store.calls[-1] == "probe")
     assert moving.mover.breaker().value == "half_open"
     moving.start(FindPages, 3)
     assert moving.reports() == [PagesFound(job_id=3, num_pages=0, answered=False)], "no request waits for the probe"
     moving.mover.poll()
     moving.store.go.set()
-    moving.until(lambda: moving.mover.breaker().value == "closed")
+    wait_until(lambda: moving.mover.breaker().value == "closed")
     assert moving.store.calls.count("probe") == 1
     assert moving.reports() == [PagesFetched(job_id=1, num_pages=0)]
     moving.start(StorePages, 3)
@@ -300,13 +295,13 @@ def test_an_unreachable_store_opens_the_breaker_and_is_probed_until_it_answers(m
     for number in (2, 3):
         moving.clock.advance(PAUSE_S)
         moving.mover.poll()
-        moving.until(partial(lambda number: moving.mover.totals()["storage_unreachable_calls"] == number, number))
+        wait_until(partial(lambda number: moving.mover.totals()["storage_unreachable_calls"] == number, number))
         assert moving.mover.breaker().value == "open"
     assert moving.mover.totals()["storage_raised_calls"] == 0, "no bug"
     moving.store.answer = None
     moving.clock.advance(PAUSE_S)
     moving.mover.poll()
-    moving.until(lambda: moving.mover.breaker().value == "closed")
+    wait_until(lambda: moving.mover.breaker().value == "closed")
 
 
 def test_a_store_that_hangs_for_good_occupies_only_its_own_threads(moving: Moving) -> None:
@@ -314,7 +309,7 @@ def test_a_store_that_hangs_for_good_occupies_only_its_own_threads(moving: Movin
     for number in range(1, 3 * NUM_READERS):
         moving.clock.advance(PAUSE_S)
         moving.mover.poll()
-        moving.until(partial(lambda number: len(moving.store.calls) >= min(number + 1, NUM_READERS), number))
+        wait_until(partial(lambda number: len(moving.store.calls) >= min(number + 1, NUM_READERS), number))
         moving.clock.advance(DEADLINE_S + 1)
         moving.mover.poll()
     assert moving.store.calls == ["get"] + ["probe"] * (NUM_READERS - 1)
@@ -344,7 +339,7 @@ def test_a_store_gets_no_more_threads_than_make_it_faster() -> None:
 def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Moving) -> None:
     moving.store.go.clear()
     moving.start(FetchPages, 3)
-    moving.until(lambda: moving.store.calls)
+    wait_until(lambda: moving.store.calls)
     for _ in range(2 * NUM_READERS):
         moving.start(FetchPages, 1)
     moving.mover.detach()
@@ -356,7 +351,7 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
     assert moving.mover.num_detached() == 1
     moving.store.go.set()
     assert len(moving.reports(2 * NUM_READERS + 2)) == 2 * NUM_READERS + 2
-    moving.until(lambda: moving.mover.poll() == [] and moving.mover.num_detached() == 0)
+    wait_until(lambda: moving.mover.poll() == [] and moving.mover.num_detached() == 0)
     assert moving.store.closed
     assert not other.closed
     assert moving.mover.totals()["storage_reads"] >= 1, "the counts of the former store stay"
@@ -371,10 +366,10 @@ def test_a_hung_call_does_not_delay_the_end_of_the_engine(moving: Moving, monkey
     monkeypatch.setattr("kvist.store.mover.CLOSE_S", 0.1)
     moving.store.go.clear()
     moving.start(FetchPages, 3)
-    moving.until(lambda: moving.store.calls)
+    wait_until(lambda: moving.store.calls)
     assert not moving.mover.close()
     moving.store.go.set()
-    moving.until(lambda: moving.store.closed)
+    wait_until(lambda: moving.store.closed)
 
 
 def test_fetched_pages_are_recorded_and_failed_ones_cleared_before_the_report(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@
     stepped_store        the store mover with threads that the test steps, and a store with faults
     memory_store         a store of pages in memory, as a row of the stores
     rounds               time limits in tests: a round that other work on the machine slowed down is repeated
+    waits                waits for a condition, with a limit
     page_events          changes of cached pages in one line, and their replay
 
 Nothing that serves imports this package. Only the modules that run real pages or models import torch.
