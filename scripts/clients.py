@@ -51,6 +51,8 @@ CLIENTS = {
         package="pydantic-ai-slim", program="pydantic_ai_agent.py", install="pydantic-ai-slim[openai]"
     ),
     "litellm": Client(package="litellm", program="litellm_client.py"),
+    "llama-index": Client(package="llama-index-llms-openai-like", program="llama_index_llm.py"),
+    "lm-eval": Client(package="lm-eval", program="lm_eval_task.py", install="lm-eval[api]"),
 }
 
 

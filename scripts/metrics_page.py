@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prometheus_client.core import Metric
 
+from kvist.agents_api.response_store import store_families as response_families
 from kvist.engine.counters import COUNTER_BY_NAME, ENGINE_COUNTERS
 from kvist.metrics import GatewayMetrics
 from kvist.nodes.node_metrics import StoreFigures, master_families, store_families
@@ -53,6 +54,8 @@ def families() -> Iterator[tuple[str, Metric]]:
     for family in GatewayMetrics().collect():
         yield GATEWAY, family
     for family in grammar_families(None):
+        yield GATEWAY, family
+    for family in response_families(0, 0):
         yield GATEWAY, family
     for family in worker_families(ClusterSnapshot(workers=(worker,))):
         if family.name.startswith("kvist:storage_pool_"):

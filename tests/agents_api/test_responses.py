@@ -155,6 +155,7 @@ async def test_an_answer_that_is_cut_is_incomplete(bench: GatewayBench) -> None:
 
 async def test_a_conversation_continues_a_stored_response(bench: GatewayBench) -> None:
     first = response_of(await bench.post(PATH, {**ASKED, "instructions": "be brief"}))
+    assert "kvist:stored_responses 1.0" in (await bench.client.get("/metrics")).text
     calls = [item for item in first.output if isinstance(item, FunctionCall)]
     results = [{"type": "function_call_output", "call_id": call.call_id, "output": "7"} for call in calls]
     asked = {"tools": [WEATHER], "previous_response_id": first.id, "input": results}

@@ -30,7 +30,7 @@ class AgentDispatcher(ScriptedDispatcher):
     def _answer_to(self, request: EngineRequest) -> tuple[Sequence[int], FinishReason]:
         constraint = request.sampling.constraint
         prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
-        names = prompt.partition("<")[0].split("?")[:-1]
+        names = prompt.partition("<")[0].split("?")[:-1] if "<user>" in prompt else []  # of a chat's tools
         if names and "<tool>" not in prompt:
             call = f'<tool_call>{{"name": "{names[0]}", "arguments": {ARGUMENTS}}}</tool_call>'
             self.answer = f"<think>Which city?</think>{call}"

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from prometheus_client.core import GaugeMetricFamily, Metric
+
 from kvist.agents_api.config import AgentApiOptions
 from kvist.clock import Clock
 from kvist.errors import UnknownResponse
@@ -67,6 +69,10 @@ class ResponseStore:
         self._shelves: dict[str, _Shelf] = {}  # by API key
         self.num_responses = 0
         self.num_bytes = 0
+
+    def families(self) -> Iterator[Metric]:
+        """Yield the metrics of the store."""
+        yield from store_families(self.num_responses, self.num_bytes)
 
     def put(self, owner: str, response_id: str, turn: Turn) -> None:
         """Keep a response; `owner` names its API key."""
@@ -141,6 +147,17 @@ def _until(turn: Turn, is_last: Callable[[Turn], bool]) -> Iterator[Turn]:
         last, before = is_last(each), each.before
         yield each
         each = None if last else before
+
+
+def store_families(num_responses: int, num_bytes: int) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "kvist:stored_responses", "responses kept for previous_response_id, of --max-stored-responses", num_responses
+    )
+    yield GaugeMetricFamily(
+        "kvist:stored_response_bytes",
+        "bytes of the responses kept for previous_response_id, of --max-stored-response-bytes",
+        num_bytes,
+    )
 
 
 def unknown_response(response_id: str) -> UnknownResponse:

@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import parse_qsl
 
 import msgspec
+from prometheus_client.core import Metric
 from starlette.types import Receive, Scope, Send
 
 from kvist.agents_api.chat_job import job_of_chat
@@ -66,7 +67,8 @@ def responses_api(options: AgentApiOptions) -> MountApi:
                 (one, api.delete, ("DELETE",)),
                 (f"{one}/cancel", api.cancel, post),
                 (f"{one}/input_items", api.input_items, ("GET",)),
-            )
+            ),
+            families=api.families,
         )
 
     return mount
@@ -98,6 +100,9 @@ class Responses:
         self._gateway = gateway
         self._store = ResponseStore(options, gateway.clock)
         self._running: dict[tuple[str, str], _Running] = {}  # by API key and id
+
+    def families(self) -> Iterator[Metric]:
+        return self._store.families()
 
     async def create(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, owner = self._gateway, _owner(scope)

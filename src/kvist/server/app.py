@@ -9,10 +9,11 @@ for each token would be too slow.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+from prometheus_client.core import Metric
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
@@ -57,6 +58,7 @@ class MountedApi:
 
     routes: Sequence[RouteRow]
     error_bodies: Mapping[str, ErrorBody] = field(default_factory=dict)  # by prefix of the path; others are OpenAI's
+    families: Callable[[], Iterable[Metric]] = tuple  # metrics of the API, read at each scrape
 
 
 MountApi = Callable[[GatewayContext], MountedApi]
@@ -97,11 +99,13 @@ def build_app(
     grammars = None if tokenizer is None else gateway_compiler(grammar.grammar_backend, tokenizer)
     work = WorkPool(num_threads=config.tokenizer_threads, max_waiting=config.max_concurrent_requests)
     bodies = BodyBudget(limit_bytes=config.max_total_body_bytes, free_bytes=_FREE_BODY_BYTES)
+    mounted: list[MountedApi] = []
     gateway_metrics = GatewayMetrics(
         of_workers=lambda: chain(
             grammar_families(grammars),
             worker_families(dispatcher.snapshot()),
             () if members is None else member_families(members.counts()),
+            *(api.families() for api in mounted),
         ),
         num_long_requests_waiting=lambda: work.num_waiting,
         num_body_bytes=lambda: bodies.num_bytes,
@@ -132,7 +136,7 @@ def build_app(
         grammar_timeout_s=grammar.grammar_compile_timeout_s,
         bodies=bodies,
     )
-    mounted = [mount(gateway) for mount in apis]
+    mounted += [mount(gateway) for mount in apis]
     rows = [*_rows(gateway, model_path, Workers(gateway, members)), *(row for api in mounted for row in api.routes)]
     routes = [Route(path, RawEndpoint(endpoint), methods=list(methods)) for path, endpoint, methods in rows]
     routes += [Route(path, NotServed(instead)) for path, instead in NOT_SERVED.items()]
