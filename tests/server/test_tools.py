@@ -296,6 +296,17 @@ async def test_a_budget_ends_the_reasoning(bench: GatewayBench, fields: dict[str
         assert (reasoning_of(bench).max_tokens, reasoning_of(bench).then) == (budget, None)
 
 
+async def test_reasoning_in_the_history_has_the_name_that_the_template_reads() -> None:
+    template = "{% for m in messages %}{{ m.thinking }},{{ m.reasoning }},{{ m.reasoning_content }};{% endfor %}"
+    made = gateway_bench(dispatcher=ScriptedDispatcher(byte_tokenizer(chat_template=template)))
+    said = {"role": "assistant", "reasoning": "r"}
+    messages: list[Any] = [said, {**said, "content": "c"}, {**said, "tool_calls": [CALL]}]
+    messages.append({**said, "content": "c", "tool_calls": [CALL]})
+    async with made.client:
+        assert (await made.post("/v1/chat/completions", {"messages": messages})).status_code == 200
+    assert prompt_of(made) == "r,r,r;" * 3 + ",r,r;"
+
+
 HARMONY_TOKENS = ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|call|>", "<|return|>")
 
 

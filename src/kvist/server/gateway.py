@@ -276,6 +276,8 @@ def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer, histo
     if reasoning is not None:  # vLLM's and SGLang's names: templates read one of the two
         reasoning = tokenizer.protect(reasoning)
         plain |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        if not (content and message.tool_calls):  # gpt-oss's name; its template refuses both before a call
+            plain["thinking"] = reasoning
     return plain | history.fields_of(message, where)
 
 
