@@ -193,8 +193,11 @@ def test_a_prompt_that_fits_beside_the_leases_waits_for_other_requests_instead()
 def test_a_continuation_of_a_leased_prompt_does_not_end_its_lease() -> None:
     engine = engine_of()
     lease(engine, "a", [1] * 40)
-    assert run(engine, "continued", [1] * 40 + [2] * 36) == 40
-    assert leased(engine) == 10
+    engine.world.submit(sim_request("stream", [3] * 8, max_tokens=8, ignore_eos=True), engine)
+    engine.world.deliver(("gateway", "u"))
+    engine.step()
+    assert run(engine, "continued", [1] * 40 + [2] * 36) == 40, "it waits for the pages of the stream"
+    assert (leased(engine), totals(engine)) == (10, {"granted": 1})
 
 
 def test_a_stream_that_grows_into_the_leases_goes_on() -> None:
