@@ -4,8 +4,8 @@
 
 The schemas are the supported ones of the official JSON Schema suite (draft 2020-12), compiled for the vocabulary of the
 model M. For each schema and seed, tokens are drawn at random from the masks, all equally likely, which is hotter than
-any temperature; `jsonschema-rs` validates the document. Then characters of the document are changed: the matcher must
-refuse a changed text that the schema forbids.
+any temperature, but closing ones more often in long documents; `jsonschema-rs` validates the document. Then characters
+of the document are changed: the matcher must refuse a changed text that the schema forbids.
 
 `--served N`: N of these pairs are also answered by a worker with the model, with temperature 1.5.
 """
