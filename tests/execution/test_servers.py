@@ -28,6 +28,13 @@ ANSWER = {
     "usage": USAGE,
     "kvist": {"prefill_worker": "p", "decode_worker": "d"},
 }
+HANDOFFS = {
+    "handoffs_received": 10,
+    "handoff_seconds": 50.0,  # most of it while prefill computes
+    "handoff_last_copy_seconds": 0.2,
+    "handoff_verify_seconds": 0.2,
+    "handoff_admission_seconds": 0.1,
+}
 INFO = {
     "version": "1",
     "pairs": [],
@@ -50,7 +57,7 @@ INFO = {
             "worker_id": "127.0.0.1:2",
             "alive": True,
             "capacity": {"role": "decode", "page_size": 16, "decode_step_ms": 20.0, "pages": {"device": {"total": 9}}},
-            "load": {"num_running": 0, "totals": {"handoffs_received": 10, "handoff_seconds": 0.5}},
+            "load": {"num_running": 0, "totals": HANDOFFS},
         },
         {"worker_id": "127.0.0.1:3", "alive": False, "capacity": None, "load": None},
     ],

@@ -8,6 +8,7 @@ from kvist.planning.fleet import Fleet, Native, Role, Worker
 
 _HANDOFF_S = 0.01  # until a worker has measured its own
 _LEAST_MEASURED_S = 0.05  # of handoffs: less says little
+_AFTER_PREFILL = ("last_copy", "verify", "admission")  # the parts of a handoff that do not overlap with its prefill
 
 
 def fleet_of(info: Any) -> Fleet | None:
@@ -28,7 +29,8 @@ def _worker(described: Any) -> Worker:
     capacity, totals = described["capacity"], (described.get("load") or {}).get("totals") or {}
     role, usual = capacity.get("role"), Worker(name="", role=Role.UNIFIED)
     step_ms = capacity.get("decode_step_ms")
-    num_handoffs, handoff_s = totals.get("handoffs_received") or 0, totals.get("handoff_seconds") or 0.0
+    num_handoffs = totals.get("handoffs_received") or 0
+    handoff_s = sum(totals.get(f"handoff_{part}_seconds") or 0.0 for part in _AFTER_PREFILL)
     return Worker(
         name=str(described["worker_id"]),
         role=Role(role) if role in set(Role) else Role.UNIFIED,
