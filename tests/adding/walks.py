@@ -90,7 +90,7 @@ def _blocks(chapter: str) -> Iterator[Block]:
 def copy_repository(to: Path) -> None:
     """Copy the parts of this repository that the walks change or that their tests read."""
     ignore = shutil.ignore_patterns("*.pyc.*", "*.egg-info", ".hypothesis")
-    for folder in ("src", "tests", "docs", "scripts", "bench"):
+    for folder in ("src", "tests", "docs", "scripts", "bench", "deploy", "examples"):
         shutil.copytree(ROOT / folder, to / folder, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"):
         shutil.copy2(ROOT / name, to)
