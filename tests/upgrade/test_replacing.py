@@ -258,12 +258,16 @@ def test_a_new_router_that_cannot_use_a_worker_of_the_old_one_is_ended(
 
 
 @pytest.mark.parametrize("problem", ["", "the other stores have no room"])
-def test_a_store_moves_its_pages_first_and_stops_with_them_if_there_is_no_room(problem: str) -> None:
+def test_a_store_moves_its_pages_first_and_stops_with_them_if_there_is_no_room(
+    problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvist.upgrade.replacing.EMPTY_RETRY_S", 0.2)
     with running(plan("prefill-0", 1), plan("store-0", 5), plan("router", 3)) as bench:
         bench.view.store_problem = problem
         outcome = bench.upgrade(step("store-0", How.STOP_FIRST, empties=True))
         assert outcome.problem == ""
-        assert bench.view.calls == [("empty", "http://worker:5")]
+        assert set(bench.view.calls) == {("empty", "http://worker:5")}
+        assert (len(bench.view.calls) > 1) is bool(problem), "the store may not have joined a new master yet"
         assert bench.processes.children["store-0"].pid != bench.pids["store-0"]
         assert any("no room" in line for line in bench.lines) is bool(problem)
 

@@ -32,6 +32,7 @@ from kvist.upgrade.view import ClusterView, ServerView, WorkerView
 USED_TIMEOUT_S = 30.0  # for the router to use a worker that is ready
 PAGES_TIMEOUT_S = 3.0  # for a new worker to report its pages
 RETIRE_TIMEOUT_S = 630.0  # for the last stream of an old router: its --request-timeout-s and a grace period
+EMPTY_RETRY_S = 10.0  # for a store to join the master that has just been replaced
 POLL_S = 0.05
 
 Show = Callable[[str], None]
@@ -257,10 +258,18 @@ class Replacing:
         return plan_router(replace(self._shape, python=python), urls, own_port, names)
 
     def _empty(self, store: Child) -> None:
-        try:
-            self._view.empty_store(store.plan.url)
-        except KvistError as error:  # the pages are computed again
-            self._show(f"{store.plan.name} stops with its pages: {error.message}")
+        """Move the pages of a store to the others. Stores join a new master by themselves, within seconds."""
+        give_up_s = self._clock.now_s() + EMPTY_RETRY_S
+        while True:
+            try:
+                self._view.empty_store(store.plan.url)
+            except KvistError as error:
+                if self._processes.stopping or self._clock.now_s() > give_up_s:  # the pages are computed again
+                    self._show(f"{store.plan.name} stops with its pages: {error.message}")
+                    return
+                time.sleep(POLL_S)
+            else:
+                return
 
     # ---------------------------------------------------------------- for the report
 
