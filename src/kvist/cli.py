@@ -23,6 +23,7 @@ VERBS = {
     "drain": "let a router or worker refuse new requests, and stop after the open ones",
     "deploy render": "write the manifest of a cluster, for Kubernetes or Compose",
     "deploy check": "check a manifest: its schema, its options, and what would hurt in production",
+    "deploy run": "run the pods of a manifest as local processes, and upgrade them when the images in the file change",
     "up": "start a router, prefill workers and decode workers on this machine",
     "upgrade": "replace the processes of a running kvist up by those of another version, one by one, without a break",
     "chat": "chat at the terminal with a running server, or with one that is started for the chat",

@@ -30,6 +30,7 @@ from kvist.cluster.config import (
     UnifiedOptions,
 )
 from kvist.config import option
+from kvist.deploy.config import CheckedFile, LocalRunOptions, OutputOptions
 from kvist.deploy.description import ContainerOptions, Deployment, ManifestOptions, RoleCounts
 from kvist.engine.bench_shapes import StepsConfig
 from kvist.engine.config import EndpointOptions, EngineConfig, EngineOptions, ModelOptions, NameOptions, RuntimeOptions
@@ -325,30 +326,18 @@ class DrainServerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedFile:
-    file: Path | None = option(None, "manifest to check", unset="none: it has to be given")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DeployCheckSettings:
     checked: CheckedFile = group(CheckedFile)
     log: LogConfig = group(LogConfig)
     config: FileConfig = group(FileConfig)
 
-    def manifest_text(self) -> str:
-        """Return the text of the file. Raises `ConfigError`."""
-        path = self.checked.file
-        if path is None:
-            raise ConfigError("name a manifest, as in kvist deploy check cluster.yaml", param="file")
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}", param="file") from error
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutputOptions:
-    output: Path | None = option(None, "file to write", unset="standard output")
+class DeployRunSettings:
+    local: LocalRunOptions = group(LocalRunOptions)
+    log: LogConfig = group(LogConfig)
+    config: FileConfig = group(FileConfig)
+    parent: ParentConfig = group(ParentConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,6 +374,7 @@ Settings = (
     | RenderSettings
     | DeployCheckSettings
     | UpgradeSettings
+    | DeployRunSettings
     | UpSettings
     | DemoSettings
     | ChatSettings
@@ -404,6 +394,7 @@ _SETTINGS: dict[str, type[Settings]] = {
     "deploy render": RenderSettings,
     "deploy check": DeployCheckSettings,
     "upgrade": UpgradeSettings,
+    "deploy run": DeployRunSettings,
     "up": UpSettings,
     "demo": DemoSettings,
     "chat": ChatSettings,
@@ -425,6 +416,7 @@ _POSITIONAL: dict[str, tuple[str, ...]] = {
     "lang explain": ("program",),
     "bench custom": ("file",),
     "deploy check": ("file",),
+    "deploy run": ("file",),
 }
 _ARGUMENTS = {
     "model_path": "[MODEL]",

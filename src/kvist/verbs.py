@@ -17,6 +17,7 @@ from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.cluster.pool_plan import PoolShape
 from kvist.cores import num_usable_cores
 from kvist.engine.config import EngineOptions
+from kvist.errors import ConfigError
 from kvist.nodes.config import STOP_MARGIN_S, JoinPoolOptions, PoolOptions, SegmentOptions
 from kvist.options import given_values, to_argv
 from kvist.runner.config import RunnerOptions
@@ -27,6 +28,7 @@ from kvist.settings import (
     ChatSettings,
     DemoSettings,
     DeployCheckSettings,
+    DeployRunSettings,
     DrainServerSettings,
     DrainSettings,
     ExplainSettings,
@@ -86,7 +88,9 @@ def run(settings: Settings) -> int:
     if isinstance(settings, DeployCheckSettings):
         from kvist.deploy.check import run_check
 
-        return run_check(settings.manifest_text(), option_values)
+        return run_check(settings.checked.text(), option_values)
+    if isinstance(settings, DeployRunSettings):
+        return _run_manifest(settings)
     if isinstance(settings, UpSettings):
         from kvist.checkpoint import find_checkpoint
         from kvist.cluster.up import run_up
@@ -118,6 +122,22 @@ def run(settings: Settings) -> int:
     with tempfile.TemporaryDirectory(prefix="kvist-demo-") as folder:
         shape = cluster_shape(with_own_key(with_tiers(settings, folder)))
         return run_demo(shape, question=settings.demo.question, expect=settings.demo.expect)
+
+
+def _run_manifest(settings: DeployRunSettings) -> int:
+    from kvist.deploy.local_run import LocalRun, run_local
+
+    local = settings.local
+    if local.file is None:
+        raise ConfigError("name a manifest, as in kvist deploy run cluster.yaml", param="file")
+    run = LocalRun(
+        manifest=local.file,
+        api_key=local.api_key,
+        claims=local.claim_folders,
+        images=local.python_of_image,
+        start_timeout_s=local.start_timeout_s,
+    )
+    return run_local(run, stop_with_stdin=settings.parent.stop_with_stdin)
 
 
 def option_values(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Mapping[str, object]:

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from kvist.deploy.check import check_manifest
-from kvist.deploy.manifest import MAX_BYTES, megabytes, merged, read_manifest
+from kvist.deploy.compose_reader import compose_megabytes
+from kvist.deploy.kubernetes_reader import megabytes, merged
+from kvist.deploy.manifest import MAX_BYTES, read_manifest
 from kvist.deploy.render import documents_of
 from kvist.errors import ConfigError
 from kvist.verbs import option_values
@@ -240,4 +242,4 @@ def test_quantities_are_read(quantity: object, expected: float | None) -> None:
 
 
 def test_quantities_of_compose_are_binary() -> None:
-    assert megabytes("512m", compose=True) == pytest.approx(536.870912)
+    assert compose_megabytes("512m") == pytest.approx(536.870912)

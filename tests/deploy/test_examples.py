@@ -39,6 +39,12 @@ def test_every_manifest_has_its_description() -> None:
         (["render", "--output", "/no/such/folder/file.yaml"], "cannot be written"),
         (["render", "--format", "helm"], "--format"),
         (["render", "--prefill", "-1"], "--prefill"),
+        (["run"], "name a manifest"),
+        (["run", "/no/such/file.yaml"], "cannot be read"),
+        (["run", "cluster.yaml", "--images", "kvist:1"], "is not IMAGE=PYTHON"),
+        (["run", "cluster.yaml", "--claims", "=x"], "is not NAME=FOLDER"),
+        (["run", str(EXAMPLES / "compose.yaml")], "docker compose up"),
+        (["run", str(EXAMPLES / "pd-gpu.yaml")], "--claims models=FOLDER"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(

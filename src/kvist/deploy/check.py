@@ -13,8 +13,9 @@ from itertools import groupby
 from pathlib import PurePosixPath
 
 from kvist.deploy.description import MAX_POD_NAME, STOP_MARGIN_S
-from kvist.deploy.manifest import Container, Manifest, Workload, read_manifest
+from kvist.deploy.manifest import Manifest, read_manifest
 from kvist.deploy.schemas import schema_problems
+from kvist.deploy.workloads import Container, Workload
 from kvist.errors import ConfigError
 from kvist.nodes.config import STOP_MARGIN_S as STORE_STOP_MARGIN_S
 

@@ -120,10 +120,11 @@ def _policy(deployment: Deployment, pair: list[str]) -> Document:
 
 
 def _common(role: RoleSpec) -> Document:
-    in_place = {"gracePeriodSeconds": round(DRAIN_GRACE_S)} if role.drains else {}
     rolling: Document = {"type": "InPlaceIfPossible", "maxUnavailable": 1}
-    if in_place:
-        rolling["inPlaceUpdateStrategy"] = in_place
+    if role.kind is Kind.ROUTER:  # nothing to keep, and no moment without one: the new one starts first
+        rolling = {"type": "RecreatePod", "maxSurge": 1, "maxUnavailable": 0}
+    elif role.drains:
+        rolling["inPlaceUpdateStrategy"] = {"gracePeriodSeconds": round(DRAIN_GRACE_S)}
     common: Document = {
         "name": role.name,
         "replicas": role.replicas,
