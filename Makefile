@@ -65,7 +65,7 @@ demo-mooncake: $(MOONCAKE_STAMP)
 	@$(BIN)/python -m kvist demo --storage mooncake --stores 3
 
 test: $(DEV_STAMP)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not model and not e2e and not gpu' $(PYTEST_ARGS)

@@ -95,6 +95,7 @@ def test_pods_start_after_those_that_they_depend_on() -> None:
         assert roles == wanted.get(pod.role, {"mooncake-master", "mooncake-store"})
         if pod.role in ("prefill", "decode", "router"):
             surges = pod.role == "router"
+            assert pod.min_ready_s == (0 if surges else 5)
             assert (pod.grace_s, pod.update_grace_s, pod.liveness_s, pod.surges) == (90, 0 if surges else 5, 30, surges)
 
 

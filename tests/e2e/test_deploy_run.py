@@ -25,7 +25,8 @@ LIMIT_S = 180.0
 
 
 def manifest(model: Path, tag: str) -> str:
-    return manifest_text(
+    """Return a manifest without the seconds in which load balancers of a cluster notice an unready pod."""
+    text = manifest_text(
         Deployment(
             manifest=ManifestOptions(name="pd"),
             counts=RoleCounts(prefill=1, decode=1),
@@ -39,6 +40,10 @@ def manifest(model: Path, tag: str) -> str:
             ),
         )
     )
+    for wait, shorter in (("gracePeriodSeconds: 5", "0"), ("--drain-grace-s=5", "0"), ("minReadySeconds: 5", "3")):
+        assert wait in text
+        text = text.replace(wait, wait[:-1] + shorter)
+    return text
 
 
 class Running:

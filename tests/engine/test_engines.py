@@ -152,8 +152,9 @@ def test_a_second_turn_transfers_only_the_pages_that_decode_lacks(
     assert second.handoff is not None
     # decode wrote the K/V of prompt and answer except the last token: (18 + 11) // 4 pages
     # The forced tokens that end an answer have no K/V.
-    assert second.handoff.num_pages_reused == (6 if sampling is FORCED else 7)
-    assert second.handoff.num_pages == -(-len(second_prompt) // 4) - 7
+    num_reused = 6 if sampling is FORCED else 7
+    assert second.handoff.num_pages_reused == num_reused
+    assert second.handoff.num_pages == -(-len(second_prompt) // 4) - num_reused
     world.check_ledgers()
 
 

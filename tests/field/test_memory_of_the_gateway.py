@@ -102,6 +102,7 @@ async def test_the_http_server_keeps_no_object_of_requests_that_have_ended() -> 
             for number in itertools.islice(numbers, NUM_REQUESTS):
                 await ask(bench, number)
             bench.dispatcher.requests.clear()
+            bench.dispatcher.placements.clear()
             num_series = len((await bench.client.get("/metrics")).text.splitlines())
             counts.append(num_objects())
     assert counts[2] - counts[1] < FEW, counts

@@ -177,6 +177,8 @@ async def test_reasoning_and_effort_reach_the_chat_template(make_bench: MakeBenc
     seen: dict[str, Any] = {}
 
     class Spy:
+        formats = letters.chat_template.formats
+
         def render(self, messages: list[Any], *, options: dict[str, Any], **more: Any) -> str:
             seen.update(messages=messages, options=options, **more)
             return "x"
@@ -188,7 +190,8 @@ async def test_reasoning_and_effort_reach_the_chat_template(make_bench: MakeBenc
         await bench.post("/v1/chat/completions", {"messages": [USER, thought, USER], "reasoning_effort": "none"})
     finally:
         letters.chat_template = template
-    assert seen["messages"][1] == {"role": "assistant", "content": "ho", "reasoning": "hm", "reasoning_content": "hm"}
+    reasoning = dict.fromkeys(("reasoning", "reasoning_content", "thinking"), "hm")  # each template has its own name
+    assert seen["messages"][1] == {"role": "assistant", "content": "ho", **reasoning}
     assert seen["options"] == {"reasoning_effort": "none", "enable_thinking": False}
 
 

@@ -16,7 +16,7 @@ from kvist.deploy.pods import (
     service,
     workers_of,
 )
-from kvist.deploy.roles import DRAIN_GRACE_S, Addresses, Kind, RoleSpec, roles_of, worker_counts
+from kvist.deploy.roles import DRAIN_GRACE_S, MIN_READY_S, Addresses, Kind, RoleSpec, roles_of, worker_counts
 
 _GROUP = "workloads.x-k8s.io"
 _RELEASES_IN_STEP = 1  # workers of prefill and decode whose releases may differ by more than their counterparts
@@ -66,7 +66,7 @@ def _workload(deployment: Deployment, role: RoleSpec) -> Document:
     """Return the StatefulSet of workers and stores, or the Deployment of router and master."""
     name = f"{deployment.manifest.name}-{role.name}"
     chosen = {"matchLabels": selector(deployment, role.name)}
-    spec: Document = {"replicas": role.replicas, "selector": chosen}
+    spec: Document = {"replicas": role.replicas, "selector": chosen, **_min_ready(role)}
     if role.kind in (Kind.WORKER, Kind.STORE):
         spec |= {
             "serviceName": name,
@@ -128,6 +128,7 @@ def _common(role: RoleSpec) -> Document:
     common: Document = {
         "name": role.name,
         "replicas": role.replicas,
+        **_min_ready(role),
         "rolloutStrategy": {"type": "RollingUpdate", "rollingUpdate": rolling},
     }
     if role.depends_on:
@@ -135,6 +136,10 @@ def _common(role: RoleSpec) -> Document:
     if role.max_replicas:
         common["scalingAdapter"] = {"enable": True}
     return common
+
+
+def _min_ready(role: RoleSpec) -> Document:
+    return {"minReadySeconds": MIN_READY_S} if role.kind is Kind.WORKER else {}
 
 
 def _role(deployment: Deployment, role: RoleSpec) -> Document:

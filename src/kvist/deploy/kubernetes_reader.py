@@ -51,7 +51,15 @@ def workloads_of(document: Json) -> Iterator[Workload]:
         replicas, template = as_int(spec.get("replicas"), 1), as_dict(spec.get("template"))
         rolling = as_dict(as_dict(spec.get("strategy")).get("rollingUpdate"))
         surges = bool(rolling.get("maxSurge", kind == "Deployment" and "strategy" not in spec))
-        yield _workload(template, where=f"{kind} {name}", name=name, pods=name, replicas=replicas, surges=surges)
+        yield _workload(
+            template,
+            where=f"{kind} {name}",
+            name=name,
+            pods=name,
+            replicas=replicas,
+            min_ready_s=as_int(spec.get("minReadySeconds"), 0),
+            surges=surges,
+        )
     elif kind == "Pod":
         yield _workload(document, where=f"Pod {name}", name=name, pods=name, replicas=1)
     elif kind == "RoleBasedGroup":
@@ -77,6 +85,7 @@ def _role(role: Json, group: str, shared: dict[Any, Json]) -> Workload:
         more_labels={"rbg.workloads.x-k8s.io/group-name": group, "rbg.workloads.x-k8s.io/role-name": name},
         depends_on=tuple(str(other) for other in as_list(role.get("dependencies"))),
         update_grace_s=as_int(as_dict(update.get("inPlaceUpdateStrategy")).get("gracePeriodSeconds"), 0),
+        min_ready_s=as_int(role.get("minReadySeconds"), 0),
         surges=bool(update.get("maxSurge")),
     )
 
@@ -103,6 +112,7 @@ def _workload(
     more_labels: dict[str, str] | None = None,
     depends_on: tuple[str, ...] = (),
     update_grace_s: float = 0.0,
+    min_ready_s: float = 0.0,
     surges: bool = False,
 ) -> Workload:
     spec = as_dict(template.get("spec"))
@@ -120,6 +130,7 @@ def _workload(
         labels={**labels, **(more_labels or {})},
         depends_on=depends_on,
         update_grace_s=update_grace_s,
+        min_ready_s=min_ready_s,
         surges=surges,
     )
 

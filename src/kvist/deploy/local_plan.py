@@ -48,6 +48,7 @@ class LocalPod:
     grace_s: float  # from the request to stop to the kill
     liveness_s: float  # of silence, after which the container is restarted
     update_grace_s: float = 0.0  # from unready to the stop, when its image is replaced
+    min_ready_s: float = 0.0  # after an update, before the next one
     surges: bool = False  # when its image is replaced, the new process is ready before the old one stops
 
     @property
@@ -152,6 +153,7 @@ def _pod(
         grace_s=workload.grace_s,
         liveness_s=container.liveness_s,
         update_grace_s=workload.update_grace_s,
+        min_ready_s=workload.min_ready_s,
         surges=workload.surges,
     )
 

@@ -200,6 +200,7 @@ class _Running:
             self._cluster = _with_pod(self._cluster, pod)  # also if it fails: the old image in the file is the way back
             (self._replace_by_surge if pod.name in self._fronts else self._replace_in_place)(pod)
             self._say(f"{pod.name} runs {pod.image}, after {time.monotonic() - began_s:.1f} s")
+            time.sleep(pod.min_ready_s)
         self._say("upgraded")
 
     def _replace_in_place(self, pod: LocalPod) -> None:

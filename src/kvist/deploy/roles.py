@@ -16,6 +16,7 @@ KEYS_FOLDER, MODELS_FOLDER = "/etc/kvist/keys", "/models"
 PERSIST_FOLDER, SSD_FOLDER = "/var/cache/kvist/host-tier", "/var/cache/kvist/ssd"
 OWN_ADDRESS = "$(POD_IP)"  # Kubernetes replaces it when a container starts
 DRAIN_GRACE_S = 5.0  # that a load balancer needs to notice an unready server
+MIN_READY_S = 5  # in which routers connect to a new worker, before another one is stopped
 _FLUSH_S = 30.0  # of a store, its default
 _MB_PER_GB = 1000
 _TIER_MARGIN = 1.02  # of the host tier's files, beside its pages
