@@ -49,7 +49,7 @@ class Workload:
     labels: Mapping[str, str] = field(default_factory=dict)  # of its pods
     depends_on: tuple[str, ...] = ()  # workloads that are ready before it starts
     update_grace_s: float = 0.0  # from unready to the stop, when an image is replaced in place
-    min_ready_s: float = 0.0  # a new pod is ready for so long before the next one is replaced
+    min_ready_s: float = 0.0  # a new pod is ready for this time before the next one is replaced
     surges: bool = False  # at an upgrade, a new pod is ready before an old one stops
 
 
