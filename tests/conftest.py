@@ -23,9 +23,14 @@ settings.register_profile("kvist", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("kvist")
 
 
-SHARED_CLUSTER = "tests/e2e/"
+SHARED_CLUSTER, OWN_PROCESSES = "tests/e2e/ of the shared cluster", "tests/e2e/ of processes of their own"
+FILES_WITH_OWN_PROCESSES = tuple(  # none of their tests uses the fixture `cluster`; tests/e2e/conftest.py checks it
+    f"tests/e2e/test_{name}.py"
+    for name in ("chaos", "deploy_run", "faults", "lifetimes", "membership", "overload", "upgrade")
+)
 SLOWEST = (  # of what pytest-xdist's workers get, the slowest first: at the end, no worker waits long for the other
     SHARED_CLUSTER,
+    OWN_PROCESSES,
     "tests/engine/test_processes.py",
     "tests/engine/test_engines.py",
     "tests/nodes/test_pool.py",
@@ -40,13 +45,15 @@ SLOWEST = (  # of what pytest-xdist's workers get, the slowest first: at the end
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give whole files to pytest-xdist's workers, and all end-to-end tests to one: several clusters of real engines at
-    once need more memory than a small machine has."""
+    """Give whole files to pytest-xdist's workers; all end-to-end tests of the shared cluster go to one, those with
+    processes of their own to one: more clusters of real engines at once need more memory than a small machine has."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # has no types
         def _split_scope(self, nodeid: str) -> str:
-            return SHARED_CLUSTER if nodeid.startswith(SHARED_CLUSTER) else super()._split_scope(nodeid)
+            if nodeid.startswith(FILES_WITH_OWN_PROCESSES):
+                return OWN_PROCESSES
+            return SHARED_CLUSTER if nodeid.startswith("tests/e2e/") else super()._split_scope(nodeid)
 
         def _assign_work_unit(self, node: Any) -> None:
             if slowest := next((each for each in SLOWEST if each in self.workqueue), None):

@@ -24,6 +24,7 @@ from kvist.supervisor.child import ChildPlan
 from kvist.testing.tiny_model import write_tiny_model
 from kvist.testing.tokenizers import write_byte_tokenizer
 from kvist.testing.waits import wait_until
+from tests.conftest import FILES_WITH_OWN_PROCESSES
 
 START_TIMEOUT_S = 240.0  # on a busy machine
 STALL_RESTART_S = 8.0  # short enough for a test, long enough for a busy machine
@@ -111,6 +112,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.timeout(480))
+            if item.nodeid.startswith(FILES_WITH_OWN_PROCESSES) and "cluster" in getattr(item, "fixturenames", ()):
+                raise pytest.UsageError(f"{item.nodeid} uses `cluster`: take its file out of FILES_WITH_OWN_PROCESSES")
     items.sort(key=lambda item: here in item.path.parents and "cluster" in getattr(item, "fixturenames", ()))
 
 

@@ -18,7 +18,8 @@ from kvist.testing.rounds import check_time, in_rounds
 from tests.e2e.conftest import Cluster
 
 LIMIT_S = 15.0  # the limit of a compilation is 10
-STREAM = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 20, "ignore_eos": True, "stream": True}
+NUM_TOKENS = 20
+STREAM = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
 
 
 def needs(schema: object) -> dict[str, Any]:
@@ -90,13 +91,13 @@ def test_a_hard_pattern_is_followed_or_ends_its_request_alone(settled: Cluster, 
 
 
 def gap_s(url: str) -> float:
-    """Return the mean time between the tokens of a stream."""
+    """Return the mean time between the tokens of a stream; a client that is late gets several with one event."""
     times: list[float] = []
     with httpx.stream("POST", f"{url}/v1/completions", json=STREAM, timeout=120) as response:
         assert response.status_code == 200
         times += [time.monotonic() for line in response.iter_lines() if line.startswith("data: {")]
-    assert len(times) >= 20
-    return (times[-1] - times[0]) / (len(times) - 1)
+    assert len(times) >= 2
+    return (times[-1] - times[0]) / (NUM_TOKENS - 1)
 
 
 @contextlib.contextmanager
