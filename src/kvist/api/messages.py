@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from kvist.api.fields import Advisory, Honoured, KnownFields, Refused
-from kvist.api.schemas import Priority, Salt, Session, Strict, TemplateOptions
+from kvist.api.fields import Advisory, Honoured, Refused
+from kvist.api.schemas import Priority, Randomness, Salt, Session, Strict, TemplateOptions
 
 _CACHED = Advisory("prefixes are always cached")
 _NO_MEDIA = Refused("only text is supported")
@@ -96,7 +96,7 @@ class OutputConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     task_budget: Annotated[object, Advisory("`max_tokens` bounds the answer")] = None
 
 
-class MessagesRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
+class MessagesRequest(Randomness, forbid_unknown_fields=True, kw_only=True):
     """`count_tokens` takes the same request, and uses what is part of the prompt."""
 
     messages: Annotated[
@@ -109,10 +109,6 @@ class MessagesRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     ] = None
     stop_sequences: Annotated[list[str] | None, Honoured("up to 16 strings")] = None
     stream: Annotated[bool | None, Honoured("server-sent events, in the form of the API")] = None
-    temperature: Annotated[float | None, Honoured("below 0.00001: greedy; over 2 is allowed")] = None
-    top_p: Annotated[float | None, Honoured("0: the likeliest token alone")] = None
-    top_k: Annotated[int | None, Honoured("0 and -1: off")] = None
-    min_p: Annotated[float | None, Honoured("0: off")] = None
     seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")] = None
     tools: Annotated[
         Annotated[list[MessagesTool], msgspec.Meta(max_length=1024)] | None,

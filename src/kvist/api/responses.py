@@ -9,8 +9,8 @@ from typing import Annotated
 
 import msgspec
 
-from kvist.api.fields import Advisory, Honoured, KnownFields, Refused
-from kvist.api.schemas import Priority, Salt, Session, Strict, TemplateOptions
+from kvist.api.fields import Advisory, Honoured, Refused
+from kvist.api.schemas import Priority, Randomness, Salt, Session, Strict, TemplateOptions
 
 _NO_MEDIA = Refused("only text is supported")
 _NO_SERVER_TOOLS = Refused("no tools run in the server; the client runs functions")
@@ -98,7 +98,7 @@ class ResponseStreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=
     include_obfuscation: Annotated[object, Advisory("events are not padded", (False,))] = None
 
 
-class ResponsesRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
+class ResponsesRequest(Randomness, forbid_unknown_fields=True, kw_only=True):
     input: Annotated[str | list[InputItem] | None, Honoured("text, or a list of items; see `input[].*`")] = None
     instructions: Annotated[
         str | None, Honoured("the first message, with the role system; `previous_response_id` does not repeat it")
@@ -113,10 +113,6 @@ class ResponsesRequest(KnownFields, forbid_unknown_fields=True, kw_only=True):
     max_output_tokens: Annotated[
         int | None, Honoured("maximum number of tokens of the answer; the context may end the answer before")
     ] = None
-    temperature: Annotated[float | None, Honoured("below 0.00001: greedy; over 2 is allowed")] = None
-    top_p: Annotated[float | None, Honoured("0: the likeliest token alone")] = None
-    top_k: Annotated[int | None, Honoured("0 and -1: off")] = None
-    min_p: Annotated[float | None, Honoured("0: off")] = None
     seed: Annotated[int | None, Honoured("the same seed gives the same answer; -1 or absent: drawn at random")] = None
     tools: Annotated[
         Annotated[list[ResponsesTool], msgspec.Meta(max_length=1024)] | None,

@@ -204,14 +204,19 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 Messages = Annotated[list[ChatMessage], msgspec.Meta(max_length=4096)]
 
 
-class SamplingFields(KnownFields, forbid_unknown_fields=True, kw_only=True):
-    """The fields that OpenAI's requests and SGLang's `sampling_params` have in common."""
+class Randomness(KnownFields, forbid_unknown_fields=True, kw_only=True):
+    """The fields of every API that generates: how a token is drawn."""
 
-    n: Annotated[int | None, Honoured("number of answers to each prompt; each answer has the next seed")] = None
     temperature: Annotated[float | None, Honoured("below 0.00001: greedy; over 2 is allowed")] = None
     top_p: Annotated[float | None, Honoured("0: the likeliest token alone")] = None
     top_k: Annotated[int | None, Honoured("0 and -1: off")] = None
     min_p: Annotated[float | None, Honoured("0: off")] = None
+
+
+class SamplingFields(Randomness, forbid_unknown_fields=True, kw_only=True):
+    """The fields that OpenAI's requests and SGLang's `sampling_params` have in common."""
+
+    n: Annotated[int | None, Honoured("number of answers to each prompt; each answer has the next seed")] = None
     stop: Annotated[str | list[str] | None, Honoured("up to 16 strings")] = None
     stop_token_ids: Annotated[StopTokenIds | None, Honoured("tokens that end the answer, up to 256")] = None
     ignore_eos: Annotated[bool | None, Honoured("end-of-sequence tokens do not end the answer")] = None
