@@ -138,3 +138,19 @@ def _any_of(ends: tuple[str, ...]) -> re.Pattern[str]:
 
 def any_of(ends: Sequence[str]) -> re.Pattern[str]:
     return _any_of(tuple(ends))
+
+
+class Reading:
+    """A parse of text that comes in pieces: it goes on when more text is there."""
+
+    def __init__(self, steps: Waiting[None]) -> None:
+        self._steps = steps
+        self.is_done = False
+
+    def go_on(self) -> None:
+        """Parse until more text is needed, or the parse is done."""
+        if not self.is_done:
+            try:
+                next(self._steps)
+            except StopIteration:
+                self.is_done = True

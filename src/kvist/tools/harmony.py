@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 
-from kvist.tools.cursor import Cursor, MalformedCallError, Waiting, is_name
+from kvist.tools.cursor import Cursor, MalformedCallError, Reading, Waiting, is_name
 from kvist.tools.events import EventLog, ParserEvent
 from kvist.tools.tables import NamedCall, Opening, ReasoningFormat, Region, ToolFormat, Written
 from kvist.tools.values import BracketScanner
@@ -62,24 +62,17 @@ class HarmonyParser:
         """`has_tools` False: calls are content."""
         self._has_tools = has_tools
         self._cursor, self._log = Cursor(), EventLog()
-        self._run: Waiting[None] | None = self._answer()
+        self._reading = Reading(self._answer())
 
     def push(self, text: str) -> list[ParserEvent]:
         self._cursor.push(text)
-        self._advance()
+        self._reading.go_on()
         return self._log.take()
 
     def finish(self) -> list[ParserEvent]:
         self._cursor.ended = True
-        self._advance()
+        self._reading.go_on()
         return self._log.take()
-
-    def _advance(self) -> None:
-        if self._run is not None:
-            try:
-                next(self._run)
-            except StopIteration:
-                self._run = None
 
     def _answer(self) -> Waiting[None]:
         cursor = self._cursor

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 
 from kvist.tools.bodies import CallReader
-from kvist.tools.cursor import MAX_SPACE_CHARS, Cursor, MalformedCallError, Waiting
+from kvist.tools.cursor import MAX_SPACE_CHARS, Cursor, MalformedCallError, Reading, Waiting
 from kvist.tools.events import EventLog, ParserEvent
 from kvist.tools.tables import Opening, ReasoningFormat, ToolFormat
 from kvist.tools.values import types_of
@@ -34,28 +34,21 @@ class AnswerParser:
         self._known = CallReader(self._cursor, self._log, types, accepts=types.__contains__)
         self._openings = {opening.text: opening for opening in (tools.openings if tools is not None else ())}
         self._anywhere = tuple(text for text, opening in self._openings.items() if not opening.only_first)
-        self._run: Waiting[None] | None = self._answer()
+        self._reading = Reading(self._answer())
 
     def push(self, text: str) -> list[ParserEvent]:
         """Return what the text adds to the answer."""
         for start in range(0, len(text), _PIECE_CHARS):
             self._cursor.push(text[start : start + _PIECE_CHARS])
-            self._advance()
+            self._reading.go_on()
         return self._log.take()
 
     def finish(self) -> list[ParserEvent]:
         """End the answer and return the rest."""
         self._cursor.ended = True
-        self._advance()
-        assert self._run is None, "the end of the text decides everything"
+        self._reading.go_on()
+        assert self._reading.is_done, "the end of the text decides everything"
         return self._log.take()
-
-    def _advance(self) -> None:
-        if self._run is not None:
-            try:
-                next(self._run)
-            except StopIteration:
-                self._run = None
 
     def _answer(self) -> Waiting[None]:
         cursor = self._cursor
