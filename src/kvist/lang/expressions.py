@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -13,7 +14,7 @@ from kvist.lang.answer_types import AnswerType, Scalar
 from kvist.lang.positions import here
 
 
-class Expression:
+class Expression(ABC):
     """Anything but a text that can be added to a state."""
 
     def __add__(self, other: object) -> Expression:
@@ -22,9 +23,9 @@ class Expression:
     def __radd__(self, other: object) -> Expression:
         return joined((other, self))
 
+    @abstractmethod
     def parts(self) -> Iterator[Part]:
         """Yield texts, role marks, generations and choices in their order."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

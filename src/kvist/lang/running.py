@@ -8,7 +8,7 @@ import inspect
 import itertools
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,21 @@ _OPEN_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 60.0
 _SEED_BITS = 62
 _WAITS = 10  # a result may wait for others; each of them is bounded, and this is the bound of the chain
+
+
+@contextlib.contextmanager
+def _to_its_end(state: ProgramState, *, is_counted: bool = False) -> Iterator[None]:
+    """Run a program in the body, and end it. The state keeps the program's error; other exceptions are raised, too."""
+    program = state.live
+    try:
+        with program.running(is_counted=is_counted):
+            yield
+    except BaseException as error:
+        state.fail(error)
+        if not isinstance(error, Exception):
+            raise
+    finally:
+        program.end()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,34 +172,19 @@ class Batch:
         """Run one program in this thread and wait for its results. The state keeps its error. `is_counted`: the
         executor counts the program as running already."""
         state, call = self.states[index], self._calls[index]
-        program = state.live
-        try:
-            with program.running(is_counted=is_counted):
-                found = call.body(state, *call.args, **call.kwargs)
-                if inspect.iscoroutine(found):
-                    found = asyncio.run(found)
-                self._complete(state, found)
-        except BaseException as error:
-            state.fail(error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            program.end()
+        with _to_its_end(state, is_counted=is_counted):
+            found = call.body(state, *call.args, **call.kwargs)
+            if inspect.iscoroutine(found):
+                found = asyncio.run(found)
+            self._complete(state, found)
 
     async def _run_coroutine(self, call: Call, state: ProgramState) -> None:
         program = state.live
-        try:
-            with program.running():
-                found = await call.body(state, *call.args, **call.kwargs)
-                for variable in list(program.variables.values()):
-                    await program.answer_async(variable)
-                self._complete(state, found)
-        except BaseException as error:
-            state.fail(error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            program.end()
+        with _to_its_end(state):
+            found = await call.body(state, *call.args, **call.kwargs)
+            for variable in list(program.variables.values()):
+                await program.answer_async(variable)
+            self._complete(state, found)
 
     def _complete(self, state: ProgramState, returned: object) -> None:
         """Wait for all results. Raises the first error, and one for a fork that never joins."""
