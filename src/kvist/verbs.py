@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from kvist.bench.config import LOADS, CustomConfig
@@ -87,8 +88,9 @@ def run(settings: Settings) -> int:
         return run_render(settings.deployment(), settings.output.output)
     if isinstance(settings, DeployCheckSettings):
         from kvist.deploy.check import run_check
+        from kvist.deploy.manifest import manifest_text_of
 
-        return run_check(settings.checked.text(), option_values)
+        return run_check(manifest_text_of(_named(settings.checked.file, "check")), option_values)
     if isinstance(settings, DeployRunSettings):
         return _run_manifest(settings)
     if isinstance(settings, UpSettings):
@@ -128,16 +130,20 @@ def _run_manifest(settings: DeployRunSettings) -> int:
     from kvist.deploy.local_run import LocalRun, run_local
 
     local = settings.local
-    if local.file is None:
-        raise ConfigError("name a manifest, as in kvist deploy run cluster.yaml", param="file")
     run = LocalRun(
-        manifest=local.file,
+        manifest=_named(local.file, "run"),
         api_key=local.api_key,
         claims=local.claim_folders,
         images=local.python_of_image,
         start_timeout_s=local.start_timeout_s,
     )
     return run_local(run, stop_with_stdin=settings.parent.stop_with_stdin)
+
+
+def _named(manifest: Path | None, verb: str) -> Path:
+    if manifest is None:
+        raise ConfigError(f"name a manifest, as in kvist deploy {verb} cluster.yaml", param="file")
+    return manifest
 
 
 def option_values(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Mapping[str, object]:

@@ -13,16 +13,6 @@ from kvist.errors import ConfigError
 class CheckedFile:
     file: Path | None = option(None, "manifest to check", unset="none: it has to be given")
 
-    def text(self) -> str:
-        """Return the text of the file. Raises `ConfigError`."""
-        path = self.file
-        if path is None:
-            raise ConfigError("name a manifest, as in kvist deploy check cluster.yaml", param="file")
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}", param="file") from error
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalRunOptions:

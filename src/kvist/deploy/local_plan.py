@@ -7,7 +7,6 @@ addresses, mounted folders by folders of this machine, Secrets by random values.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -251,8 +250,3 @@ def _in_step(roles: list[list[LocalPod]]) -> list[LocalPod]:
     """Return the pods of both roles in turn, so that neither is ahead of the other by more than one."""
     longest = max((len(pods) for pods in roles), default=0)
     return [pods[index] for index in range(longest) for pods in roles if index < len(pods)]
-
-
-def shell_line(pod: LocalPod) -> str:
-    """Return the pod's command for people, without its keys."""
-    return shlex.join(["kvist", *pod.args])

@@ -25,7 +25,7 @@ from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.stop_requests import RETIRE, signal_self, stop_with_parent
 from kvist.cluster.up import Screen, interrupt_on_stop_signals
 from kvist.deploy.local_plan import LocalCluster, LocalPod, Place, plan_local, updates
-from kvist.deploy.manifest import read_manifest
+from kvist.deploy.manifest import manifest_text_of, read_manifest
 from kvist.errors import ConfigError, KvistError
 from kvist.supervisor.child import ChildPlan
 
@@ -47,12 +47,6 @@ class LocalRun:
     def python_of(self, image: str) -> str:
         return self.images.get(image, sys.executable)
 
-    def text(self) -> str:
-        try:
-            return self.manifest.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"{self.manifest} cannot be read: {error}", param="file") from error
-
 
 def run_local(run: LocalRun, *, stop_with_stdin: bool = False) -> int:
     """Run the manifest until a stop is requested, then return 0. Raises `KvistError` if the start fails."""
@@ -62,7 +56,7 @@ def run_local(run: LocalRun, *, stop_with_stdin: bool = False) -> int:
         values = {key: secrets.token_hex(32) for key in _KEYS}
         values["api-key"] = run.api_key or values["api-key"]
         place = Place(folder=folder, memory_folder=in_memory, secret_values=values, claims=run.claims)
-        cluster = plan_local(read_manifest(run.text()), place)
+        cluster = plan_local(read_manifest(manifest_text_of(run.manifest)), place)
         _make_folders(cluster)
         fronts = {
             pod.name: closing.enter_context(bound_socket(pod.address, pod.port)) for pod in cluster.pods if pod.surges
@@ -178,11 +172,11 @@ class _Running:
 
     def _follow(self) -> None:
         """Carry out the changes of the file until a stop is requested."""
-        applied = self._run.text()
+        applied = manifest_text_of(self._run.manifest)
         while True:
             time.sleep(_CHECK_S)
             try:
-                text = self._run.text()
+                text = manifest_text_of(self._run.manifest)
                 if text == applied:
                     continue
                 applied = text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -22,6 +23,14 @@ class Manifest:
     workloads: tuple[Workload, ...]
     services: tuple[Service, ...] = ()
     is_compose: bool = False
+
+
+def manifest_text_of(path: Path) -> str:
+    """Return the text of a user's file. Raises `ConfigError` if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", param="file") from error
 
 
 def read_manifest(text: str) -> Manifest:

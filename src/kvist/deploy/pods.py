@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvist.deploy.description import Deployment
-from kvist.deploy.roles import API_KEY, CLUSTER_KEY, KEYS_FOLDER, PAGES_SECRET, Kind, RoleSpec, Volume
+from kvist.deploy.roles import API_KEY, CLUSTER_KEY, KEYS_FOLDER, Kind, RoleSpec, Volume
 
 Document = dict[str, object]
 
@@ -13,7 +13,6 @@ QUEUE_METRIC = "kvist_num_requests_waiting"  # as the Prometheus adapter serves 
 _WAITING_PER_WORKER = "4"  # the autoscaler starts another worker above it
 _GPU = "nvidia.com/gpu"
 _START_S, _PERIOD_S = 1800, 5  # loading a large model from a slow disk takes long
-_SOME_UNAVAILABLE = 1
 
 
 def labels(deployment: Deployment, role: str) -> dict[str, str]:
@@ -238,7 +237,7 @@ def disruption_budget(deployment: Deployment, role: RoleSpec) -> Document:
         "kind": "PodDisruptionBudget",
         "metadata": metadata(deployment, f"{deployment.manifest.name}-{role.name}"),
         "spec": {
-            "maxUnavailable": _SOME_UNAVAILABLE,
+            "maxUnavailable": 1,
             "selector": {"matchLabels": selector(deployment, role.name)},
         },
     }
@@ -246,9 +245,3 @@ def disruption_budget(deployment: Deployment, role: RoleSpec) -> Document:
 
 def workers_of(roles: list[RoleSpec]) -> list[RoleSpec]:
     return [role for role in roles if role.kind is Kind.WORKER]
-
-
-def has_keys(roles: list[RoleSpec]) -> tuple[str, ...]:
-    """Return the keys that the Secret must have."""
-    pages = (PAGES_SECRET,) if any(role.reads_pages_secret for role in roles) else ()
-    return (API_KEY, CLUSTER_KEY, *pages)
