@@ -39,6 +39,15 @@ class Histogram:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """The upper bounds of all buckets but the last, which has none."""
+        return self._bounds
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the number of values in each bucket, one more than `bounds`."""
+        return tuple(self._counts)
+
     def family(self, name: str, text: str) -> Metric:
         cumulative, buckets = 0, []
         for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
@@ -59,6 +68,7 @@ class GatewayMetrics(Collector):
     num_requests: int = 0  # engine requests in flight now
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
+    num_cached_by_tier: Counter[str] = field(default_factory=Counter)  # the same, by device, host, storage
     num_generation_tokens: int = 0
     num_finished: Counter[str] = field(default_factory=Counter)  # by finish reason
     num_failed: Counter[str] = field(default_factory=Counter)  # by error code
@@ -89,6 +99,12 @@ class GatewayMetrics(Collector):
             "kvist:cached_prompt_tokens",
             "prompt tokens of answered requests that were found in a page cache",
             self.num_cached_prompt_tokens,
+        )
+        yield _counter(
+            "cached_tier_tokens",
+            "prompt tokens of answered requests that were found in a page cache, by tier: device, host, storage",
+            "tier",
+            self.num_cached_by_tier,
         )
         yield CounterMetricFamily("kvist:generation_tokens", "output tokens received", self.num_generation_tokens)
         yield _counter(

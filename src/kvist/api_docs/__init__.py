@@ -42,4 +42,5 @@ def docs_api(gateway: GatewayContext) -> MountedApi:
         del scope, receive
         await send_bytes(send, page(), headers=_PAGE_HEADERS)
 
-    return MountedApi(routes=(("/openapi.json", openapi, ("GET",)), ("/docs", docs, ("GET",))))
+    routes = (("/openapi.json", openapi, ("GET",)), ("/docs", docs, ("GET",)))
+    return MountedApi(routes=routes, paths_without_key=[path for path, _, _ in routes])

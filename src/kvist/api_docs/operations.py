@@ -116,6 +116,10 @@ OPERATIONS: Sequence[Operation] = (
     _get("/metrics", "metrics in Prometheus' format"),
     _get("/openapi.json", "this description"),
     _get("/docs", "this description as a page"),
+    _get("/dashboard", "the state of this server and its workers, as a page"),
+    _get("/dashboard/static/{name}", "a file of that page"),
+    _get("/dashboard/snapshot", "the state of this server and its workers"),
+    _get("/dashboard/events", "the same once a second, as server-sent events"),
     _post("/flush_cache", "drops the cached pages that no request uses"),
     _post("/reset_prefix_cache", "drops the cached pages that no request uses"),
     Operation(

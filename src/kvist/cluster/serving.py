@@ -36,6 +36,7 @@ from kvist.cluster.joining import Joining, OwnAddress
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stop_requests import ACCEPT, RETIRE, STOP_SIGNALS, handle_signals, stop_with_parent
 from kvist.cluster.stopping import Drain, StopSignals
+from kvist.dashboard import dashboard_api
 from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
 from kvist.http.front import Front
@@ -178,7 +179,7 @@ def _serve(
         model_name=gateway.name.served_model_name or checkpoint.name,
         model_path=str(checkpoint.path),
         grammar=gateway.grammar,
-        apis=(*agent_apis(gateway.agents), prompt_api, docs_api),
+        apis=(*agent_apis(gateway.agents), prompt_api, docs_api, dashboard_api),
         sampling_defaults=None if tokenizer is None else _sampling_defaults(checkpoint, gateway.text),
         own_role=role,
         own_engine=no_engine if supervisor is None else lambda: supervisor.spec,
@@ -192,7 +193,7 @@ def _serve(
     else:
         example = router_example(listening.url, role)
     serving = Serving(
-        http=http_server(app, app.traffic, gateway.server, gateway.tls),
+        http=http_server(app, app.traffic, gateway.server, gateway.tls, background=app.background),
         listener=listening.listener,
         front=listening.front,
         dispatcher=router.dispatcher,

@@ -34,6 +34,7 @@ _MAX_PIPELINED = 16  # requests that may wait for an earlier request on the same
 _PIECE_BYTES = 64 << 10  # fed to the parser at once
 _MAX_UNREAD_BYTES = 64 << 10  # a shorter body that was answered unread may arrive later on the kept-alive connection
 _LINGER_S = 1.0  # how long a client that has its response may keep sending
+_UNREAD_S = 5.0  # how long the last bytes of a response that broke off wait for a client that does not read
 _MAX_LINGERING = 64  # connections over the limit that get a lingering close
 RETIRING_KEEP_ALIVE_S = 3  # of an idle connection, while another process accepts new ones
 
@@ -187,6 +188,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close_lingering()
         else:
             self.transport.close()
+            if not self.cycle.response_complete:  # broken off, perhaps because the client reads nothing
+                self.loop.call_later(_UNREAD_S, self.transport.abort)
 
     def on_response_complete(self) -> None:
         if self._is_closing:

@@ -44,6 +44,7 @@ class Engines(Protocol):
 class Dispatcher:
     def __init__(self, *, config: RouterConfig, registry: Registry, engines: Engines, clock: Clock) -> None:
         self._links = config.links
+        self._policy = config.routing.policy
         self._registry = registry
         self._engines = engines
         self._clock = clock
@@ -94,6 +95,8 @@ class Dispatcher:
             num_index_entries=index.num_entries,
             num_index_bytes=index.num_bytes,
             handoffs=dict(counts.num_handoffs),
+            policy=self._policy,
+            decisions=tuple(self._streams.decisions),
         )
 
     async def generate(

@@ -6,7 +6,8 @@ prompt."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Sequence
+import heapq
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvist.errors import KvistError, Overloaded, PromptTooLong, Unavailable
@@ -20,11 +21,12 @@ from kvist.router.handoff_ways import HandoffWay
 from kvist.router.pairs import Pairs
 from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.policies import POLICIES
-from kvist.router.policy import FleetView, Prompt, Reason
+from kvist.router.policy import FleetView, Path, Prompt, Reason, WorkerView
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.sessions import Sessions
 
 _AWAY = frozenset({WorkerState.LOST, WorkerState.DRAINING})
+_MOST_OTHERS = 6  # workers that a decision shows beside those that it chose
 _START = {
     Role.PREFILL: "start one with `kvist serve --role prefill`",
     Role.DECODE: "start one with `kvist serve --decode-only`",
@@ -41,6 +43,7 @@ class Route:
     reason: Reason
     cost_ms: float | None = None  # by the policy's own measure, if it has one
     handoff: HandoffWay | None = None  # of a pair
+    considered: Sequence[WorkerView] = ()  # the workers chosen, and those of the others that hold most of the prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +272,7 @@ class Router:
             handoff=None if path.is_alone else self._pairs.way(prefill, decode),
             reason=Reason.NO_DECODE if writes_long else path.reason,
             cost_ms=path.cost_ms,
+            considered=_considered(path, views),
         )
 
     def _alone(self, request: EngineRequest, candidates: Candidates) -> list[Worker]:
@@ -351,3 +355,10 @@ class Router:
             f"the prompt has {num_prompt} tokens; the largest prefill worker ({reader.worker_id}) can hold {limit}, "
             f"and no unified worker can hold all {whole} tokens of the request"
         )
+
+
+def _considered(path: Path, views: Mapping[WorkerId, WorkerView]) -> Sequence[WorkerView]:
+    """Return the workers of the path first, and then those of the others that hold most of the prompt."""
+    others = [view for view in views.values() if view.worker_id not in path.worker_ids]
+    chosen = (path.prefill,) if path.is_alone else (path.prefill, path.decode)
+    return *chosen, *heapq.nlargest(_MOST_OTHERS, others, key=lambda view: view.num_hit_tokens)

@@ -5,15 +5,17 @@ Pure data types. router/dispatch.py creates them; server/ and metrics.py read th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvist.metrics import Histogram
 from kvist.page_index.page_feed import KnownPages
-from kvist.request import Role, WorkerId
+from kvist.pool_status import WatchedPool
+from kvist.request import RequestId, Role, WorkerId
 from kvist.router.handoff_ways import HandoffWay, Way, WayCause
-from kvist.router.policy import Reason
+from kvist.router.policy import Reason, WorkerView
 from kvist.router.rates import Rates
 from kvist.wire import EngineSpec, LoadReport, StoredPages, TokenChunk
 
@@ -79,6 +81,22 @@ class FailoverCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A route that was chosen, and what was known about the workers then."""
+
+    request_id: RequestId
+    decided_s: float  # on the gateway's monotonic clock
+    reason: Reason
+    cost_ms: float | None  # of the route, if the policy measures it
+    way: Way | None  # of the handoff of a pair
+    prefill: WorkerId
+    decode: WorkerId  # the same worker if one has both parts
+    num_prompt_tokens: int  # and of the answer so far, after a failover
+    num_failovers: int  # before this choice
+    considered: Sequence[WorkerView]  # see `route.Route`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSnapshot:
     workers: tuple[WorkerSnapshot, ...]
     handoffs: Mapping[tuple[Way, WayCause], int] = field(default_factory=dict)  # number of requests
@@ -88,3 +106,20 @@ class ClusterSnapshot:
     role_switches: Mapping[tuple[Role, Role], int] = field(default_factory=dict)  # (from, to), as workers reported them
     num_index_entries: int = 0  # different pages that the index knows
     num_index_bytes: int = 0
+    policy: str = ""  # of routing
+    decisions: Sequence[Decision] = ()  # the last ones, the newest last
+
+    def pools(self) -> dict[str, WatchedPool]:
+        """Return each page pool by its location, as the worker that has asked its master last knows it."""
+        found: dict[str, WatchedPool] = {}
+        for worker in self.workers:
+            tier = None if worker.load is None else worker.load.storage
+            if tier is not None and tier.pool is not None:
+                before = found.setdefault(tier.location, tier.pool)
+                if _age_s(tier.pool) < _age_s(before):
+                    found[tier.location] = tier.pool
+        return found
+
+
+def _age_s(pool: WatchedPool) -> float:
+    return math.inf if pool.age_s is None else pool.age_s

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,13 +48,14 @@ from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.policy import Reason
 from kvist.router.registry import Worker, WorkerState
 from kvist.router.route import Route, Router
-from kvist.router.stream import FailoverCounts
+from kvist.router.stream import Decision, FailoverCounts
 
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 30.0  # time limit for Ended after an Abort, which an engine handles between two steps
 MAX_WAITING_LOGPROBS = 1 << 16  # limit of one stream: 5 MB waiting for its client
 RETRY_S = 0.25  # between two searches for a worker that goes on with a stream
+MAX_DECISIONS = 64  # that are remembered
 _MOST_TRIED = 16  # streams that look for a worker in one call of `on_time`: about 5 ms
 
 Send = tuple[Worker, wire.Submit | wire.Abort]
@@ -94,6 +95,7 @@ class Streams:
         )
         self.sends: list[Send] = []
         self.woken: list[OpenStream] = []
+        self.decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self.counts = StreamCounts(
             num_routes=Counter(dict.fromkeys(Reason, 0)),
             num_handoffs=Counter(),
@@ -118,7 +120,7 @@ class Streams:
         merger = ChunkMerger(request.request_id, len(request.output_token_ids))
         stream = OpenStream(request=request, merger=merger, placement=placement)
         self._deadlines.set(_Due.TIMEOUT, stream, now_s)
-        self._launch(stream, request, route)
+        self._launch(stream, request, route, now_s)
         return stream
 
     def on_reader_gone(self, stream: OpenStream, now_s: float) -> None:
@@ -252,7 +254,7 @@ class Streams:
 
     # ---------------------------------------------------------------- attempts
 
-    def _launch(self, stream: OpenStream, request: EngineRequest, route: Route) -> None:
+    def _launch(self, stream: OpenStream, request: EngineRequest, route: Route, now_s: float) -> None:
         """Start an attempt. `request`: the part of the answer that is missing."""
         request_id = RequestId(f"{request.request_id}.{self._new_id()}")
         attempt = stream.attempt = Attempt(
@@ -260,6 +262,20 @@ class Streams:
         )
         counts, self._attempts[request_id] = self.counts, attempt
         counts.num_routes[route.reason] += 1
+        self.decisions.append(
+            Decision(
+                request_id=request.request_id,
+                decided_s=now_s,
+                reason=route.reason,
+                cost_ms=route.cost_ms,
+                way=None if route.handoff is None else route.handoff.way,
+                prefill=route.prefill.worker_id,
+                decode=route.decode.worker_id,
+                num_prompt_tokens=len(route.token_ids),
+                num_failovers=stream.trouble.num_failovers,
+                considered=route.considered,
+            )
+        )
         self._router.remember(stream.placement, route)
         sent = msgspec.structs.replace(request, request_id=request_id)
         if route.handoff is not None and route.handoff.way is not None:
@@ -356,7 +372,7 @@ class Streams:
             self._stop_waiting(stream)
             self.counts.failovers.by_cause[trouble.error.code] += 1
             trouble.num_failovers += 1
-            self._launch(stream, request, route)
+            self._launch(stream, request, route, now_s)
             return
         if not may_wait(trouble.error, has_begun=bool(stream.merger.token_ids)):
             self._end_unresumed(stream, trouble.error, now_s)

@@ -9,7 +9,7 @@ for each token would be too slow.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -33,7 +33,7 @@ from kvist.server.gateway import GatewayContext
 from kvist.server.generation import EngineClient
 from kvist.server.generation_endpoint import generation_endpoint
 from kvist.server.lifecycle import Lifecycle
-from kvist.server.middleware import Endpoint, ErrorBody, GuardMiddleware, RawEndpoint, TrafficMiddleware
+from kvist.server.middleware import Background, Endpoint, ErrorBody, GuardMiddleware, RawEndpoint, TrafficMiddleware
 from kvist.server.model_endpoints import ModelEndpoints
 from kvist.server.native import native_job
 from kvist.server.not_served import NOT_SERVED, NotServed
@@ -59,6 +59,9 @@ class MountedApi:
     routes: Sequence[RouteRow]
     error_bodies: Mapping[str, ErrorBody] = field(default_factory=dict)  # by prefix of the path; others are OpenAI's
     families: Callable[[], Iterable[Metric]] = tuple  # metrics of the API, read at each scrape
+    paths_without_key: Collection[str] = ()  # that have no state: everybody may read them
+    polled: Collection[str] = ()  # paths that clients read again and again: logged at DEBUG
+    background: Sequence[Background] = ()  # run while the server accepts connections
 
 
 MountApi = Callable[[GatewayContext], MountedApi]
@@ -141,7 +144,13 @@ def build_app(
     routes = [Route(path, RawEndpoint(endpoint), methods=list(methods)) for path, endpoint, methods in rows]
     routes += [Route(path, NotServed(instead)) for path, instead in NOT_SERVED.items()]
     error_bodies = {prefix: body for api in mounted for prefix, body in api.error_bodies.items()}
-    guarded: ASGIApp = GuardMiddleware(Router(routes), config, gateway.lifecycle, error_bodies)
+    guarded: ASGIApp = GuardMiddleware(
+        Router(routes),
+        config,
+        gateway.lifecycle,
+        error_bodies,
+        paths_without_key=[path for api in mounted for path in api.paths_without_key],
+    )
     if config.allowed_origins:
         guarded = CORSMiddleware(
             guarded,
@@ -151,8 +160,11 @@ def build_app(
             expose_headers=_CORS_HEADERS,
         )
     paths = [route.path.replace(":path", "") for route in routes]
+    polled = [path for api in mounted for path in api.polled]
     return TrafficMiddleware(
-        guarded, Traffic(gateway.metrics, gateway.clock, paths=paths, access_log=config.access_log)
+        guarded,
+        Traffic(gateway.metrics, gateway.clock, paths=paths, polled=polled, access_log=config.access_log),
+        background=[run for api in mounted for run in api.background],
     )
 
 

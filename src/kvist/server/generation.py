@@ -312,6 +312,7 @@ def _count_finished(choice: ChoiceState, metrics: GatewayMetrics, start_s: float
     metrics.num_finished[choice.finish_reason] += 1
     metrics.num_prompt_tokens += choice.request.num_prompt_tokens
     metrics.num_cached_prompt_tokens += choice.num_cached_tokens
+    metrics.num_cached_by_tier.update(choice.cached_by_tier)
     metrics.e2e_latency_s.observe(choice.last_token_s - start_s)
     if len(choice.token_ids) > 1:
         after_first_s = choice.last_token_s - choice.first_token_s

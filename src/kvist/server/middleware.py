@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.routing import Router
@@ -28,11 +28,11 @@ from kvist.server.web_pages import OriginGuard, check_host_header
 
 logger = logging.getLogger(__name__)
 
-# Probes and a browser's address line carry no key; / says whether a key is needed, and /docs has no state.
-_PATHS_WITHOUT_KEY = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
+_PATHS_WITHOUT_KEY = frozenset({"/", "/health", "/ready"})  # probes carry no key; / says whether a key is needed
 _MAX_REQUEST_ID_CHARS = 128
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 ErrorBody = Callable[[KvistError, str], object]  # error, request id → the body of the response
+Background = Callable[[], Coroutine[None, None, None]]
 
 
 class RawEndpoint:
@@ -48,8 +48,10 @@ class RawEndpoint:
 class TrafficMiddleware:
     """The outermost layer: logs and counts every request, and gives every response its request id."""
 
-    def __init__(self, inner: ASGIApp, traffic: Traffic) -> None:
+    def __init__(self, inner: ASGIApp, traffic: Traffic, *, background: Sequence[Background] = ()) -> None:
+        """`background` runs while the server accepts connections."""
         self.traffic = traffic
+        self.background = background
         self._inner = inner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,8 +89,11 @@ class GuardMiddleware:
         config: ServerConfig,
         lifecycle: Lifecycle,
         error_bodies: Mapping[str, ErrorBody] | None = None,
+        *,
+        paths_without_key: Iterable[str] = (),
     ) -> None:
         """`error_bodies`: the shape of errors, by prefix of the path; elsewhere errors have OpenAI's shape."""
+        self._paths_without_key = _PATHS_WITHOUT_KEY.union(paths_without_key)
         self._router = router
         self._lifecycle = lifecycle
         self._keys = ApiKeys(config.api_key, config.api_key_weights)
@@ -126,7 +131,7 @@ class GuardMiddleware:
 
     def _check(self, scope: Scope) -> None:
         check_host_header(scope)
-        if scope["path"] not in _PATHS_WITHOUT_KEY:
+        if scope["path"] not in self._paths_without_key:
             self._keys.authenticate(scope)
             self._pages.check(scope)
 

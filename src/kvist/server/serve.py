@@ -10,7 +10,7 @@ import resource
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import uvicorn
@@ -21,6 +21,7 @@ from kvist.errors import ConfigError
 from kvist.http.protocol import BoundedProtocol, Bounds, bounded_protocol
 from kvist.http.traffic import Traffic
 from kvist.server.config import ServerConfig, TlsOptions
+from kvist.server.middleware import Background
 
 NO_TLS = TlsOptions()
 
@@ -36,17 +37,29 @@ CLOSE_TIMEOUT_S = 2
 class HttpServer(uvicorn.Server):
     """uvicorn's server, which can also listen on further sockets, and leave all its sockets to another process."""
 
-    def __init__(self, settings: uvicorn.Config, traffic: Traffic) -> None:
+    def __init__(self, settings: uvicorn.Config, traffic: Traffic, background: Sequence[Background]) -> None:
         super().__init__(settings)
         self._traffic = traffic
+        self._background = background
+        self._tasks: list[asyncio.Task[None]] = []  # of `background`
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve, and record the lag of the event loop meanwhile: the lag delays every stream."""
         watch = asyncio.create_task(watch_loop_lag(self._traffic.observe_loop_lag, MonotonicClock()), name="loop lag")
+        self._tasks = [asyncio.create_task(_logging_bugs(run), name="background") for run in self._background]
         try:
             await super().serve(sockets)
         finally:
             watch.cancel()
+            self._end_background()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._end_background()  # first: streams that it feeds must not delay the end
+        await super().shutdown(sockets)
+
+    def _end_background(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     async def listen(self, listener: socket.socket) -> None:
         """Accept connections on another socket, too. The server must have started."""
@@ -60,6 +73,7 @@ class HttpServer(uvicorn.Server):
 
     def retire(self) -> None:
         """Accept no more connections. Open ones serve their current request or the next one, and end."""
+        self._end_background()
         for server in self.servers:
             server.close()
         for connection in self.server_state.connections:
@@ -74,10 +88,18 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig, tls: TlsOptions = NO_TLS) -> HttpServer:
+def http_server(
+    app: ASGIApp,
+    traffic: Traffic,
+    config: ServerConfig,
+    tls: TlsOptions = NO_TLS,
+    *,
+    background: Sequence[Background] = (),
+) -> HttpServer:
     """Return a server that is not started: `await serve()` runs it, `should_exit = True` stops it.
 
-    `traffic` counts requests that are refused before the app sees them. Raises `ConfigError` for an unusable
+    `traffic` counts requests that are refused before the app sees them. `background` runs while the server accepts
+    connections. Raises `ConfigError` for an unusable
     certificate. The caller handles signals and ends open requests before it stops the server; requests that are still
     open then are cancelled after `CLOSE_TIMEOUT_S`.
     """
@@ -107,7 +129,14 @@ def http_server(app: ASGIApp, traffic: Traffic, config: ServerConfig, tls: TlsOp
     except (OSError, ssl.SSLError) as error:
         files = f"--ssl-certfile {tls.ssl_certfile} --ssl-keyfile {tls.ssl_keyfile}"
         raise ConfigError(f"cannot serve HTTPS with {files}: {error}", param="ssl_certfile") from error
-    return HttpServer(settings, traffic)
+    return HttpServer(settings, traffic, background)
+
+
+async def _logging_bugs(run: Background) -> None:
+    try:
+        await run()
+    except Exception:  # our bug: the server continues without this
+        logger.exception("bug in a task of the server")
 
 
 async def watch_loop_lag(note_lag_s: Callable[[float], None], clock: Clock) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvist.engine.counters import COUNTER_BY_NAME
-from kvist.pool_status import WatchedPool
 from kvist.router.members import MemberCounts
 from kvist.router.stream import ClusterSnapshot, FailoverCounts
 from kvist.wire import LoadReport
@@ -42,15 +41,8 @@ _POOL_GAUGES = (
 
 
 def pool_families(snapshot: ClusterSnapshot) -> Iterator[Metric]:
-    """Yield the figures of each page pool once, from the worker that has asked its master last."""
-    pools: dict[str, WatchedPool] = {}
-    for worker in snapshot.workers:
-        tier = None if worker.load is None else worker.load.storage
-        pool = None if tier is None else tier.pool
-        if tier is not None and pool is not None and pool.age_s is not None:
-            before = pools.get(tier.location)
-            if before is None or before.age_s is None or pool.age_s < before.age_s:
-                pools[tier.location] = pool
+    """Yield the figures of each page pool whose master has answered."""
+    pools = {location: pool for location, pool in snapshot.pools().items() if pool.status is not None}
     for name, text in _POOL_GAUGES:
         gauge = GaugeMetricFamily(f"kvist:storage_pool_{name}", text, labels=["pool"])
         for location, pool in sorted(pools.items()):

@@ -16,6 +16,7 @@ import msgspec
 
 from kvist.agents_api import agent_apis
 from kvist.api_docs import docs_api
+from kvist.dashboard import dashboard_api
 from kvist.prompt_work import prompt_api
 from kvist.request import Role
 from kvist.server.app import build_app
@@ -63,7 +64,7 @@ def gateway_bench(
         tokenizer=dispatcher.tokenizer if own_role is None or own_role.serves_alone else None,
         config=config,
         model_name=model_name,
-        apis=(*agent_apis(), prompt_api, docs_api),
+        apis=(*agent_apis(), prompt_api, docs_api, dashboard_api),
         own_role=own_role,
         own_engine=lambda: own_engine,
         clock=FakeClock(),
