@@ -185,6 +185,30 @@ def test_masks_that_are_filled_together_equal_those_filled_alone(
     assert found == [allowed(matcher) for matcher in alone]
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_tokens_that_are_accepted_together_are_accepted_or_refused_as_alone(
+    backend: GrammarBackend, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With answers of which the next token is right, wrong, or an end token after the end."""
+    monkeypatch.setattr(llguidance_backend, "_NUM_MASK_THREADS", num_threads)
+    grammars = [backend.compile(Constraint(kind=kind, text=text)) for kind, text, *_ in EXAMPLES]
+    dice = random.Random(num_threads)
+    together, alone, token_ids = list[Matcher](), list[Matcher](), list[int]()
+    for number in range(60):
+        tokens = [*ids(EXAMPLES[number % len(EXAMPLES)][2][0]), END_ID, END_ID]
+        place = dice.randrange(len(tokens))
+        token_ids.append(tokens[place] if number % 3 else dice.choice([*ids('a0"}'), END_ID]))
+        for matchers in (together, alone):
+            matchers.append(grammars[number % len(EXAMPLES)].matcher())
+            assert matchers[-1].accept(tokens[:place])
+    errors = backend.accept(together, token_ids)
+    refused = [place for place, matcher in enumerate(alone) if not matcher.accept(token_ids[place : place + 1])]
+    assert sorted(errors) == refused
+    assert 0 < len(refused) < 20
+    left = [place for place in range(60) if place not in refused]
+    assert [allowed(together[place]) for place in left] == [allowed(alone[place]) for place in left]
+
+
 def test_the_choice_of_blanks_in_json(backend: GrammarBackend) -> None:
     value = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     free, compact = backend.compile(schema(value)), backend.compile(schema(value, whitespace=""))

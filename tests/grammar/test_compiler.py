@@ -36,6 +36,9 @@ class SteppedBackend:
             raise RuntimeError("a bug of the library")
         return self._real.compile(constraint)
 
+    def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
+        return self._real.accept(matchers, token_ids)
+
     def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
         return self._real.fill(matchers, allowed)
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from kvist.errors import InvalidConstraint
 from kvist.request import Constraint
 
+FORBIDDEN = "the answer so far does not satisfy the constraint: another version of Kvist may have written it"
 Words = npt.NDArray[np.int32]  # packed bits, one for each token, the lowest bit of a word first
 
 
@@ -89,9 +90,28 @@ class GrammarBackend(Protocol):
         """Raises `InvalidConstraint`, whose `param` is the path of the faulty part inside a schema, if it is known.
         Takes a bounded time, and releases the interpreter lock for nearly all of it."""
 
+    def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
+        """Append one token to each answer, in parallel. Each matcher occurs once, and is of a grammar of this backend.
+        Return why not, by place; such a matcher cannot be used any more."""
+
     def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
         """Fill `allowed` [num_matchers, num_words] as `Matcher.fill` does, in parallel. Each matcher occurs once, and
         is of a grammar of this backend. Return the errors, by place; such a matcher cannot be used any more."""
+
+
+def accept_one(matcher: Matcher, token_ids: Sequence[int]) -> InvalidConstraint | None:
+    """Append tokens to the answer. Return why not."""
+    try:
+        return None if matcher.accept(token_ids) else InvalidConstraint(FORBIDDEN)
+    except InvalidConstraint as error:
+        return error.with_traceback(None)
+
+
+def accept_one_by_one(matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
+    """`GrammarBackend.accept`, without threads."""
+    found = enumerate(zip(matchers, token_ids, strict=True))
+    errors = ((place, accept_one(matcher, (token_id,))) for place, (matcher, token_id) in found)
+    return {place: error for place, error in errors if error is not None}
 
 
 def fill_one_by_one(matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:

@@ -122,11 +122,18 @@ class GrammarCompiler:
             self._queue.put(compilation)
         return compilation
 
+    def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
+        """See `GrammarBackend.accept`."""
+        return self._backend_of_matchers().accept(matchers, token_ids)
+
     def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
-        """See `GrammarBackend.fill`. `matchers`: of grammars that this compiler has made."""
+        """See `GrammarBackend.fill`."""
+        return self._backend_of_matchers().fill(matchers, allowed)
+
+    def _backend_of_matchers(self) -> GrammarBackend:
         backend = self._ready_backend()
         assert not isinstance(backend, KvistError), "the backend has made these matchers"
-        return backend.fill(matchers, allowed)
+        return backend
 
     def totals(self) -> dict[str, float]:
         """Return GRAMMAR_COUNTERS."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 import llguidance
 import numpy as np
 
+from kvist.clock import MonotonicClock
 from kvist.cores import num_usable_cores
 from kvist.errors import InvalidConstraint
-from kvist.grammar.backend import Matcher, Vocabulary, Words, fill_one_by_one
+from kvist.grammar.backend import Matcher, Vocabulary, Words, accept_one_by_one, fill_one_by_one
+from kvist.grammar.copies import LlguidanceGrammar, LlguidanceMatcher
 from kvist.grammar.schema import compile_schema, parse_json, read_choices
 from kvist.grammar.structural_tag import to_lark
 from kvist.request import Constraint
@@ -67,15 +69,35 @@ class LlguidanceBackend:
     def compile(self, constraint: Constraint) -> LlguidanceGrammar:
         return self._compilers[constraint.kind](constraint)
 
+    def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
+        if len(matchers) < _MIN_PARALLEL or _NUM_MASK_THREADS == 1:
+            return accept_one_by_one(matchers, token_ids)
+        places = [place for place in _by_copy(matchers) if not matchers[place].is_terminated]
+        own = [(_own(matchers[place]), token_ids[place]) for place in places]
+        taken = self._executor.consume_token_par([(matcher.library_matcher, token_id) for matcher, token_id in own])
+        left = set(range(len(matchers))).difference(places)  # terminated: an end token may follow
+        for place, (matcher, token_id), is_taken in zip(places, own, taken, strict=True):
+            if is_taken:
+                matcher.note_accepted(token_id)
+            else:
+                matcher.replay()
+                left.add(place)
+        one_by_one = sorted(left)
+        errors = accept_one_by_one([matchers[each] for each in one_by_one], [token_ids[each] for each in one_by_one])
+        return {one_by_one[number]: error for number, error in errors.items()}
+
     def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
         if len(matchers) < _MIN_PARALLEL or _NUM_MASK_THREADS == 1:
             return fill_one_by_one(matchers, allowed)
-        own = [matcher.library_matcher for matcher in matchers if isinstance(matcher, LlguidanceMatcher)]
-        assert len(own) == len(matchers), "these are matchers of this backend"
-        places = list(zip(own, range(len(own)), strict=True))
-        self._executor.unsafe_compute_mask_ptr(places, allowed.ctypes.data, allowed[0].nbytes, len(own))
-        failed = {place: matcher.get_error() for matcher, place in places if matcher.is_error()}
-        return {place: InvalidConstraint(_readable(error)) for place, error in failed.items()}
+        own = [(_own(matchers[place]).library_matcher, place) for place in _by_copy(matchers)]
+        self._executor.unsafe_compute_mask_ptr(own, allowed.ctypes.data, allowed[0].nbytes, len(own))
+        failed = sorted(place for matcher, place in own if matcher.is_error())
+        if not failed:
+            return {}
+        masks = np.empty((len(failed), allowed.shape[1]), dtype=np.int32)
+        errors = fill_one_by_one([matchers[place] for place in failed], masks)  # perhaps in another copy
+        allowed[failed] = masks
+        return {failed[number]: error for number, error in errors.items()}
 
     def _json_schema(self, constraint: Constraint) -> LlguidanceGrammar:
         schema = parse_json(constraint.text)
@@ -107,49 +129,34 @@ class LlguidanceBackend:
         return self._grammar(llguidance.LLMatcher.grammar_from_lark(lark))
 
     def _grammar(self, grammar: str) -> LlguidanceGrammar:
-        start = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        clock = MonotonicClock()
+        start_s = clock.now_s()
+        start = self._start(grammar)
         error = start.get_error() or _error_of_first_token(start)
         if error:
             raise InvalidConstraint(_readable(error))
-        return LlguidanceGrammar(start, self.vocabulary.end_token_ids)
+        return LlguidanceGrammar(
+            start,
+            partial(self._start, grammar),
+            compile_s=clock.now_s() - start_s,
+            end_token_ids=self.vocabulary.end_token_ids,
+            max_copies=_NUM_MASK_THREADS,
+            readable=_readable,
+        )
+
+    def _start(self, grammar: str) -> llguidance.LLMatcher:
+        return llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
 
 
-class LlguidanceGrammar:
-    """A `Grammar`."""
-
-    def __init__(self, start: llguidance.LLMatcher, end_token_ids: Sequence[int]) -> None:
-        self._start = start
-        self._end_token_ids = frozenset(end_token_ids)
-        self.ignored = tuple(_readable(each) for each in start.get_grammar_warnings())
-
-    def matcher(self) -> LlguidanceMatcher:
-        return LlguidanceMatcher(self._start.deep_copy(), self._end_token_ids)
+def _own(matcher: Matcher) -> LlguidanceMatcher:
+    assert isinstance(matcher, LlguidanceMatcher), "these are matchers of this backend"
+    return matcher
 
 
-class LlguidanceMatcher:
-    """A `Matcher`."""
-
-    def __init__(self, matcher: llguidance.LLMatcher, end_token_ids: frozenset[int]) -> None:
-        self.library_matcher = matcher
-        self._end_token_ids = end_token_ids
-
-    @property
-    def is_terminated(self) -> bool:
-        return self.library_matcher.is_stopped()
-
-    def accept(self, token_ids: Sequence[int]) -> bool:
-        num_accepted = self.library_matcher.try_consume_tokens(list(token_ids))
-        if num_accepted == len(token_ids):
-            return True
-        if self.library_matcher.is_error():
-            raise InvalidConstraint(_readable(self.library_matcher.get_error()))
-        # The library's matcher takes nothing after the end of an answer; here, end tokens may follow.
-        return self.library_matcher.is_stopped() and self._end_token_ids.issuperset(token_ids[num_accepted:])
-
-    def fill(self, allowed: Words) -> None:
-        self.library_matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
-        if self.library_matcher.is_error():
-            raise InvalidConstraint(_readable(self.library_matcher.get_error()))
+def _by_copy(matchers: Sequence[Matcher]) -> list[int]:
+    """Return the places of the matchers, those of one copy together: the library gives each thread a part of the list,
+    and would let threads wait for each other if they shared a copy."""
+    return sorted(range(len(matchers)), key=lambda place: _own(matchers[place]).copy_id)
 
 
 class _Wrapped:

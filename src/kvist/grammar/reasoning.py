@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from kvist.errors import InvalidConstraint
-from kvist.grammar.backend import Grammar, GrammarBackend, Matcher, Vocabulary, Words
+from kvist.grammar.backend import Grammar, GrammarBackend, Matcher, Vocabulary, Words, accept_one
 from kvist.request import AFTER_REASONING, AfterReasoning, Constraint
 
 _MAX_BLANK_TOKENS = 2  # between the reasoning and the constrained text
@@ -47,8 +47,21 @@ class ReasoningBackend:
         then = None if rule.then is None else self._inner.compile(rule.then)
         return ReasoningGrammar(rule, then, self._tokens(rule.end.encode()), self.vocabulary)
 
+    def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
+        deciding = [_deciding(matcher) for matcher in matchers]
+        inner = [place for place, matcher in enumerate(deciding) if matcher is not None]
+        found = self._inner.accept(
+            [matcher for matcher in deciding if matcher is not None], [token_ids[place] for place in inner]
+        )
+        errors = {inner[number]: error for number, error in found.items()}
+        for place, matcher in enumerate(matchers):
+            error = accept_one(matcher, (token_ids[place],)) if deciding[place] is None else None
+            if error is not None:
+                errors[place] = error
+        return errors
+
     def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
-        deciding = [each.inner if isinstance(each, ReasoningMatcher) else each for each in matchers]
+        deciding = [_deciding(matcher) for matcher in matchers]
         inner = [matcher for matcher in deciding if matcher is not None]
         if len(inner) == len(matchers):
             return self._inner.fill(inner, allowed)
@@ -60,6 +73,10 @@ class ReasoningBackend:
         errors = self._inner.fill(inner, masks)
         allowed[places] = masks
         return {places[place]: error for place, error in errors.items()}
+
+
+def _deciding(matcher: Matcher) -> Matcher | None:
+    return matcher.inner if isinstance(matcher, ReasoningMatcher) else matcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

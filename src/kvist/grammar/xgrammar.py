@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from kvist.errors import ConfigError, InvalidConstraint
-from kvist.grammar.backend import Matcher, Vocabulary, Words, fill_one_by_one
+from kvist.grammar.backend import Matcher, Vocabulary, Words, accept_one_by_one, fill_one_by_one
 from kvist.grammar.schema import compile_schema, parse_json, read_choices
 from kvist.grammar.structural_tag import of_structures
 from kvist.request import Constraint
@@ -61,6 +61,9 @@ class XgrammarBackend:
     def compile(self, constraint: Constraint) -> XgrammarGrammar:
         with _library_errors():
             return XgrammarGrammar(self._library, self._compilers[constraint.kind](constraint), self.vocabulary)
+
+    def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
+        return accept_one_by_one(matchers, token_ids)
 
     def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
         return fill_one_by_one(matchers, allowed)  # a mask takes about two microseconds

@@ -2,7 +2,7 @@
 
     open:    all tokens so far, replayed ──► a matcher of the constraint; the long bad words
     launch:  the tokens of the items that the host knows are accepted
-    read:    the tokens that a step has sampled are accepted ──► forced tokens, which follow in any case
+    read:    the tokens that a step has sampled are accepted together ──► forced tokens, which follow in any case
     choice:  the tokens that may follow ──► the bans of the slot (shaping.py)
 
 With steps planned ahead, the token before the one to be chosen may be on the device only. Such a step waits with its
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvist.errors import InvalidConstraint, KvistError
-from kvist.grammar.backend import Matcher, Words
+from kvist.grammar.backend import FORBIDDEN, Matcher, Words, accept_one
 from kvist.grammar.compiler import GrammarCompiler
 from kvist.plan.batch import BatchItem, StartRequest
 from kvist.request import SamplingParams, SlotId, needs_known_token
@@ -31,7 +31,6 @@ from kvist.request import SamplingParams, SlotId, needs_known_token
 _COMPILE_WAIT_S = 30.0  # as good as never: rank 0 has compiled the grammar, or it was dropped while the request waited
 _MAX_FORCED = 64  # tokens that follow one sampled token; the next step goes on
 _NO_COMPILER = "this worker cannot compile constraints: its checkpoint has no tokenizer"
-_FORBIDDEN = "the answer so far does not satisfy the constraint: another version of Kvist may have written it"
 _MISSING = "the step before has failed"
 
 
@@ -47,11 +46,12 @@ class Answer:
         self.matcher: Matcher | None = None  # None without a constraint, and after an error
         self.error = ""
         self.mask: Words | None = None  # the tokens that may follow `token_ids`; None: not computed yet
+        self.forced: int | None = None  # the only token of `mask`, if it has only one
         self._num_words = num_words
         self._skips_forced = _skips_forced(params)
 
     def fail(self, message: str) -> None:
-        self.matcher, self.mask, self.error = None, None, self.error or message
+        self.matcher, self.mask, self.forced, self.error = None, None, None, self.error or message
 
     def accept(self, position: int, token_ids: Sequence[int]) -> None:
         """Take the tokens at `position` and after it, of which the first ones may be known already."""
@@ -61,14 +61,16 @@ class Answer:
         new = token_ids[len(self.token_ids) - position :]
         if not new:
             return
-        self.token_ids += new
-        self.mask = None
-        if self.matcher is not None:
-            try:
-                if not self.matcher.accept(new):
-                    raise InvalidConstraint(_FORBIDDEN)
-            except KvistError as error:
-                self.fail(error.message)
+        matcher = self.append(new)
+        error = None if matcher is None else accept_one(matcher, new)
+        if error is not None:
+            self.fail(error.message)
+
+    def append(self, token_ids: Sequence[int]) -> Matcher | None:
+        """Append tokens. Return the matcher that has to accept them."""
+        self.token_ids += token_ids
+        self.mask, self.forced = None, None
+        return self.matcher
 
     def completing(self) -> set[int]:
         """Return the tokens that would complete one of `words`."""
@@ -91,15 +93,6 @@ class Answer:
     def may_skip(self) -> bool:
         """Whether tokens may follow without a step of their own."""
         return self._skips_forced and self.matcher is not None and not self.matcher.is_terminated
-
-    def accept_forced(self) -> bool:
-        """Accept the token that follows in any case, if there is one; `mask` is known. A step would sample the same
-        token, because nothing else is allowed."""
-        token_id = _only_token(self.mask) if self.may_skip and self.mask is not None else None
-        if token_id is None:
-            return False
-        self.accept(len(self.token_ids), (token_id,))
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +128,7 @@ class SlotAnswers:
         try:
             matcher = self._grammars.start(constraint).result(_COMPILE_WAIT_S).matcher()
             if not matcher.accept(start.token_ids[start.num_prompt_tokens :]):
-                raise InvalidConstraint(_FORBIDDEN)
+                raise InvalidConstraint(FORBIDDEN)
             answer.matcher = matcher
         except KvistError as error:
             answer.fail(error.message)
@@ -178,20 +171,25 @@ class SlotAnswers:
         assert self._grammars is not None
         masks = np.empty((len(found), self._num_words), dtype=np.int32)
         errors = self._grammars.fill([answer.matcher for answer in found if answer.matcher is not None], masks)
-        for place, answer in enumerate(found):
-            answer.mask = masks[place]
-            if place in errors:
-                answer.fail(errors[place].message)
+        for answer, mask, only in zip(found, masks, _only_tokens(masks), strict=True):
+            answer.mask, answer.forced = mask, only
+        for place, error in errors.items():
+            found[place].fail(error.message)
 
     def read(self, rows: FollowedRows, token_ids: Sequence[int]) -> None:
         """Accept the tokens [num_rows] that a step has sampled. A row without a token is left out: it fails."""
-        for each in rows:
-            if token_ids[each.row] >= 0:
-                each.answer.accept(each.position, token_ids[each.row : each.row + 1])
+        sampled = [each for each in rows if token_ids[each.row] >= 0]
+        is_next = [each.position == len(each.answer.token_ids) for each in sampled]
+        for each, is_new in zip(sampled, is_next, strict=True):
+            if not is_new:  # known already: a forced token, computed again by a step that was in flight
+                each.answer.accept(each.position, (token_ids[each.row],))
+        new = [each for each, is_new in zip(sampled, is_next, strict=True) if is_new]
+        self._accept([each.answer for each in new], [token_ids[each.row] for each in new])
 
     def take_forced(self, rows: FollowedRows) -> dict[int, list[int]]:
-        """Return the tokens that follow the tokens of the rows in any case, by row, after `read`. Tokens that a later
-        step has computed are not returned again."""
+        """Return the tokens that follow the tokens of the rows in any case, by row, after `read`. A step would sample
+        the same tokens, because nothing else is allowed. Tokens that a later step has computed are not returned again.
+        """
         if not rows:
             return {}
         newest = [each for each in rows if each.answer.may_skip and len(each.answer.token_ids) == each.position + 1]
@@ -200,9 +198,23 @@ class SlotAnswers:
             if not left:
                 break
             self.fill(left)
-            left = [each for each in left if each.answer.accept_forced()]
+            left = [each for each in left if each.answer.forced is not None and each.answer.may_skip]
+            self._accept(
+                [each.answer for each in left], [each.answer.forced for each in left if each.answer.forced is not None]
+            )
         found = ((each.row, each.answer.token_ids[each.position + 1 :]) for each in newest)
         return {row: token_ids for row, token_ids in found if token_ids}
+
+    def _accept(self, answers: Sequence[Answer], token_ids: Sequence[int]) -> None:
+        """Append one token to each answer."""
+        appended = [(answer, answer.append((each,)), each) for answer, each in zip(answers, token_ids, strict=True)]
+        found = [(answer, matcher, token_id) for answer, matcher, token_id in appended if matcher is not None]
+        if not found:
+            return
+        assert self._grammars is not None
+        errors = self._grammars.accept([matcher for _, matcher, _ in found], [token_id for *_, token_id in found])
+        for place, error in errors.items():
+            found[place][0].fail(error.message)
 
 
 def errors_of(rows: FollowedRows) -> Mapping[int, str]:
@@ -222,10 +234,14 @@ def _skips_forced(params: SamplingParams) -> bool:
     )
 
 
-def _only_token(mask: Words) -> int | None:
-    """Return the token whose bit alone is set."""
-    places = np.flatnonzero(mask)
-    if len(places) != 1:
-        return None
-    word = int(mask.view(np.uint32)[places[0]])
-    return None if word & (word - 1) else int(places[0]) * 32 + word.bit_length() - 1
+def _only_tokens(masks: Words) -> list[int | None]:
+    """Return the token whose bit alone is set in each mask [num_masks, num_words], where there is one."""
+    words = masks.view(np.uint32)
+    only: list[int | None] = [None] * len(masks)
+    # If one word alone is not 0, it is the largest and the sum. Sums that overflow may be equal, too.
+    for place in np.flatnonzero(words.max(axis=1) == words.sum(axis=1, dtype=np.uint32)).tolist():
+        [number, *more] = np.flatnonzero(words[place]).tolist() or [0]
+        word = int(words[place, number])
+        if word and not more and not word & (word - 1):
+            only[place] = number * 32 + word.bit_length() - 1
+    return only
