@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvist.grammar.compiler import Compilation, GrammarCompiler
+from kvist.plan.events import Event
 from kvist.plan.grammars import CompileGrammar, GrammarCompiled
 from kvist.request import RequestId
+from kvist.wire import Submit
 
 
 class GrammarJobs:
@@ -23,6 +25,16 @@ class GrammarJobs:
         self.num_open += 1
         compilation = self._compiler.start(job.constraint)
         compilation.when_done(lambda: self._on_done(job.request_id, compilation))
+
+    def known(self, events: Iterable[Event]) -> list[GrammarCompiled]:
+        """Return the reports for the new requests among `events` whose grammars were compiled before. With the report
+        beside it, such a request is in time for the next batch."""
+        requests = [event.request for event in events if isinstance(event, Submit)]
+        return [
+            GrammarCompiled(request_id=request.request_id)
+            for request in requests
+            if request.sampling.constraint is not None and self._compiler.is_known(request.sampling.constraint)
+        ]
 
     def poll(self) -> list[GrammarCompiled]:
         """Return the reports since the last call."""

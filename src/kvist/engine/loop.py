@@ -107,6 +107,7 @@ class Grammars(Protocol):
     """`engine.grammar_jobs.GrammarJobs`, or a fake."""
 
     def start(self, job: CompileGrammar) -> None: ...
+    def known(self, events: Iterable[Event]) -> list[GrammarCompiled]: ...
     def poll(self) -> list[GrammarCompiled]: ...
     def totals(self) -> dict[str, float]: ...
 
@@ -262,6 +263,7 @@ class EngineLoop:
             *self._pending_events,
             *self._role_change(now_s),
             *events,
+            *(() if self._parts.grammars is None else self._parts.grammars.known(events)),
             *self._check_liveness(now_s),
         ]
         self._pending_events = []

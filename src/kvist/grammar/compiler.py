@@ -122,6 +122,16 @@ class GrammarCompiler:
             self._queue.put(compilation)
         return compilation
 
+    def is_known(self, constraint: Constraint) -> bool:
+        """Return whether the constraint has a grammar already; `start` need not be called then."""
+        with self._lock:
+            known = self._kept.get(constraint)
+            if known is None or not known.is_done or known.error is not None:
+                return False
+            self._kept.move_to_end(constraint)
+            self._totals["grammar_cache_hits"] += 1
+            return True
+
     def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
         """See `GrammarBackend.accept`."""
         return self._backend_of_matchers().accept(matchers, token_ids)

@@ -18,7 +18,7 @@ class CompileGrammar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrammarCompiled:
-    """The compilation is done."""
+    """The compilation is done. May come together with the request, of which no job is planned then."""
 
     request_id: RequestId
     error_code: str | None = None  # of errors.py; None: the grammar is ready

@@ -48,6 +48,7 @@ class Answer:
         self.mask: Words | None = None  # the tokens that may follow `token_ids`; None: not computed yet
         self.forced: int | None = None  # the only token of `mask`, if it has only one
         self._num_words = num_words
+        self._max_len = start.num_prompt_tokens + params.max_tokens
         self._skips_forced = _skips_forced(params)
 
     def fail(self, message: str) -> None:
@@ -92,7 +93,8 @@ class Answer:
     @property
     def may_skip(self) -> bool:
         """Whether tokens may follow without a step of their own."""
-        return self._skips_forced and self.matcher is not None and not self.matcher.is_terminated
+        may_grow = len(self.token_ids) < self._max_len
+        return self._skips_forced and may_grow and self.matcher is not None and not self.matcher.is_terminated
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,18 +112,19 @@ class SlotShaping:
         changing = [(item, self._changing[item.slot]) for item in items if item.samples and item.slot in self._changing]
         if not changing:
             return
-        rows = self._ring.next_buffer(len(changing) * self._num_words).reshape(len(changing), self._num_words)
-        slots: list[SlotId] = []
+        # a row: the bans, then their slot
+        rows = self._ring.next_buffer(len(changing) * (self._num_words + 1)).reshape(len(changing), -1)
+        num_rows = 0
         for item, bans in changing:
             bits = self._bits_at(item, bans)
             if bits is not None:
-                rows[len(slots)] = bits.view(np.int32)
-                slots.append(item.slot)
-        if slots:
+                rows[num_rows, :-1], rows[num_rows, -1] = bits.view(np.int32), item.slot
+                num_rows += 1
+        if num_rows:
             table = self.tables.banned
-            written = torch.empty(rows.shape, dtype=torch.int32, device=table.device)
-            self._ring.send(written)
-            table.index_copy_(0, _to_device(np.array(slots, dtype=np.int64), table.device), written[: len(slots)])
+            sent = torch.empty(rows.shape, dtype=torch.int32, device=table.device)
+            self._ring.send(sent)
+            table.index_copy_(0, sent[:num_rows, -1].long(), sent[:num_rows, :-1])
 
     def _open_bans(self, start: StartRequest) -> None:
         params = start.sampling
@@ -136,7 +137,8 @@ class SlotShaping:
         self.flags[start.slot] |= BANS
         fixed = _bans_except(params.allowed_token_ids, self._vocab_size)
         _ban(fixed, single)
-        _write(self.tables.banned[start.slot], fixed.view(np.int32))
+        if answer is None or not answer.has_constraint:  # the bans of a constraint are written before each choice
+            _write(self.tables.banned[start.slot], fixed.view(np.int32))
         if suppresses or answer is not None:
             self._changing[start.slot] = _ChangingBans(
                 fixed=fixed,
@@ -206,7 +208,9 @@ class SlotShaping:
 
 def _bans_except(allowed: Sequence[int], vocab_size: int) -> Words:
     """Return bans of all tokens but `allowed`; () allows every token."""
-    banned = np.full(-(-vocab_size // 32) * 32, bool(allowed))
+    if not allowed:
+        return np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+    banned = np.ones(-(-vocab_size // 32) * 32, dtype=np.bool_)
     banned[np.fromiter(allowed, dtype=np.int64, count=len(allowed))] = False
     return np.packbits(banned, bitorder="little").view(np.uint32)
 

@@ -41,5 +41,7 @@ class Compiling:
 
     def leave(self, request: ActiveRequest) -> None:
         del self._requests[request.request_id]
+        jobs = self._context.out.grammar_jobs
+        jobs[:] = [job for job in jobs if job.request_id != request.request_id]  # it was compiled before
         self._context.timers.cancel(TimerKind.COMPILED, request.request_id)
         self._context.count("grammar_wait_seconds", self._context.now_s - request.arrived_s)
