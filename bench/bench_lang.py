@@ -1,14 +1,19 @@
 """How much does a plan save? The programs of examples/lang with a plan, without one, and written by hand.
 
     python bench/bench_lang.py [WORKLOAD ...] [--url URL | --prefill 1 --decode 1 --serve-args "..."] [--json FILE]
+    python bench/bench_lang.py --serve-args "--model-path M --load-format dummy --dtype bfloat16" --no-check \\
+        --prefill 1 --decode 1 --scale 2 --length 4 --rounds 2 --within-s 240 --json lang.json     # on GPUs
 
 Three ways do the same work on one cluster: `plan`, `no plan` (the same program, one request at a time for each of its
-runs), and `by hand` (asyncio and the `openai` client, bench/lang_by_hand.py). They take turns; before each turn the
-cache is flushed. Wall time is the best of the rounds. Computed tokens are the workers' own counters; `ideal` computes
-each distinct prefix of the prompts once. `x` are ratios: by hand / plan and no plan / plan for times, plan / ideal for
-tokens. Without `--url` a cluster of the embedded model is started on the CPU; `--serve-args` are further flags of
-`kvist up`, as "--model-path ... --load-format dummy" for a GPU. `--scale 0.1` runs a tenth of each batch. In its first
-round, each workload checks that plan and no plan give the same texts (`--no-check` leaves that out).
+runs), and `by hand` (asyncio and OpenAI's API, bench/lang_by_hand.py). They take turns in another order each round;
+before each turn the cache is flushed. Times are the best of the rounds, ratios of times the median of the rounds'.
+Computed tokens are the workers' own counters. `ideal` computes each distinct prefix of the prompts once; `in pages` is
+the same where only whole pages can be shared, as the cache does. `planning` is the planner's time for an operation.
+
+Without `--url` a cluster of the embedded model is started on the CPU; `--serve-args` are further flags of `kvist up`.
+`--scale` multiplies the runs of each batch, `--length` the length of its texts. In its first round, each workload
+checks that plan and no plan give the same texts; random weights in bf16 need `--no-check`. With `--within-s`, rounds
+end, and workloads are left out, before that time is over.
 """
 
 from __future__ import annotations
@@ -18,11 +23,12 @@ import asyncio
 import contextlib
 import importlib
 import shlex
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +39,51 @@ from json_report import write_report
 from kvist.execution.backend import prompt_fields
 from kvist.execution.report import Report
 from lang_by_hand import BY_HAND
+from lang_client import CLIENTS, usual_client
 from served import REPORT_INTERVAL_S, BenchServer
+from tiers_table import table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "lang"))
 
-WORKLOADS = {  # name: runs in a batch
-    "few_shot": 100,
-    "tree_of_thought": 1,
-    "self_consistency": 4,
+WORKLOADS = {  # name: runs in a batch; the cheap ones first
     "judge": 8,
-    "extract": 50,
+    "tree_of_thought": 1,
+    "few_shot": 100,
+    "self_consistency": 4,
     "chat_tools": 4,
     "rag": 2,
+    "extract": 50,
 }
-READY_TIMEOUT_S, REQUEST_TIMEOUT_S, RUN_TIMEOUT_S = 300.0, 60.0, 1800.0
+PLAN, NO_PLAN, BY_HAND_WAY = WAYS = ("plan", "no plan", "by hand")
+READY_TIMEOUT_S, REPORT_TIMEOUT_S, REQUEST_TIMEOUT_S, RUN_TIMEOUT_S = 300.0, 30.0, 60.0, 1800.0
 SEED = 1
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """One way of doing a workload, once."""
 
-    workload: str
-    way: str
     wall_s: float
     num_computed_tokens: int
     planning_ms: float | None = None  # for each operation
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """The turns of one workload, by way; what the first round says of its texts and prompts. Mutable."""
+
+    turns: dict[str, list[Turn]] = field(default_factory=lambda: {way: [] for way in WAYS})
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    prompts: list[tuple[int, ...]] = field(default_factory=list)  # token ids, sorted
+
+    def best(self, way: str) -> Turn:
+        return min(self.turns[way], key=lambda turn: turn.wall_s)
+
+    def ratio(self, way: str) -> float:
+        """Return how many times longer `way` takes than a plan, as the median of the rounds."""
+        pairs = zip(self.turns[way], self.turns[PLAN], strict=True)
+        return statistics.median(other.wall_s / planned.wall_s for other, planned in pairs)
 
 
 class Cluster:
@@ -67,89 +92,120 @@ class Cluster:
     def __init__(self, url: str) -> None:
         self.url = url
         self._http = httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S, trust_env=False)
+        end_s = time.monotonic() + REPORT_TIMEOUT_S
+        while not all(each["load"] and each["capacity"] for each in self._workers()):
+            if time.monotonic() > end_s:
+                raise SystemExit(f"a worker of {url} has not reported its load within {REPORT_TIMEOUT_S:g} s")
+            time.sleep(REPORT_INTERVAL_S)
+        self._num_computed = self._counted()
+        self.page_size = max(int(each["capacity"]["page_size"]) for each in self._workers())
 
-    def num_computed_tokens(self) -> int:
+    def take_computed_tokens(self) -> int:
+        """Return the prompt tokens that were computed since the last call."""
+        before, self._num_computed = self._num_computed, self._counted()
+        return self._num_computed - before
+
+    def _counted(self) -> int:
         time.sleep(REPORT_INTERVAL_S)
-        workers = self._http.get("/server_info").raise_for_status().json()["workers"]
-        return sum(int(each["load"]["totals"]["computed_prompt_tokens"]) for each in workers if each["load"])
+        return sum(int(each["load"]["totals"]["computed_prompt_tokens"]) for each in self._workers())
+
+    def _workers(self) -> list[Any]:
+        found: list[Any] = self._http.get("/server_info").raise_for_status().json()["workers"]
+        return found
 
     def flush(self) -> None:
         self._http.post("/flush_cache").raise_for_status()
 
-    def ideal_tokens(self, report: Report) -> int:
-        """Return the tokens of the distinct prefixes of all prompts of a run."""
-        prompts = [each.operation.prompt for each in report.requests if hasattr(each.operation, "prompt")]
-        lists = sorted({tuple(self._tokens(prompt_fields(prompt))) for prompt in prompts})
-        count, before = 0, tuple[int, ...]()
-        for tokens in lists:
-            common = next((n for n, pair in enumerate(zip(before, tokens, strict=False)) if pair[0] != pair[1]), None)
-            count += len(tokens) - (min(len(before), len(tokens)) if common is None else common)
-            before = tokens
-        return count
+    def prompts_of(self, report: Report) -> list[tuple[int, ...]]:
+        """Return the token ids of all different prompts of a run, sorted."""
+        prompts = {each.operation.prompt for each in report.requests if hasattr(each.operation, "prompt")}
+        return sorted({tuple(self._tokens(prompt_fields(prompt))) for prompt in prompts})
 
     def _tokens(self, fields: dict[str, object]) -> list[int]:
         found: list[int] = self._http.post("/tokenize", json=fields).raise_for_status().json()["tokens"]
         return found
 
 
-def run_program(endpoint: kv.Endpoint, program: kv.Function, batch: Sequence[Any], *, plan: bool) -> list[Any]:
-    return program.run_batch(batch, backend=endpoint, plan=plan, seed=SEED, temperature=0, timeout_s=RUN_TIMEOUT_S)
+def distinct_tokens(prompts: Sequence[tuple[int, ...]], page_size: int = 1) -> int:
+    """Return the tokens of the prompts, each common beginning once; only whole pages are common. Sorted prompts."""
+    count, before = 0, tuple[int, ...]()
+    for tokens in prompts:
+        differing = (n for n, (one, other) in enumerate(zip(before, tokens, strict=False)) if one != other)
+        common = next(differing, min(len(before), len(tokens)))
+        count += len(tokens) - common // page_size * page_size
+        before = tokens
+    return count
 
 
-def take_turn(cluster: Cluster, endpoint: kv.Endpoint, name: str, way: str, batch: Sequence[Any]) -> tuple[Turn, Any]:
+def take_turn(cluster: Cluster, endpoint: kv.Endpoint, name: str, way: str, batch: Sequence[Any], client: str) -> Any:
+    """Return the turn, and the states of a program."""
     program: kv.Function = getattr(importlib.import_module(name), name)
     cluster.flush()
-    before = cluster.num_computed_tokens()
-    start_s = time.monotonic()
-    if way == "by hand":
-        asyncio.run(BY_HAND[name](cluster.url, batch))
-        states = []
+    start_s, states = time.monotonic(), []
+    if way == BY_HAND_WAY:
+        asyncio.run(BY_HAND[name](client, cluster.url, batch))
     else:
-        states = run_program(endpoint, program, batch, plan=way == "plan")
+        settings: dict[str, Any] = {"plan": way == PLAN, "seed": SEED, "timeout_s": RUN_TIMEOUT_S}
+        states = program.run_batch(batch, backend=endpoint, temperature=0, **settings)
     wall_s = time.monotonic() - start_s
-    report = states[0].report if states else None
-    planning_ms = 1000 * report.planning_s / max(report.num_planned, 1) if report and way == "plan" else None
-    num_computed = cluster.num_computed_tokens() - before
-    turn = Turn(workload=name, way=way, wall_s=wall_s, num_computed_tokens=num_computed, planning_ms=planning_ms)
-    return turn, states
+    report = states[0].report if way == PLAN else None
+    planning_ms = None if report is None else 1000 * report.planning_s / max(report.num_planned, 1)
+    num_computed = cluster.take_computed_tokens()
+    return Turn(wall_s=wall_s, num_computed_tokens=num_computed, planning_ms=planning_ms), states
 
 
-def measure(cluster: Cluster, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+def measure(cluster: Cluster, args: argparse.Namespace, end_s: float) -> Iterator[Row]:
     endpoint = kv.RuntimeEndpoint(cluster.url, timeout_s=RUN_TIMEOUT_S)
-    ways = ("plan", "no plan", "by hand")
     for name in args.workloads:
-        batch = importlib.import_module(name).arguments(max(1, round(WORKLOADS[name] * args.scale)))
-        turns: list[Turn] = []
-        texts: dict[str, list[str]] = {}
-        ideal = 0
-        for round_number in range(args.rounds):
-            for way in ways:
-                turn, states = take_turn(cluster, endpoint, name, way, batch)
-                turns.append(turn)
-                if states and round_number == 0:
-                    texts[way] = [state.text() for state in states]
-                if way == "plan" and round_number == 0:
-                    ideal = cluster.ideal_tokens(states[0].report)
-        if args.check and texts["plan"] != texts["no plan"]:
+        batch = importlib.import_module(name).arguments(max(1, round(WORKLOADS[name] * args.scale)), args.length)
+        found = Measured()
+        for number in range(args.rounds):
+            start_s = time.monotonic()
+            for way in (*WAYS[number % 3 :], *WAYS[: number % 3]):
+                turn, states = take_turn(cluster, endpoint, name, way, batch, args.client)
+                found.turns[way].append(turn)
+                if states and number == 0:
+                    found.texts[way] = [state.text() for state in states]
+                if way == PLAN and number == 0:
+                    found.prompts = cluster.prompts_of(states[0].report)
+            now_s = time.monotonic()
+            if now_s + (now_s - start_s) > end_s:
+                break
+        if args.check and found.texts[PLAN] != found.texts[NO_PLAN]:
             raise SystemExit(f"{name}: plan and no plan gave different texts")
-        best = {way: min((t for t in turns if t.way == way), key=lambda t: t.wall_s) for way in ways}
-        yield {
-            "workload": name,
-            "runs": len(batch),
-            **{f"{way} s": best[way].wall_s for way in ways},
-            "by hand x": best["by hand"].wall_s / best["plan"].wall_s,
-            "no plan x": best["no plan"].wall_s / best["plan"].wall_s,
-            **{f"{way} tokens": best[way].num_computed_tokens for way in ways},
-            "ideal tokens": ideal,
-            "tokens x": best["plan"].num_computed_tokens / max(ideal, 1),
-            "planning ms": best["plan"].planning_ms,
-        }
+        yield row_of(name, len(batch), found, cluster.page_size)
+        if time.monotonic() > end_s:
+            break
     endpoint.close()
 
 
-def show(row: dict[str, object]) -> None:
-    shown = (f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
-    print(", ".join(shown), flush=True)
+def row_of(name: str, num_runs: int, found: Measured, page_size: int) -> Row:
+    ideal, in_pages = distinct_tokens(found.prompts), distinct_tokens(found.prompts, page_size)
+    num_computed = found.best(PLAN).num_computed_tokens
+    return {
+        "workload": name,
+        "runs": num_runs,
+        "rounds": len(found.turns[PLAN]),
+        **{f"{way} s": found.best(way).wall_s for way in WAYS},
+        "by hand / plan": found.ratio(BY_HAND_WAY),
+        "no plan / plan": found.ratio(NO_PLAN),
+        **{f"{way} tokens": found.best(way).num_computed_tokens for way in WAYS},
+        "ideal": ideal,
+        "in pages": in_pages,
+        "tokens / ideal": num_computed / max(ideal, 1),
+        "tokens / in pages": num_computed / max(in_pages, 1),
+        "planning ms": found.best(PLAN).planning_ms,
+        "turns": {way: [[turn.wall_s, turn.num_computed_tokens] for turn in found.turns[way]] for way in WAYS},
+    }
+
+
+def shown(rows: Sequence[Row]) -> str:
+    header = [name for name in rows[0] if name != "turns"]
+    return table(header, [[_cell(row[name]) for name in header] for row in rows])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 @contextlib.contextmanager
@@ -157,33 +213,43 @@ def cluster_of(args: argparse.Namespace) -> Iterator[Cluster]:
     if args.url:
         yield Cluster(args.url)
         return
-    flags = [f"--prefill={args.prefill}", f"--decode={args.decode}", *shlex.split(args.serve_args)]
-    with tempfile.TemporaryDirectory() as logs, BenchServer("lang", flags, Path(logs), verb="up") as server:
-        server.start(READY_TIMEOUT_S)
-        yield Cluster(server.url)
+    flags = [f"--{role}={getattr(args, role)}" for role in ("prefill", "decode", "unified")]
+    with tempfile.TemporaryDirectory() as logs:
+        with BenchServer("lang", [*flags, *shlex.split(args.serve_args)], Path(logs), verb="up") as server:
+            server.start(READY_TIMEOUT_S)
+            yield Cluster(server.url)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), metavar="WORKLOAD")
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; by default all")
     parser.add_argument("--url", help="a running Kvist server")
     parser.add_argument("--prefill", type=int, default=1)
     parser.add_argument("--decode", type=int, default=1)
+    parser.add_argument("--unified", type=int, default=0)
     parser.add_argument("--serve-args", default="", help="further flags of kvist up")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of each batch")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the runs of each batch")
+    parser.add_argument("--length", type=int, default=1, help="multiplies the length of all texts")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--within-s", type=float, default=3600.0, help="time for all rounds, after the server's start")
+    parser.add_argument("--client", choices=CLIENTS, default=usual_client(), help="of the programs by hand")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.workloads = args.workloads or list(WORKLOADS)
     if unknown := set(args.workloads) - set(WORKLOADS):
         parser.error(f"unknown workload {', '.join(sorted(unknown))}; known: {', '.join(WORKLOADS)}")
-    rows = []
+    rows: list[Row] = []
     with cluster_of(args) as cluster:
-        for row in measure(cluster, args):
-            show(row)
+        start_s = time.monotonic()
+        for row in measure(cluster, args, start_s + args.within_s):
             rows.append(row)
-    if args.json is not None:
-        write_report(args.json, args, rows=rows)
+            print(f"{time.monotonic() - start_s:.0f} s: {row['workload']}", flush=True)
+            if args.json is not None:  # after each row, so that a run that is cut off leaves its rows
+                write_report(args.json, args, rows=rows)
+    print(shown(rows))
+    if left := [name for name in args.workloads if name not in {row["workload"] for row in rows}]:
+        print(f"not measured, for lack of time: {', '.join(left)}")
     return 0
 
 

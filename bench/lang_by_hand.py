@@ -1,4 +1,4 @@
-"""The workloads of examples/lang as a careful person writes them with asyncio and the `openai` client.
+"""The workloads of examples/lang as a careful person writes them with asyncio and a client of OpenAI's API.
 
 All requests that do not depend on one another are sent at once; choices are constrained answers."""
 
@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
-from openai import AsyncOpenAI
 
-TIMEOUT_S = 1800.0
+from lang_client import ChatClient, client_of
+
 Work = Callable[["Chat", dict[str, Any]], Awaitable[object]]
 Messages = list[dict[str, str]]
 
@@ -20,16 +20,15 @@ Messages = list[dict[str, str]]
 class Chat:
     """One server. `ask` returns the text of an answer."""
 
-    def __init__(self, client: AsyncOpenAI, model: str) -> None:
+    def __init__(self, client: ChatClient, model: str) -> None:
         self._client, self._model = client, model
 
     async def ask(self, messages: Messages, max_tokens: int, **options: Any) -> str:
         extra = options.pop("extra_body", {})
         if messages[-1]["role"] == "assistant":
             extra = {**extra, "add_generation_prompt": False, "continue_final_message": True}
-        fields: dict[str, Any] = {"temperature": 0, **options, "messages": messages, "extra_body": extra}
-        found = await self._client.chat.completions.create(model=self._model, max_tokens=max_tokens, **fields)
-        return str(found.choices[0].message.content or "")
+        fields: dict[str, Any] = {"temperature": 0, **options, "messages": messages}
+        return await self._client.chat({"model": self._model, "max_tokens": max_tokens, **fields}, extra)
 
     async def choose(self, messages: Messages, choices: Sequence[str]) -> str:
         return await self.ask(messages, 16, extra_body={"structured_outputs": {"choice": list(choices)}})
@@ -56,7 +55,8 @@ async def _self_consistency(chat: Chat, arguments: dict[str, Any]) -> str:
     messages = [_system("Solve the task step by step. The last word is the answer."), _user(arguments["question"])]
     asked = (chat.ask(messages, 24, temperature=0.8, seed=seed) for seed in range(8))
     words = [text.split()[-1:] for text in await asyncio.gather(*asked)]
-    return Counter(word[0] for word in words if word).most_common(1)[0][0]
+    counted = Counter(word[0] for word in words if word).most_common(1)
+    return counted[0][0] if counted else ""
 
 
 async def _judge(chat: Chat, arguments: dict[str, Any]) -> list[str]:
@@ -120,10 +120,10 @@ async def _rag(chat: Chat, arguments: dict[str, Any]) -> str:
     return await chat.ask([*prefix, _user(text)], 32, stop="\n")
 
 
-def _batch(work: Work) -> Callable[[str, Sequence[dict[str, Any]]], Coroutine[Any, Any, list[object]]]:
-    async def run(url: str, batch: Sequence[dict[str, Any]]) -> list[object]:
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_S) as client:
-            chat = Chat(client, (await client.models.list()).data[0].id)
+def _batch(work: Work) -> Callable[[str, str, Sequence[dict[str, Any]]], Coroutine[Any, Any, list[object]]]:
+    async def run(client_kind: str, url: str, batch: Sequence[dict[str, Any]]) -> list[object]:
+        async with client_of(client_kind, url) as client:
+            chat = Chat(client, await client.model())
             return await asyncio.gather(*(work(chat, arguments) for arguments in batch))
 
     return run

@@ -30,8 +30,8 @@ def chat_tools(s: kv.State, questions: list[str]) -> None:
         s += kv.assistant("Answer: " + kv.gen(f"answer{number}", max_tokens=16, stop="\n"))
 
 
-def arguments(count: int = 4) -> list[dict[str, Any]]:
-    asked = [[f"What happened? {sentences(10 * chat + turn, 3)}" for turn in range(3)] for chat in range(count)]
+def arguments(count: int = 4, length: int = 1) -> list[dict[str, Any]]:
+    asked = [[f"What happened? {sentences(10 * chat + turn, 3 * length)}" for turn in range(3)] for chat in range(count)]
     return [{"questions": questions} for questions in asked]
 
 

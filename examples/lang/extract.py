@@ -26,8 +26,8 @@ def extract(s: kv.State, document: str) -> object:
         return None
 
 
-def arguments(count: int = 50) -> list[dict[str, Any]]:
-    return [{"document": sentences(number, 12)} for number in range(count)]
+def arguments(count: int = 50, length: int = 1) -> list[dict[str, Any]]:
+    return [{"document": sentences(number, 12 * length)} for number in range(count)]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from texts import run_example, sentences
 NUM_EXAMPLES = 50  # about 2,000 tokens
 
 
-def instructions() -> str:
-    examples = (f"Text: {sentences(number, 2)}\nTopic: history\n" for number in range(NUM_EXAMPLES))
+def instructions(num_examples: int) -> str:
+    examples = (f"Text: {sentences(number, 2)}\nTopic: history\n" for number in range(num_examples))
     return "Name the topic of a text in one word.\n\n" + "\n".join(examples)
 
 
@@ -22,8 +22,9 @@ def few_shot(s: kv.State, instructions: str, question: str) -> None:
     s += kv.assistant(kv.gen("topic", max_tokens=8, stop="\n"))
 
 
-def arguments(count: int = 100) -> list[dict[str, Any]]:
-    return [{"instructions": instructions(), "question": sentences(1000 + number, 1)} for number in range(count)]
+def arguments(count: int = 100, length: int = 1) -> list[dict[str, Any]]:
+    prompt = instructions(NUM_EXAMPLES * length)
+    return [{"instructions": prompt, "question": sentences(1000 + number, 1)} for number in range(count)]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def judge(s: kv.State, essay: str, criteria: list[str]) -> None:
     forks.join()
 
 
-def arguments(count: int = 8) -> list[dict[str, Any]]:
-    return [{"essay": sentences(number, 50), "criteria": list(CRITERIA)} for number in range(count)]
+def arguments(count: int = 8, length: int = 1) -> list[dict[str, Any]]:
+    return [{"essay": sentences(number, 50 * length), "criteria": list(CRITERIA)} for number in range(count)]
 
 
 if __name__ == "__main__":

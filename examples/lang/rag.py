@@ -24,11 +24,11 @@ def rag(s: kv.State, question: str, passages: list[str]) -> None:
     s += kv.assistant(kv.gen("answer", max_tokens=32, stop="\n"))
 
 
-def arguments(count: int = 2) -> list[dict[str, Any]]:
+def arguments(count: int = 2, length: int = 1) -> list[dict[str, Any]]:
     return [
         {
             "question": f"What is told of the year {1900 + number}?",
-            "passages": [sentences(100 * number + passage, 8) for passage in range(NUM_PASSAGES)],
+            "passages": [sentences(100 * number + passage, 8 * length) for passage in range(NUM_PASSAGES)],
         }
         for number in range(count)
     ]

@@ -19,11 +19,12 @@ def self_consistency(s: kv.State, question: str) -> str:
     forks += kv.assistant(kv.gen("thoughts", max_tokens=24, temperature=0.8))
     forks.join()
     last_words = [str(branch["thoughts"]).split()[-1:] for branch in forks]
-    return Counter(word[0] for word in last_words if word).most_common(1)[0][0]
+    counted = Counter(word[0] for word in last_words if word).most_common(1)
+    return counted[0][0] if counted else ""
 
 
-def arguments(count: int = 4) -> list[dict[str, Any]]:
-    return [{"question": f"Which year comes first? {sentences(number, 30)}"} for number in range(count)]
+def arguments(count: int = 4, length: int = 1) -> list[dict[str, Any]]:
+    return [{"question": f"Which year comes first? {sentences(number, 30 * length)}"} for number in range(count)]
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def tree_of_thought(s: kv.State, task: str) -> tuple[float, str]:
     return _grow(s, DEPTH)
 
 
-def arguments(count: int = 1) -> list[dict[str, Any]]:
-    return [{"task": f"Order these events. {sentences(number, 20)}"} for number in range(count)]
+def arguments(count: int = 1, length: int = 1) -> list[dict[str, Any]]:
+    return [{"task": f"Order these events. {sentences(number, 20 * length)}"} for number in range(count)]
 
 
 if __name__ == "__main__":
