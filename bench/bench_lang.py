@@ -117,9 +117,10 @@ class Cluster:
         self._http.post("/flush_cache").raise_for_status()
 
     def prompts_of(self, report: Report) -> list[tuple[int, ...]]:
-        """Return the token ids of all different prompts of a run, sorted."""
-        prompts = {each.operation.prompt for each in report.requests if hasattr(each.operation, "prompt")}
-        return sorted({tuple(self._tokens(prompt_fields(prompt))) for prompt in prompts})
+        """Return the token ids of the prompts of a run, sorted."""
+        prompts = [each.operation.prompt for each in report.requests]
+        token_ids = {prompt: tuple(self._tokens(prompt_fields(prompt))) for prompt in set(prompts)}
+        return sorted(token_ids[prompt] for prompt in prompts)
 
     def _tokens(self, fields: dict[str, object]) -> list[int]:
         found: list[int] = self._http.post("/tokenize", json=fields).raise_for_status().json()["tokens"]
@@ -127,11 +128,14 @@ class Cluster:
 
 
 def distinct_tokens(prompts: Sequence[tuple[int, ...]], page_size: int = 1) -> int:
-    """Return the tokens of the prompts, each common beginning once; only whole pages are common. Sorted prompts."""
+    """Return the tokens of sorted prompts, each common beginning once. Only whole pages are common, and beyond them
+    each request computes its last token at least."""
     count, before = 0, tuple[int, ...]()
     for tokens in prompts:
         differing = (n for n, (one, other) in enumerate(zip(before, tokens, strict=False)) if one != other)
         common = next(differing, min(len(before), len(tokens)))
+        if page_size > 1 and common == len(tokens):
+            common -= 1
         count += len(tokens) - common // page_size * page_size
         before = tokens
     return count
@@ -214,10 +218,10 @@ def cluster_of(args: argparse.Namespace) -> Iterator[Cluster]:
         yield Cluster(args.url)
         return
     flags = [f"--{role}={getattr(args, role)}" for role in ("prefill", "decode", "unified")]
-    with tempfile.TemporaryDirectory() as logs:
-        with BenchServer("lang", [*flags, *shlex.split(args.serve_args)], Path(logs), verb="up") as server:
-            server.start(READY_TIMEOUT_S)
-            yield Cluster(server.url)
+    flags += shlex.split(args.serve_args)
+    with tempfile.TemporaryDirectory() as logs, BenchServer("lang", flags, Path(logs), verb="up") as server:
+        server.start(READY_TIMEOUT_S)
+        yield Cluster(server.url)
 
 
 def main() -> int:

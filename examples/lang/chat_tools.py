@@ -31,7 +31,9 @@ def chat_tools(s: kv.State, questions: list[str]) -> None:
 
 
 def arguments(count: int = 4, length: int = 1) -> list[dict[str, Any]]:
-    asked = [[f"What happened? {sentences(10 * chat + turn, 3 * length)}" for turn in range(3)] for chat in range(count)]
+    asked = [
+        [f"What happened? {sentences(10 * chat + turn, 3 * length)}" for turn in range(3)] for chat in range(count)
+    ]
     return [{"questions": questions} for questions in asked]
 
 
