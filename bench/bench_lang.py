@@ -38,6 +38,7 @@ import kvist.lang as kv
 from json_report import write_report
 from kvist.execution.backend import prompt_fields
 from kvist.execution.report import Report
+from kvist.planning.graph import Generate, Score
 from lang_by_hand import BY_HAND
 from lang_client import CLIENTS, usual_client
 from served import REPORT_INTERVAL_S, BenchServer
@@ -118,7 +119,8 @@ class Cluster:
 
     def prompts_of(self, report: Report) -> list[tuple[int, ...]]:
         """Return the token ids of the prompts of a run, sorted."""
-        prompts = [each.operation.prompt for each in report.requests]
+        operations = (each.operation for each in report.requests)
+        prompts = [each.prompt for each in operations if isinstance(each, Generate | Score)]
         token_ids = {prompt: tuple(self._tokens(prompt_fields(prompt))) for prompt in set(prompts)}
         return sorted(token_ids[prompt] for prompt in prompts)
 
