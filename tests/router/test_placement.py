@@ -60,6 +60,19 @@ async def test_workers_of_the_named_role_serve_the_request(role: Role) -> None:
     assert whole == ({Role.PREFILL, Role.DECODE} if role is Role.PREFILL else {role})
 
 
+@pytest.mark.parametrize(("name", "role"), [("e", Role.DECODE), ("q", Role.PREFILL), ("u", Role.UNIFIED)])
+async def test_a_named_worker_of_the_named_role_serves_as_that_role_does(name: str, role: Role) -> None:
+    bench, workers = pairs_and_a_unified_worker()
+    found = await served(bench, Placement(worker=name, role=role))
+    assert name in found
+    assert {workers[each].role for each in found} == ({Role.PREFILL, Role.DECODE} if name == "q" else {role})
+
+
+async def test_a_worker_that_is_not_of_the_named_role_serves_the_request() -> None:
+    bench, _ = pairs_and_a_unified_worker()
+    assert "p" in await served(bench, Placement(worker="p", role=Role.DECODE))
+
+
 @pytest.mark.parametrize("policy", ["cache_aware", "cost", "least_loaded", "round_robin"])
 async def test_a_group_stays_on_the_worker_of_its_first_request(policy: str) -> None:
     bench, _ = pairs_and_a_unified_worker(policy)

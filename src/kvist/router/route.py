@@ -198,7 +198,10 @@ class Router:
             yield ready.keep(lambda worker: worker.worker_id in last), lambda _: True
         wanted = next((w for w in ready.all() if placement.worker in (w.url, w.worker_id)), None)
         if placement.worker and wanted is not None:
-            yield ready.around(wanted, single=single), lambda worker: worker is wanted
+            around = ready.around(wanted, single=single)
+            if role is not None:
+                yield around.of_role(role, single=single), lambda worker: worker is wanted
+            yield around, lambda worker: worker is wanted
         if role is not None:
             yield ready.of_role(role, single=single), lambda worker: worker.role is role
 
