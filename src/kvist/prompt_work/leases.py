@@ -26,16 +26,13 @@ from kvist.api.schemas import LeaseRequest, RenewRequest
 from kvist.checking.sampling import require
 from kvist.clock import unix_time_s
 from kvist.errors import EngineError, LeaseNotFound, Unavailable, UnknownWorker, error_from_wire
-from kvist.http.asgi import Headers, send_json
+from kvist.http.asgi import send_json
 from kvist.http.caller import Caller, caller_of
 from kvist.lease_messages import LeaseAnswer, LeaseCommand, LeaseStatus
-from kvist.prompt_work.prompts import computed_and_cached, prompt_choice, prompt_token_ids, usage
+from kvist.prompt_work.prompts import PromptWork, computed_and_cached, prompt_work, usage
 from kvist.request import MAX_LEASE_TTL_S, LeaseTerms
 from kvist.server.gateway import GatewayContext
-from kvist.server.generation import ChoiceState
-from kvist.server.jobs import new_job_id
 from kvist.server.respond import compute
-from kvist.server.routing_fields import checked_routing
 
 _LEASE, _RENEW = BodyDecoder(LeaseRequest), BodyDecoder(RenewRequest)
 _DEFAULT_TTL_S = 60.0
@@ -65,12 +62,6 @@ class LeaseName:
         if not text.startswith(_PREFIX) or not lease_id or not worker_id:
             raise LeaseNotFound(f"{text[:200]!r} is not the id of a lease: POST /v1/leases returns one")
         return LeaseName(lease_id=lease_id, worker_id=worker_id)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    choice: ChoiceState
-    headers: Headers
 
 
 class Leases:
@@ -113,17 +104,11 @@ class Leases:
         }
         await send_json(send, answer, headers=work.headers)
 
-    def _work(self, caller: Caller, body: bytes) -> _Work:
-        gateway = self._gateway
-        gateway.require_tokenizer()
+    def _work(self, caller: Caller, body: bytes) -> PromptWork:
+        self._gateway.require_tokenizer()
         request, headers = _LEASE.decode(body)
-        gateway.check_model(request.model)
         terms = LeaseTerms(lease_id=secrets.token_hex(8), ttl_s=_checked_ttl_s(request.ttl_s))
-        routing, headers = checked_routing(gateway, caller, request, headers)
-        token_ids = prompt_token_ids(gateway, request, routing.salt)
-        request_id = f"{new_job_id('lease')}-0"
-        choice = prompt_choice(gateway, caller, routing, token_ids, request_id=request_id, lease=terms)
-        return _Work(choice=choice, headers=headers)
+        return prompt_work(self._gateway, caller, request, headers, kind="lease", lease=terms)
 
     async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive

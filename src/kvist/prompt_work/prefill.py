@@ -5,7 +5,6 @@ Without a `priority` the prompt is computed after all other work of its worker.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 
 from starlette.types import Receive, Scope, Send
@@ -13,23 +12,13 @@ from starlette.types import Receive, Scope, Send
 from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import PrefillRequest
 from kvist.clock import unix_time_s
-from kvist.http.asgi import Headers, send_json
+from kvist.http.asgi import send_json
 from kvist.http.caller import Caller, caller_of
-from kvist.prompt_work.prompts import computed_and_cached, prompt_choice, prompt_token_ids, usage
+from kvist.prompt_work.prompts import PromptWork, computed_and_cached, prompt_work, usage
 from kvist.server.gateway import GatewayContext
-from kvist.server.generation import ChoiceState
-from kvist.server.jobs import new_job_id
 from kvist.server.respond import compute
-from kvist.server.routing_fields import checked_routing
 
 _PREFILL = BodyDecoder(PrefillRequest)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    job_id: str
-    choice: ChoiceState
-    headers: Headers
 
 
 class Prefill:
@@ -54,13 +43,8 @@ class Prefill:
         }
         await send_json(send, answer, headers=work.headers)
 
-    def _work(self, caller: Caller, body: bytes) -> _Work:
-        gateway = self._gateway
-        gateway.require_tokenizer()
+    def _work(self, caller: Caller, body: bytes) -> PromptWork:
+        self._gateway.require_tokenizer()
         request, headers = _PREFILL.decode(body)
-        gateway.check_model(request.model)
-        routing, headers = checked_routing(gateway, caller, request, headers)
-        routing = replace(routing, background=request.priority is None)
-        token_ids, job_id = prompt_token_ids(gateway, request, routing.salt), new_job_id("prefill")
-        choice = prompt_choice(gateway, caller, routing, token_ids, request_id=f"{job_id}-0")
-        return _Work(job_id=job_id, choice=choice, headers=headers)
+        background = request.priority is None
+        return prompt_work(self._gateway, caller, request, headers, kind="prefill", background=background)

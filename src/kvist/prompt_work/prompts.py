@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kvist.api.schemas import PromptRequest
 from kvist.checking.sampling import check_token_ids, output_limit
 from kvist.checking.tools import offered_tools
 from kvist.errors import RequestError
+from kvist.http.asgi import Headers
 from kvist.http.caller import Caller
 from kvist.request import EngineRequest, LeaseTerms, RequestId, SamplingParams
 from kvist.router.placement import Placement
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
-from kvist.server.routing_fields import Routing
+from kvist.server.jobs import new_job_id
+from kvist.server.routing_fields import Routing, checked_routing
 
 PROMPT_ALONE = SamplingParams(max_tokens=0, temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptWork:
+    """One prompt to compute, and the headers of the answer."""
+
+    job_id: str
+    choice: ChoiceState
+    headers: Headers
+
+
+def prompt_work(
+    gateway: GatewayContext,
+    caller: Caller,
+    request: PromptRequest,
+    headers: Headers,
+    *,
+    kind: str,
+    background: bool = False,
+    lease: LeaseTerms | None = None,
+) -> PromptWork:
+    """Return the work of a request for one prompt. `kind`: the beginning of its job id; `background`: after all other
+    work; `lease`: see `EngineRequest`. Raises `RequestError` and `PromptTooLong`."""
+    gateway.check_model(request.model)
+    routing, headers = checked_routing(gateway, caller, request, headers)
+    routing = replace(routing, background=background)
+    token_ids, job_id = prompt_token_ids(gateway, request, routing.salt), new_job_id(kind)
+    choice = prompt_choice(gateway, caller, routing, token_ids, request_id=f"{job_id}-0", lease=lease)
+    return PromptWork(job_id=job_id, choice=choice, headers=headers)
 
 
 def prompt_token_ids(gateway: GatewayContext, request: PromptRequest, salt: str) -> list[int]:
