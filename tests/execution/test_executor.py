@@ -111,7 +111,26 @@ async def test_leases_are_renewed_while_their_prefix_is_used_and_end_with_its_la
                 break
             await asyncio.sleep(0.01)
         assert not server.leases
-    assert len(server.seen.prefilled) == 1
+    assert len(server.seen.leased) == 1
+    assert not server.seen.prefilled, "the lease computes the prefix"
+
+
+async def test_a_prefix_that_cannot_be_leased_is_computed_ahead_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_room(*_: object) -> None:
+        """There is no room on this worker, whatever its report says."""
+
+    server = FakeServer()
+    monkeypatch.setattr(server, "lease", no_room)
+    jobs = [_job("shared words " * 60 + f"question {number}") for number in range(4)]
+    async with _running(server, ExecutionConfig()) as executor:
+        for job in jobs:
+            executor.submit(job)
+        for job in jobs:
+            await job.result.wait_async(10)
+    (warm,) = executor.report.warms
+    assert warm.served is not None
+    assert server.seen.prefilled == [warm.warm.prompt]
+    assert "no room for a lease" in " ".join(executor.report.notes)
 
 
 async def test_requests_of_an_ended_program_are_cancelled_and_no_others() -> None:

@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from kvist.errors import EngineError, KvistError, Overloaded, PromptTooLong, RequestError, Unavailable
-from kvist.execution.backend import GenerateRequest, Hints, ScoreRequest, prefix_fields, prompt_fields
+from kvist.execution.backend import GenerateRequest, Hints, Leased, ScoreRequest, prefix_fields, prompt_fields
 from kvist.execution.kvist_server import KvistServer
 from kvist.execution.openai_server import OpenAIServer
+from kvist.execution.results import Served
 from kvist.execution.sampling import Sampling
 from kvist.planning.fleet import Native, Role
 from kvist.planning.prompt import Prompt
@@ -288,18 +289,21 @@ async def test_a_kvist_server_gets_the_hints_of_the_plan_and_native_requests() -
     assert served.prefill_worker == "w"
     assert (third["priority"], third["kvist"]) == (0, {"worker": "w"})
     assert "priority" not in fourth
-    assert fourth["kvist"] == {"role": "decode"}
+    assert fourth["kvist"] == {"worker": "w", "role": "decode"}
 
 
 async def test_a_lease_is_taken_renewed_taken_again_after_its_end_and_ended() -> None:
     gone = httpx.Response(404, json={"error": {"message": "ended", "code": "lease_not_found"}})
-    lease = {"id": "lease-1", "left_s": 60.0}
+    lease = {"id": "lease-1", "worker": "w", "cached_tokens": {"device": 16}, "computed_tokens": 3}
     recorded = Recorded({"/v1/leases": lease, "/v1/leases/lease-1/renew": lease, "/v1/leases/lease-0/renew": gone})
     server = await recorded.kvist()
     hints = Hints(worker="w")
-    assert await server.lease(CHAT, None, 30, hints) == "lease-1"
-    assert await server.lease(CHAT, "lease-1", 30, hints) == "lease-1"
-    assert await server.lease(CHAT, "lease-0", 30, hints) == "lease-1"
+    taken = await server.lease(CHAT, None, 30, hints)
+    assert taken == Leased(
+        lease_id="lease-1", served=Served(num_prompt_tokens=19, num_cached_tokens=16, prefill_worker="w")
+    )
+    assert await server.lease(CHAT, "lease-1", 30, hints) == Leased(lease_id="lease-1")
+    assert await server.lease(CHAT, "lease-0", 30, hints) == taken
     assert await server.lease(CHAT, "lease-1", 0, hints) is None
     paths = [path.removeprefix("/v1/leases") for path, _ in recorded.bodies]
     assert paths == ["", "/lease-1/renew", "/lease-0/renew", "", "/lease-1"]

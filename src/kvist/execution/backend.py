@@ -47,6 +47,14 @@ class Scored:
     served: Served
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leased:
+    """A lease that was taken or renewed. `served`: the computation of its prompt; None after a renewal."""
+
+    lease_id: str
+    served: Served | None = None
+
+
 class Backend(Protocol):
     """A server. All methods run in the executor's event loop, take bounded time, and raise `KvistError`."""
 
@@ -62,9 +70,9 @@ class Backend(Protocol):
     async def prefill(self, prompt: Prompt, hints: Hints) -> Served:
         """Compute a prompt, so that its pages are cached. Only for a fleet with `Native.PREFILL`."""
 
-    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> str | None:
-        """Keep the pages of a prompt for `ttl_s`, or renew that lease; return its id. `ttl_s` 0 ends the lease. None:
-        there is no room for it. Only for a fleet with `Native.LEASE`."""
+    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> Leased | None:
+        """Compute a prompt and keep its pages for `ttl_s`, or renew that lease. `ttl_s` 0 ends the lease. None: there
+        is no room for it. Only for a fleet with `Native.LEASE`."""
 
     async def close(self) -> None:
         """Close all connections."""

@@ -26,7 +26,7 @@ from kvist.execution.requests import Carried, Carrier
 from kvist.execution.results import Answer, Served
 from kvist.planning.fleet import Fleet, Native, Role, Running, unknown_fleet
 from kvist.planning.graph import Generate, Graph, Operation, Tool
-from kvist.planning.plan import Placement, Plan, Warm, Work
+from kvist.planning.plan import Pin, Placement, Plan, Warm, Work
 from kvist.planning.planner import plan
 from kvist.planning.prefixes import RememberedPrefixes
 from kvist.planning.prompt import Prompt
@@ -227,16 +227,24 @@ class Executor:
             num_pinned_tokens=self._leases.num_tokens,
         )
         made = plan(Graph(operations=tuple(ordered)), self._fleet, running)
+        pins = {pin.prompt.outline: pin for pin in made.pin}
         for warm in made.warm:
-            self._warms[warm.prompt.outline] = asyncio.create_task(self._warm(warm))
-        for pin in made.pin:
-            unfinished = [each for each in pin.until if each not in self._texts and each not in self._failed]
-            self._leases.hold(pin, unfinished=unfinished, computed=self._warms.get(pin.prompt.outline))
-            self.report.pins.append(pin)
+            leased = None
+            if (pin := pins.get(warm.prompt.outline)) is not None and pin.worker == warm.worker:
+                leased = self._hold(pins.pop(warm.prompt.outline), after=warm.after_warm)
+            self._warms[warm.prompt.outline] = asyncio.create_task(self._warm(warm, leased))
+        for outline, pin in pins.items():
+            self._hold(pin, after=outline)
         self.report.notes |= dict.fromkeys(made.notes)
         self.report.num_planned += len(ordered)
         self.report.planning_s += self._clock.now_s() - start_s
         return made
+
+    def _hold(self, pin: Pin, *, after: str | None) -> asyncio.Future[Served | None]:
+        """Lease a prefix for its uses that are not done, once the prefix `after`, if any, is computed ahead."""
+        self.report.pins.append(pin)
+        unfinished = [each for each in pin.until if each not in self._texts and each not in self._failed]
+        return self._leases.hold(pin, unfinished=unfinished, after=None if after is None else self._warms.get(after))
 
     def _admit(self) -> None:
         width = self._width.requests if self._config.planned else self._config.width or _MAX_WIDTH
@@ -330,14 +338,17 @@ class Executor:
             if sent.job.operation.place.program == program:
                 sent.task.cancel()
 
-    async def _warm(self, warm: Warm) -> None:
+    async def _warm(self, warm: Warm, leased: asyncio.Future[Served | None] | None) -> None:
+        """Compute a prefix ahead: its lease does so, if there is one."""
         await self._computed(warm.after_warm)
         start_s, served, problem = self._now_s(), None, ""
         try:
             role = Role.PREFILL if self._fleet.separates else None
             hints = Hints(worker=warm.worker, role=role, in_background=not warm.users)
             async with asyncio.timeout(_WARM_TIMEOUT_S):
-                served = await self._backend.prefill(warm.prompt, hints)
+                served = None if leased is None else await asyncio.shield(leased)
+                if served is None:
+                    served = await self._backend.prefill(warm.prompt, hints)
             if warm.worker is not None:
                 self._cached.add(served.prefill_worker or warm.worker, warm.prompt)
         except (KvistError, TimeoutError) as error:

@@ -17,9 +17,6 @@ def explained(graph: Graph, report: Report) -> Explanation:
     for pin in report.pins:
         if ids & set(pin.until):
             notes.append(f"kept cached until its last use: a prefix of {pin.num_tokens} tokens, {len(pin.until)} uses")
-    num_off = sum(row.is_off for row in requests)
-    if num_off:
-        notes.append(f"{num_off} of {len(done)} requests took twice their prediction or half of it (marked with !)")
     if report.num_refusals:
         notes.append(
             f"the server refused {report.num_refusals} requests as overloaded; fewer were sent at once after that"

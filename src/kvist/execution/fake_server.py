@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from kvist.errors import KvistError, RequestError
-from kvist.execution.backend import GenerateRequest, Hints, Scored, ScoreRequest, prefix_fields, prompt_fields
+from kvist.execution.backend import GenerateRequest, Hints, Leased, Scored, ScoreRequest, prefix_fields, prompt_fields
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.results import Answer, Served
 from kvist.planning.fleet import Fleet, Native, Role, Worker
@@ -41,6 +41,7 @@ class Seen:
     generated: list[GenerateRequest] = field(default_factory=list)
     scored: list[ScoreRequest] = field(default_factory=list)
     prefilled: list[Prompt] = field(default_factory=list)
+    leased: list[Prompt] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_scores_on_decode: int = 0
     most_at_once: int = 0
@@ -131,15 +132,19 @@ class FakeServer:
         prefix_fields(prompt)
         return await self._prefilled(prompt, hints)
 
-    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> str | None:
-        del hints
+    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> Leased | None:
         self.expire()
         if ttl_s == 0:
             self.leases.pop(lease_id or "", None)
             return None
+        served = None
+        if lease_id is None:
+            prefix_fields(prompt)
+            self.seen.leased.append(prompt)
+            served = await self._prefilled(prompt, hints)
         name = lease_id or f"lease-{next(self._lease_ids)}"
         self.leases[name] = (prompt, asyncio.get_running_loop().time() + ttl_s)
-        return name
+        return Leased(lease_id=name, served=served)
 
     def expire(self) -> None:
         """Drop the leases that were not renewed in time."""

@@ -10,12 +10,12 @@ import contextlib
 from typing import Any
 
 from kvist.errors import Overloaded, RequestError
-from kvist.execution.backend import Hints, Scored, ScoreRequest, prefix_fields, prompt_fields, total
+from kvist.execution.backend import Hints, Leased, Scored, ScoreRequest, prefix_fields, prompt_fields, total
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.fleet_report import fleet_of
 from kvist.execution.openai_server import NEUTRAL, OpenAIServer
 from kvist.execution.results import Served
-from kvist.planning.fleet import Fleet, Native, Role
+from kvist.planning.fleet import Fleet, Native
 from kvist.planning.prompt import Prompt
 
 _SCORE, _PREFILL, _LEASES, _INFO = "/v1/continuations/score", "/v1/prefill", "/v1/leases", "/server_info"
@@ -68,18 +68,19 @@ class KvistServer(OpenAIServer):
             body["priority"] = 0
         return _served(await self._post(_PREFILL, body))
 
-    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> str | None:
+    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> Leased | None:
         if ttl_s == 0:
             with contextlib.suppress(RequestError):  # 404: the lease has ended
                 await self._delete(f"{_LEASES}/{lease_id}")
             return None
         if lease_id is not None:
             with contextlib.suppress(RequestError):  # 404: the lease has ended, or its worker is gone: take a new one
-                return str((await self._post(f"{_LEASES}/{lease_id}/renew", {"ttl_s": ttl_s}))["id"])
+                return Leased(lease_id=(await self._post(f"{_LEASES}/{lease_id}/renew", {"ttl_s": ttl_s}))["id"])
         try:
-            return str((await self._post(_LEASES, _with_hints(prefix_fields(prompt), hints) | {"ttl_s": ttl_s}))["id"])
+            taken = await self._post(_LEASES, _with_hints(prefix_fields(prompt), hints) | {"ttl_s": ttl_s})
         except (Overloaded, RequestError):  # no room; less than a page, or more pages than one key may lease
             return None
+        return Leased(lease_id=taken["id"], served=_served(taken))
 
 
 def _with_hints(body: dict[str, object], hints: Hints) -> dict[str, object]:
@@ -91,10 +92,7 @@ def _with_hints(body: dict[str, object], hints: Hints) -> dict[str, object]:
 
 
 def _place(hints: Hints) -> dict[str, object]:
-    """Return the fields of `kvist` for the hints. A worker named for decode gets a prefill worker beside it; the role
-    alone keeps prompt and answer on one decode worker, which the session finds again."""
-    alone = hints.role is Role.DECODE
-    found = {"worker": None if alone else hints.worker, "role": None if hints.role is None else hints.role.value}
+    found = {"worker": hints.worker, "role": None if hints.role is None else hints.role.value}
     return {name: value for name, value in found.items() if value is not None}
 
 

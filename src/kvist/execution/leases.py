@@ -1,4 +1,7 @@
-"""The pins of a plan: leases on prefixes, renewed while they are needed and given back after their last use."""
+"""The pins of a plan: leases on prefixes, renewed while they are needed and given back after their last use.
+
+Taking a lease computes its prefix, so a prefix that is computed ahead and kept needs one request.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass, field
 
 from kvist.errors import KvistError
 from kvist.execution.backend import Backend, Hints
+from kvist.execution.results import Served
 from kvist.planning.plan import Pin
 
 _RENEWALS_PER_TTL = 3
@@ -19,6 +23,7 @@ _END_TIMEOUT_S = 5.0
 class _Held:
     pin: Pin
     users: set[int]
+    taken: asyncio.Future[Served | None]
     lease_id: str | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -32,15 +37,20 @@ class Leases:
         self._tasks: set[asyncio.Task[None]] = set()
         self.problems: list[str] = []
 
-    def hold(self, pin: Pin, *, unfinished: Iterable[int], computed: asyncio.Task[None] | None) -> None:
-        """Take a lease once the prefix is computed, for the uses that are not finished."""
-        held = _Held(pin, set(unfinished))
+    def hold(
+        self, pin: Pin, *, unfinished: Iterable[int], after: asyncio.Task[None] | None
+    ) -> asyncio.Future[Served | None]:
+        """Take a lease, for the uses that are not finished, once `after` is done. Return how its prefix was computed,
+        perhaps to come; None: there is no lease."""
+        held = _Held(pin, set(unfinished), asyncio.get_running_loop().create_future())
         if pin.prompt.outline in self._held or not held.users:
-            return
+            held.taken.set_result(None)
+            return held.taken
         self._held[pin.prompt.outline] = held
-        task = asyncio.create_task(self._keep(held, computed))
+        task = asyncio.create_task(self._keep(held, after))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return held.taken
 
     def used(self, operation_id: int) -> None:
         """Record that an operation is done; the lease ends with its last use."""
@@ -68,19 +78,25 @@ class Leases:
             for task in late:
                 task.cancel()
 
-    async def _keep(self, held: _Held, computed: asyncio.Task[None] | None) -> None:
+    async def _keep(self, held: _Held, after: asyncio.Task[None] | None) -> None:
         hints = Hints(worker=held.pin.worker)
         try:
-            if computed is not None:
-                await asyncio.wait([computed], timeout=self._ttl_s)
+            if after is not None:
+                await asyncio.wait([after], timeout=self._ttl_s)
             while not held.ended.is_set():
-                held.lease_id = await self._backend.lease(held.pin.prompt, held.lease_id, self._ttl_s, hints)
-                if held.lease_id is None:
+                leased = await self._backend.lease(held.pin.prompt, held.lease_id, self._ttl_s, hints)
+                if leased is None:
                     self.problems.append("the server has no room for a lease: the prefix may be evicted")
                     return
+                held.lease_id = leased.lease_id
+                if not held.taken.done():
+                    held.taken.set_result(leased.served)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(held.ended.wait(), self._ttl_s / _RENEWALS_PER_TTL)
             if held.lease_id is not None:
                 await asyncio.wait_for(self._backend.lease(held.pin.prompt, held.lease_id, 0, hints), _END_TIMEOUT_S)
         except (KvistError, TimeoutError) as error:
             self.problems.append(f"a lease failed: {error}")  # the pages may be evicted; the answers stay the same
+        finally:
+            if not held.taken.done():
+                held.taken.set_result(None)

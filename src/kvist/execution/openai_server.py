@@ -18,7 +18,7 @@ import httpx
 import msgspec
 
 from kvist.errors import EngineError, KvistError, Overloaded, RequestError, Unavailable, error_from_wire
-from kvist.execution.backend import GenerateRequest, Hints, Scored, ScoreRequest, prompt_fields, total
+from kvist.execution.backend import GenerateRequest, Hints, Leased, Scored, ScoreRequest, prompt_fields, total
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.results import Answer, Served
 from kvist.planning.fleet import Fleet, unknown_fleet
@@ -159,7 +159,7 @@ class OpenAIServer:
         del prompt, hints
         raise AssertionError("a plan asks for no prefill that the fleet lacks")
 
-    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> str | None:
+    async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> Leased | None:
         del prompt, lease_id, ttl_s, hints
         raise AssertionError("a plan asks for no lease that the fleet lacks")
 

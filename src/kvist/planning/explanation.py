@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
+from statistics import median
 
 from kvist.planning.graph import Graph, Operation, Tool, describe, state_name
 from kvist.planning.plan import Plan
@@ -37,6 +38,11 @@ class Row:
     reason: str = ""
 
     @property
+    def error_ratio(self) -> float | None:
+        """The time as a multiple of its prediction; None before the run, and without a prediction."""
+        return self.took_ms / self.predicted_ms if self.took_ms is not None and self.predicted_ms else None
+
+    @property
     def is_off(self) -> bool:
         """Whether the time was twice the prediction, or half of it."""
         if self.took_ms is None or not self.predicted_ms:
@@ -57,6 +63,17 @@ class Explanation:
     def num_computed_tokens(self) -> int:
         return sum(row.num_computed_tokens or 0 for row in self.rows)
 
+    @property
+    def error_ratio(self) -> float | None:
+        """The median of the times as multiples of their predictions; None before a run, and without a plan."""
+        ratios = [ratio for row in self.rows if (ratio := row.error_ratio) is not None]
+        return median(ratios) if ratios else None
+
+    @property
+    def num_off(self) -> int:
+        """The number of rows whose time was twice the prediction, or half of it."""
+        return sum(row.is_off for row in self.rows)
+
     def __str__(self) -> str:
         return self.table()
 
@@ -74,7 +91,14 @@ class Explanation:
             for line in lines
         ]
         shown.insert(1, "-" * max(map(len, shown)))
-        return "\n".join([*shown, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*shown, *(f"note: {note}" for note in self._all_notes())])
+
+    def _all_notes(self) -> list[str]:
+        if (ratio := self.error_ratio) is None:
+            return list(self.notes)
+        num_timed = sum(row.error_ratio is not None for row in self.rows)
+        off = f"{self.num_off} of {num_timed} took twice their prediction or half of it (marked with !)"
+        return [*self.notes, f"the median request took {ratio:.2f} times its predicted time; {off}"]
 
     def _cells(self, row: Row) -> list[str]:
         cells = [row.what, row.place, row.state, row.work, row.worker]
@@ -117,7 +141,7 @@ class Explanation:
         legend = " ".join(
             f'<span style="color:{color}">&#9632; {escape(work)}</span>' for work, color in _COLORS.items()
         )
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self._all_notes())
         title = "The run beside its plan" if self.happened else "The plan"
         return (
             f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title></head>'
