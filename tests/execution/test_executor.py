@@ -117,7 +117,7 @@ async def test_leases_are_renewed_while_their_prefix_is_used_and_end_with_its_la
 
 async def test_a_prefix_that_cannot_be_leased_is_computed_ahead_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     async def no_room(*_: object) -> None:
-        """There is no room on this worker, whatever its report says."""
+        """The worker is full, although its report says otherwise."""
 
     server = FakeServer()
     monkeypatch.setattr(server, "lease", no_room)

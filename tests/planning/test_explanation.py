@@ -1,4 +1,4 @@
-"""What an explanation says of its predictions: nothing before the run, their error after it."""
+"""An explanation shows the error of its predictions after the run, and nothing of it before the run."""
 
 from __future__ import annotations
 

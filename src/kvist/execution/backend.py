@@ -71,8 +71,8 @@ class Backend(Protocol):
         """Compute a prompt, so that its pages are cached. Only for a fleet with `Native.PREFILL`."""
 
     async def lease(self, prompt: Prompt, lease_id: str | None, ttl_s: float, hints: Hints) -> Leased | None:
-        """Compute a prompt and keep its pages for `ttl_s`, or renew that lease. `ttl_s` 0 ends the lease. None: there
-        is no room for it. Only for a fleet with `Native.LEASE`."""
+        """Compute a prompt and keep its pages for `ttl_s`, or renew that lease. `ttl_s` 0 ends the lease. None:
+        the server has too little room for it. Only for a fleet with `Native.LEASE`."""
 
     async def close(self) -> None:
         """Close all connections."""
