@@ -209,6 +209,16 @@ def test_tokens_that_are_accepted_together_are_accepted_or_refused_as_alone(
     assert [allowed(together[place]) for place in left] == [allowed(alone[place]) for place in left]
 
 
+def test_end_tokens_of_answers_that_are_all_over_are_accepted_together(
+    backend: GrammarBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llguidance_backend, "_NUM_MASK_THREADS", 2)
+    kind, text, (whole, *_), *_ = EXAMPLES[0]
+    matchers = [backend.compile(Constraint(kind=kind, text=text)).matcher() for _ in range(6)]
+    assert all(matcher.accept([*ids(whole), END_ID]) for matcher in matchers)
+    assert backend.accept(matchers, [END_ID] * 6) == {}
+
+
 def test_the_choice_of_blanks_in_json(backend: GrammarBackend) -> None:
     value = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     free, compact = backend.compile(schema(value)), backend.compile(schema(value, whitespace=""))

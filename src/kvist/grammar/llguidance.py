@@ -70,9 +70,9 @@ class LlguidanceBackend:
         return self._compilers[constraint.kind](constraint)
 
     def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
-        if len(matchers) < _MIN_PARALLEL or _NUM_MASK_THREADS == 1:
-            return accept_one_by_one(matchers, token_ids)
         places = [place for place in _by_copy(matchers) if not matchers[place].is_terminated]
+        if len(places) < _MIN_PARALLEL or _NUM_MASK_THREADS == 1:  # the library refuses an empty list
+            return accept_one_by_one(matchers, token_ids)
         own = [(_own(matchers[place]), token_ids[place]) for place in places]
         taken = self._executor.consume_token_par([(matcher.library_matcher, token_id) for matcher, token_id in own])
         left = set(range(len(matchers))).difference(places)  # terminated: an end token may follow
