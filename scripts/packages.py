@@ -1,10 +1,14 @@
 """Lists the packages of Kvist: direct requirements, pinned versions, and installed packages with their requirements.
 
-Shared by audit.py and lock.py. Run them with the Python that has these packages.
+Shared by audit.py, lock.py and lock_images.py. Run them with the Python that has these packages.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -51,6 +55,22 @@ def installed_closure(roots: Iterable[str]) -> dict[str, metadata.Distribution]:
             continue
         pending += [needed for needed, _ in _named(found[name].requires or [])]
     return found
+
+
+def hashed_lines(requirements: Iterable[str], *options: str) -> list[str]:
+    """Return a line NAME==VERSION --hash=... for each package that pip would install, sorted by name; asks the package
+    index."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, report_path = Path(folder, "wanted.txt"), Path(folder, "report.json")
+        wanted.write_text("".join(f"{line}\n" for line in requirements), encoding="utf-8")
+        pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", *options]
+        subprocess.run([*pip, "--report", report_path, "-r", wanted], check=True)
+        report = json.loads(report_path.read_text(encoding="utf-8"))
+    lines = []
+    for one in report["install"]:
+        digest = one["download_info"]["archive_info"]["hashes"]["sha256"]
+        lines.append(f"{one['metadata']['name']}=={one['metadata']['version']} --hash=sha256:{digest}\n")
+    return sorted(lines, key=str.lower)
 
 
 def _named(lines: Iterable[str]) -> Iterator[tuple[str, Requirement]]:

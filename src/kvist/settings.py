@@ -33,7 +33,15 @@ from kvist.config import option
 from kvist.deploy.config import CheckedFile, LocalRunOptions, OutputOptions
 from kvist.deploy.description import ContainerOptions, Deployment, ManifestOptions, RoleCounts
 from kvist.engine.bench_shapes import StepsConfig
-from kvist.engine.config import EndpointOptions, EngineConfig, EngineOptions, ModelOptions, NameOptions, RuntimeOptions
+from kvist.engine.config import (
+    EndpointOptions,
+    EngineConfig,
+    EngineOptions,
+    ModelOptions,
+    NameOptions,
+    RuntimeOptions,
+    TokenizerConfig,
+)
 from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
 from kvist.flags import Shorthand, Sources, nearest, read_settings
@@ -83,15 +91,6 @@ class FileConfig:
 class ParentConfig:
     stop_with_stdin: bool = option(
         False, "stop when standard input is closed, so that the process does not outlive its parent"
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerConfig:
-    model_path: str | None = option(
-        None,
-        "model folder or GGUF file with the tokenizer and chat template to use; by default those of the embedded model",
-        aliases=("model",),
     )
 
 
@@ -231,10 +230,14 @@ class ChatSettings:
     def serve_argv(self) -> list[str]:
         """Return the options of the server that is started for the chat."""
         name = NameOptions(served_model_name=self.chat.served_model_name)
-        argv, _secrets = to_argv((self.engine, name, self.log), ServeSettings)
-        if self.chat.target is not None and self.chat.url is None:
-            argv.append(f"--model-path={self.chat.target}")
+        model = replace(self.engine.model, model_path=self.model_path)
+        argv, _secrets = to_argv((replace(self.engine, model=model), name, self.log), ServeSettings)
         return argv
+
+    @property
+    def model_path(self) -> str | None:
+        """The model of the server that is started for the chat."""
+        return self.engine.model.model_path if self.chat.url or self.chat.target is None else self.chat.target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,12 @@ from kvist.channel import with_private_key
 from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.cluster.pool_plan import PoolShape
 from kvist.cores import num_usable_cores
-from kvist.engine.config import EngineOptions
+from kvist.engine.config import EngineOptions, ModelOptions, TokenizerConfig
 from kvist.errors import ConfigError
+from kvist.hub import find_model
 from kvist.nodes.config import STOP_MARGIN_S, JoinPoolOptions, PoolOptions, SegmentOptions
 from kvist.options import given_values, to_argv
+from kvist.progress import StartProgress
 from kvist.runner.config import RunnerOptions
 from kvist.server.config import ServerConfig
 from kvist.settings import (
@@ -51,6 +53,7 @@ DEMO_SEGMENT_GB = 0.25
 
 def run(settings: Settings) -> int:
     """Run the verb; return its exit status. Raises `KvistError`."""
+    settings = with_local_model(settings)
     if isinstance(settings, ServeSettings):
         from kvist.cluster.serving import serve_worker
 
@@ -177,6 +180,33 @@ def _run_node(settings: MasterSettings | StoreSettings | DrainSettings) -> int:
         instance_id=instance_id,
         stop_with_stdin=stop_with_stdin,
     )
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+AnyModel = TypeVar("AnyModel", ModelOptions, TokenizerConfig)
+
+
+def with_local_model(settings: AnySettings) -> AnySettings:
+    """Replace a model of the Hub by its local path, after a download if necessary: the processes that this one starts
+    find it there. Raises `ConfigError`."""
+    show = StartProgress()
+
+    def local(model: AnyModel, *, weights: bool = True) -> AnyModel:
+        path = find_model(model.model_path, model.revision, weights=weights, show=show)
+        return replace(model, model_path=path, revision=None)
+
+    if isinstance(settings, RouterSettings):
+        return replace(settings, tokenizer=local(settings.tokenizer, weights=False))
+    if isinstance(settings, BenchEngineSettings):
+        return replace(settings, model=local(settings.model, weights=settings.runner.load_format != "dummy"))
+    if isinstance(settings, ServeSettings | UpSettings | DemoSettings):
+        engine = settings.engine
+        model = local(engine.model, weights=engine.runner.load_format != "dummy")
+        return replace(settings, engine=replace(engine, model=model))
+    if isinstance(settings, ChatSettings) and settings.chat.url is None:
+        engine, named = settings.engine, replace(settings.engine.model, model_path=settings.model_path)
+        return replace(settings, chat=replace(settings.chat, target=None), engine=replace(engine, model=local(named)))
+    return settings
 
 
 ClusterSettings = TypeVar("ClusterSettings", UpSettings, DemoSettings)

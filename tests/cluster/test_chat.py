@@ -122,7 +122,7 @@ def test_the_figures_name_an_answer_cut_at_its_limit() -> None:
     ("argv", "url", "serve_argv"),
     [
         (["http://h:1/v1/"], "http://h:1", []),
-        (["/models/m", "--dtype", "bfloat16"], None, ["--dtype=bfloat16", "--model-path=/models/m"]),
+        (["/models/m", "--dtype", "bfloat16"], None, ["--model-path=/models/m", "--dtype=bfloat16"]),
         (["--model-path", "m", "--system", "x"], None, ["--model-path=m"]),
         ([], None, []),
     ],

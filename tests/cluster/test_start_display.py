@@ -14,7 +14,8 @@ from rich.live import Live
 
 from kvist.cluster import start_display
 from kvist.cluster.probe import probe_child
-from kvist.cluster.start_display import REPORT_INTERVAL_S, StartBlock, StartLines, describe, is_routine
+from kvist.cluster.start_display import StartBlock, StartLines, describe, is_routine
+from kvist.progress import REPORT_INTERVAL_S
 from kvist.supervisor.child import NO_ANSWER, Answer, Child, ChildPlan, ChildState
 from kvist.testing.clocks import FakeClock
 
@@ -63,7 +64,7 @@ def test_a_terminal_shows_a_changing_line_per_process_and_important_lines_above(
         block.pass_on(warning)
         StartBlock(started, live, show_all=True).pass_on("decode     | shown at debug")
     text = written.getvalue()
-    assert "decode  starting: loading weights 40%" in text
+    assert "decode  starting: loading weights ████████░░░░░░░░░░░░ 40%" in text
     assert "router  starting" in text
     assert "        2 s" in text
     assert routine not in text

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -40,7 +39,7 @@ from kvist.dashboard import dashboard_api
 from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
 from kvist.http.front import Front
-from kvist.output import output_to
+from kvist.progress import StartProgress
 from kvist.prompt_work import prompt_api
 from kvist.request import Role, WorkerId
 from kvist.router import (
@@ -248,23 +247,6 @@ def _listening(gateway: GatewayOptions, stop_with_stdin: bool, front: Front | No
         name = WorkerId(f"{host_to_name(server.host if front is None else host, socket.gethostname())}:{port}")
         url = f"{gateway.tls.scheme}://{name}"
         yield Listening(stop=stop, listener=listener, front=front, name=name, url=url, for_people=not stop_with_stdin)
-
-
-class StartProgress:
-    """Shows the progress of an engine start: one changing line on a terminal, else a log line per phase."""
-
-    def __init__(self) -> None:
-        self._part = ""
-
-    def __call__(self, text: str) -> None:
-        part, _, share = text.rpartition(" ")
-        part = part if share.endswith("%") else text
-        if sys.stderr.isatty():
-            # the cursor stays at the start of the line, so that the next log line overwrites it
-            output_to(sys.stderr.fileno()).write(f"\x1b[2K{text}\r", end="")
-        elif part != self._part:
-            logger.info("%s", part)
-        self._part = part
 
 
 def _ready_announcer(url: str, example: str | None) -> Callable[[], None]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from kvist.clock import MonotonicClock
+from kvist.progress import REPORT_INTERVAL_S, with_bar
 from kvist.supervisor.child import Child, ChildState
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 Show = Callable[[str], None]
 
-REPORT_INTERVAL_S = 10.0
 MAX_DOING_CHARS = 60
 _ROUTINE = re.compile(r'^(\S+ \S+ (INFO|DEBUG) |\{"time": "[^"]*", "level": "(info|debug)")')
 
@@ -71,7 +71,7 @@ class StartBlock:
 
         width = max(map(len, self._children))
         after_s = self._clock.now_s() - self._start_s
-        lines = [f"{name:<{width}}  {describe(child)}" for name, child in self._children.items()]
+        lines = [f"{name:<{width}}  {with_bar(describe(child))}" for name, child in self._children.items()]
         self._live.update(Text("\n".join([*lines, f"{'':<{width}}  {after_s:.0f} s"])), refresh=True)
 
     def pass_on(self, line: str) -> None:

@@ -65,13 +65,31 @@ class HostTierConfig:
             )
 
 
+REVISION_HELP = "branch, tag or commit of a model of the Hugging Face Hub; by default its main branch"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     model_path: str | None = option(
         None,
-        "Hugging Face model folder or GGUF file; by default the embedded SmolLM2-135M-Instruct",
+        "model folder or GGUF file, or a model of the Hugging Face Hub: ORG/NAME or ORG/NAME/FILE.gguf; by default the "
+        "embedded SmolLM2-135M-Instruct",
         aliases=("model",),
     )
+    revision: str | None = option(None, REVISION_HELP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    """The model of a gateway, which has no engine of its own."""
+
+    model_path: str | None = option(
+        None,
+        "model with the tokenizer and chat template to use: a folder, a GGUF file or ORG/NAME of the Hugging Face Hub; "
+        "by default the embedded model",
+        aliases=("model",),
+    )
+    revision: str | None = option(None, REVISION_HELP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

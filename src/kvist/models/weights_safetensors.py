@@ -12,13 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvist.checkpoint import read_json
+from kvist.checkpoint import INDEX_FILE, SINGLE_FILE, safetensors_files
 from kvist.errors import ModelLoadError
 from kvist.models.tensors import DeclaredTensor, Location, Part
 from kvist.models.weights import StoredTensor
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {  # names of the format: https://github.com/huggingface/safetensors#format
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,7 +38,7 @@ class SafetensorsSource:
         self.origin = str(folder / (INDEX_FILE if (folder / INDEX_FILE).is_file() else SINGLE_FILE))
         self.stored: dict[str, StoredTensor] = {}
         self._files: dict[str, Any] = {}  # tensor name -> the open file that holds it
-        for path, wanted in _weight_files(folder).items():
+        for path, wanted in safetensors_files(folder).items():
             self._open(path, wanted)
 
     def _open(self, path: Path, wanted: frozenset[str] | None) -> None:
@@ -69,21 +67,3 @@ class SafetensorsSource:
         values: Tensor = view[part] if entry is None else view[(slice(entry.index, entry.index + 1), *part)][0]
         # without a copy the model's speed would depend on the page cache
         return values.clone(memory_format=torch.contiguous_format)
-
-
-def _weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
-    """Return each file with the tensors to read from it; None: all tensors."""
-    index_path = folder / INDEX_FILE
-    if not index_path.is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise ModelLoadError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; pickled weights are not read")
-        return {folder / SINGLE_FILE: None}
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{index_path}: weight_map must be an object from tensor to file")
-    files: dict[Path, set[str]] = {}
-    for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
-            raise ModelLoadError(f"{index_path}: tensor {name} must name a file of the same folder, not {file_name!r}")
-        files.setdefault(folder / file_name, set()).add(name)
-    return {path: frozenset(names) for path, names in files.items()}
