@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 import kvist.lang as kv
+from kvist.testing.rounds import check_time, in_rounds
 from tests.e2e.conftest import Cluster
+from tests.e2e.test_failover import kill
 
 ESSAY = "Trees give shade and fruit. They clean the air. Birds live in them. "
 
@@ -52,3 +55,39 @@ def test_a_program_gives_the_same_tokens_however_it_is_sent(endpoint: kv.Endpoin
     assert (score.work, score.worker) == ("prefill", settled.prefill.removeprefix("http://"))
     assert "no /v1/continuations/score" in str(compatible.explain())
     assert httpx.get(f"{settled.router}/v1/leases").json()["data"] == []
+
+
+@kv.function
+def tales(s: kv.State) -> None:
+    s += kv.system("You tell short tales. " * 12)
+    forks = s.fork(3)
+    forks += [kv.user(f"A tale of the {hero}.") for hero in ("fox", "owl", "mole")]
+    forks += kv.assistant(kv.gen("tale", max_tokens=40, ignore_eos=True, temperature=0.8))
+    forks += kv.user("Is it sad?") + kv.assistant(kv.select("sad", ["yes", "no"]))
+    forks.join()
+    s += kv.user(f"The best tale? {forks[0].ref('tale')} Or {forks[2].ref('tale')}")
+    s += kv.assistant(kv.gen("best", max_tokens=20, ignore_eos=True))
+
+
+@pytest.mark.parametrize("name", ["decode-0", "prefill-0"])
+@in_rounds(3)  # on a busy machine, the program can end before the worker is killed
+def test_a_program_whose_worker_is_killed_gives_what_an_undisturbed_run_gives(
+    endpoint: kv.Endpoint, settled: Cluster, name: str
+) -> None:
+    settled.wait_ready()
+    undisturbed = tales.run(backend=endpoint, seed=5)
+    done = settled.metric("kvist:generation_tokens_total")
+    state = tales.run(backend=endpoint, seed=5, stream=True)
+    with ThreadPoolExecutor(1) as pool:
+        pieces = pool.submit(lambda: "".join(state.text_iter()))
+        settled.wait_until(lambda: settled.metric("kvist:generation_tokens_total") > done + 20, within_s=60)
+        is_early = not pieces.done()
+        kill(settled, name, "worker")
+        streamed = pieces.result()
+    assert state.error() is None
+    assert streamed == "".join(undisturbed.text_iter())
+    assert state.text() == undisturbed.text()
+    assert [state["tale"], state["sad"]] == [undisturbed["tale"], undisturbed["sad"]]
+    settled.wait_ready()
+    settled.wait_until(lambda: httpx.get(f"{settled.router}/v1/leases").json()["data"] == [], within_s=40)
+    check_time(is_early, "the program ended before the worker was killed")
