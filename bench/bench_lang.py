@@ -7,8 +7,9 @@
 Three ways do the same work on one cluster: `plan`, `no plan` (the same program, one request at a time for each of its
 runs), and `by hand` (asyncio and OpenAI's API, bench/lang_by_hand.py). They take turns in another order each round;
 before each turn the cache is flushed. Times are the best of the rounds, ratios of times the median of the rounds'.
-Computed tokens are the workers' own counters. `ideal` computes each distinct prefix of the prompts once; `in pages` is
-the same where only whole pages can be shared, as the cache does. `planning` is the planner's time for an operation.
+Computed tokens and CPU seconds are the workers' own counters (no CPU seconds on a GPU); on a shared CPU, compare these.
+`ideal` computes each distinct prefix of the prompts once; `in pages` is the same where only whole pages can be shared,
+as the cache does. `planning` is the planner's time for an operation.
 
 Without `--url` a cluster of the embedded model is started on the CPU; `--serve-args` are further flags of `kvist up`.
 `--scale` multiplies the runs of each batch, `--length` the length of its texts. In its first round, each workload
@@ -58,6 +59,7 @@ WORKLOADS = {  # name: runs in a batch; the cheap ones first
 PLAN, NO_PLAN, BY_HAND_WAY = WAYS = ("plan", "no plan", "by hand")
 READY_TIMEOUT_S, REPORT_TIMEOUT_S, REQUEST_TIMEOUT_S, RUN_TIMEOUT_S = 300.0, 30.0, 60.0, 1800.0
 SEED = 1
+CPU_SECONDS = "process_cpu_seconds"  # of an engine
 Row = dict[str, Any]
 
 
@@ -67,6 +69,7 @@ class Turn:
 
     wall_s: float
     num_computed_tokens: int
+    cpu_s: float  # of all workers
     planning_ms: float | None = None  # for each operation
 
 
@@ -98,17 +101,22 @@ class Cluster:
             if time.monotonic() > end_s:
                 raise SystemExit(f"a worker of {url} has not reported its load within {REPORT_TIMEOUT_S:g} s")
             time.sleep(REPORT_INTERVAL_S)
-        self._num_computed = self._counted()
+        self._counted = self._totals()
         self.page_size = max(int(each["capacity"]["page_size"]) for each in self._workers())
 
-    def take_computed_tokens(self) -> int:
-        """Return the prompt tokens that were computed since the last call."""
-        before, self._num_computed = self._num_computed, self._counted()
-        return self._num_computed - before
+    def take_counts(self) -> tuple[int, float]:
+        """Return the prompt tokens that all workers have computed since the last call, and their CPU seconds."""
+        before, self._counted = self._counted, self._totals()
+        tokens, cpu_s = (now - then for now, then in zip(self._counted, before, strict=True))
+        return int(tokens), cpu_s
 
-    def _counted(self) -> int:
+    def _totals(self) -> tuple[float, float]:
         time.sleep(REPORT_INTERVAL_S)
-        return sum(int(each["load"]["totals"]["computed_prompt_tokens"]) for each in self._workers())
+        totals = [each["load"]["totals"] for each in self._workers()]
+        tokens, cpu_s = (
+            sum(each.get(name) or 0 for each in totals) for name in ("computed_prompt_tokens", CPU_SECONDS)
+        )
+        return tokens, cpu_s
 
     def _workers(self) -> list[Any]:
         found: list[Any] = self._http.get("/server_info").raise_for_status().json()["workers"]
@@ -156,8 +164,8 @@ def take_turn(cluster: Cluster, endpoint: kv.Endpoint, name: str, way: str, batc
     wall_s = time.monotonic() - start_s
     report = states[0].report if way == PLAN else None
     planning_ms = None if report is None else 1000 * report.planning_s / max(report.num_planned, 1)
-    num_computed = cluster.take_computed_tokens()
-    return Turn(wall_s=wall_s, num_computed_tokens=num_computed, planning_ms=planning_ms), states
+    num_computed, cpu_s = cluster.take_counts()
+    return Turn(wall_s=wall_s, num_computed_tokens=num_computed, cpu_s=cpu_s, planning_ms=planning_ms), states
 
 
 def measure(cluster: Cluster, args: argparse.Namespace, end_s: float) -> Iterator[Row]:
@@ -195,6 +203,7 @@ def row_of(name: str, num_runs: int, found: Measured, page_size: int) -> Row:
         **{f"{way} s": found.best(way).wall_s for way in WAYS},
         "by hand / plan": found.ratio(BY_HAND_WAY),
         "no plan / plan": found.ratio(NO_PLAN),
+        **{f"{way} CPU s": min(turn.cpu_s for turn in found.turns[way]) for way in WAYS},
         **{f"{way} tokens": found.best(way).num_computed_tokens for way in WAYS},
         "ideal": ideal,
         "in pages": in_pages,
