@@ -72,8 +72,18 @@ async def test_programs_run_in_coroutines(endpoint: kv.Endpoint) -> None:
     assert state["story"] == (await asyncio.to_thread(story.run, topic="cats", backend=endpoint, seed=5))["story"]
     streamed = story.run(topic="cats", backend=endpoint, seed=5, stream=True)
     assert "".join([piece async for piece in streamed.text_async_iter("story")]) == state["story"]
+    assert await state.messages_async() == state.messages()
+    assert str(await story.explain_async(topic="cats", backend=endpoint)) == str(
+        story.explain("cats", backend=endpoint)
+    )
     states = await story.run_batch_async([{"topic": "a"}, {"topic": "b"}], backend=endpoint, num_threads=2)
     assert [each["moral"] is not None for each in states] == [True, True]
+
+
+async def test_a_wrong_argument_of_a_twin_is_an_error_with_the_callers_line(endpoint: kv.Endpoint) -> None:
+    for call in (story.run_batch_async([{"subject": "a"}], backend=endpoint), story.explain_async(subject="a")):
+        with pytest.raises(ProgramError, match=r"test_streams\.py:\d+: story has no argument 'subject'"):
+            await call
 
 
 async def test_a_coroutine_program_reads_without_blocking_the_loop(endpoint_for: MakeEndpoint) -> None:
@@ -88,6 +98,10 @@ async def test_a_coroutine_program_reads_without_blocking_the_loop(endpoint_for:
         forks.join()
         assert first
         assert len(await s.get("y")) == 2  # type: ignore[arg-type]
+        s += " And? " + kv.gen("z", max_tokens=4)
+        assert (await s.get_meta_info_async("z"))["completion_tokens"]
+        assert (await s.text_async()).startswith(f"Q{first} And? ")
+        await s.sync_async()
 
     async def tick() -> None:
         nonlocal ticks

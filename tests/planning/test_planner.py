@@ -136,6 +136,20 @@ def test_the_known_part_of_the_next_turn_is_computed_while_a_tool_runs_if_prefil
     assert not plan(_graph(tool), PAIR, Running(warmed=frozenset({SHARED}))).warm
 
 
+def test_the_known_part_of_a_turn_is_computed_while_it_waits_for_other_results() -> None:
+    graph = _graph(_generate(1, "A short prompt"), _generate(2, f"{SHARED}{hole(1)} And now?"))
+    made = plan(graph, PAIR, Running(num_in_flight=9))
+    (warm,) = made.warm
+    assert (warm.prompt.outline, warm.users) == (SHARED, ())
+    assert made.order == (1, 2)
+    assert not plan(graph, PAIR, Running(warmed=frozenset({SHARED}))).warm
+    assert not plan(graph, PAIR, Running(cached={"p": (SHARED,)})).warm
+
+
+def test_a_prompt_that_the_awaited_request_computes_is_not_computed_ahead() -> None:
+    assert not plan(_graph(_generate(1, SHARED), _generate(2, f"{SHARED}{hole(1)} And now?")), PAIR, Running()).warm
+
+
 def test_the_width_follows_the_client_and_the_page_pools() -> None:
     graph = _graph(*(_generate(n, f"{n} {SHARED}", max_tokens=64) for n in range(8)))
     assert plan(graph, PAIR, Running(width=5)).width == 5
@@ -164,7 +178,7 @@ def test_planning_takes_less_than_a_millisecond_an_operation() -> None:
     cached = Running(cached={"p": tuple(sorted(f"{SHARED}{n}" for n in range(512)))})
     times = []
     for _ in range(3):
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         plan(graph, PAIR, cached)
-        times.append(time.perf_counter() - start_s)
+        times.append(time.thread_time() - start_s)
     assert min(times) / 200 < 0.001

@@ -209,10 +209,10 @@ class Executor:
                     self._fail(job, error)
                 return
         for job in jobs:
-            operation_id = job.operation.operation_id
-            heapq.heappush(
-                self._queue, _Queued(job.operation.prompt.outline, operation_id, job, placements[operation_id])
-            )
+            prompt, placement = job.operation.prompt, placements[job.operation.operation_id]
+            if placement.prefill_worker is not None:
+                self._cached.add(placement.prefill_worker, prompt)  # soon: no later plan computes it a second time
+            heapq.heappush(self._queue, _Queued(prompt.outline, job.operation.operation_id, job, placement))
         self._admit()
 
     def _plan(self, operations: Sequence[Operation]) -> Plan:

@@ -115,22 +115,28 @@ class Function:
         `num_threads` bounds the programs that run and the requests that are out at once; "auto" follows the cluster. If
         programs fail, the others end first; then the first error is raised.
         """
-        if num_threads != "auto" and (not isinstance(num_threads, int) or num_threads < 1):
-            raise ProgramError(f"{here()}: `num_threads` must be 'auto' or at least 1, not {num_threads!r}")
-        calls = [self._call((), arguments)[0] for arguments in batch_kwargs]
-        width = None if isinstance(num_threads, str) else num_threads
-        defaults = self._call((), {**self._placeholders(), **sampling})[1]
-        if not calls:
-            return []
-        made = self._batch(
-            calls, defaults, backend, plan=plan, seed=seed, timeout_s=timeout_s, width=width, stream=False
-        )
-        made.run(progress_bar=progress_bar)
-        return made.states
+        batch = self._checked_batch(batch_kwargs, num_threads, backend, plan, seed, timeout_s, sampling)
+        if batch_kwargs:
+            batch.run(progress_bar=progress_bar)
+        return batch.states
 
-    async def run_batch_async(self, batch_kwargs: Sequence[Mapping[str, Any]], **options: Any) -> list[ProgramState]:
-        """The twin of `run_batch` for coroutines, with the same options."""
-        return await asyncio.to_thread(functools.partial(self.run_batch, batch_kwargs, **options))
+    async def run_batch_async(
+        self,
+        batch_kwargs: Sequence[Mapping[str, Any]],
+        *,
+        backend: str | Endpoint | None = None,
+        num_threads: int | str = "auto",
+        progress_bar: bool = False,
+        plan: bool = True,
+        seed: int | None = None,
+        timeout_s: float = 600.0,
+        **sampling: Any,
+    ) -> list[ProgramState]:
+        """The twin of `run_batch` for coroutines."""
+        batch = self._checked_batch(batch_kwargs, num_threads, backend, plan, seed, timeout_s, sampling)
+        if batch_kwargs:
+            await asyncio.to_thread(batch.run, progress_bar=progress_bar)
+        return batch.states
 
     def trace(self, *args: Any, **kwargs: Any) -> Graph:
         """Return the operations that are known before the program runs: up to its first decision about a result."""
@@ -148,7 +154,27 @@ class Function:
         """Return the plan of one run, or of a batch, in the part that is known ahead. Nothing is generated.
 
         The plan is for `fleet`, else for the cluster of the backend."""
-        calls = [self._call(args, kwargs)] if batch is None else [self._call((), each) for each in batch]
+        return self._explained(self._all_calls(args, kwargs, batch), backend, fleet)
+
+    async def explain_async(
+        self,
+        *args: Any,
+        batch: Sequence[Mapping[str, Any]] | None = None,
+        backend: str | Endpoint | None = None,
+        fleet: Fleet | None = None,
+        **kwargs: Any,
+    ) -> Explanation:
+        """The twin of `explain` for coroutines."""
+        return await asyncio.to_thread(self._explained, self._all_calls(args, kwargs, batch), backend, fleet)
+
+    def _all_calls(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Sequence[Mapping[str, Any]] | None
+    ) -> list[tuple[Call, Sampling]]:
+        return [self._call(args, kwargs)] if batch is None else [self._call((), each) for each in batch]
+
+    def _explained(
+        self, calls: Sequence[tuple[Call, Sampling]], backend: str | Endpoint | None, fleet: Fleet | None
+    ) -> Explanation:
         graph = trace_calls(
             self._body, [(call.args, call.kwargs) for call, _ in calls], calls[0][1] if calls else Sampling()
         )
@@ -186,6 +212,25 @@ class Function:
         """Return a value for each argument, to check other keywords on their own."""
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return {name: None for name, each in list(self._parameters.items())[1:] if each.kind in kinds}
+
+    def _checked_batch(
+        self,
+        batch_kwargs: Sequence[Mapping[str, Any]],
+        num_threads: int | str,
+        backend: str | Endpoint | None,
+        plan: bool,
+        seed: int | None,
+        timeout_s: float,
+        sampling: Mapping[str, Any],
+    ) -> Batch:
+        if num_threads != "auto" and (not isinstance(num_threads, int) or num_threads < 1):
+            raise ProgramError(f"{here()}: `num_threads` must be 'auto' or at least 1, not {num_threads!r}")
+        calls = [self._call((), arguments)[0] for arguments in batch_kwargs]
+        width = None if isinstance(num_threads, str) else num_threads
+        defaults = self._call((), {**self._placeholders(), **sampling})[1]
+        return self._batch(
+            calls, defaults, backend, plan=plan, seed=seed, timeout_s=timeout_s, width=width, stream=False
+        )
 
     def _batch(
         self,

@@ -185,10 +185,16 @@ class State:
 
     def get_meta_info(self, name: str) -> dict[str, object]:
         """Wait for the generation or choice and return its figures: tokens, `finish_reason`, logprobs or scores."""
+        return dict(self._program.answer(self._find_result(name)).meta)
+
+    async def get_meta_info_async(self, name: str) -> dict[str, object]:
+        return dict((await self._program.answer_async(self._find_result(name))).meta)
+
+    def _find_result(self, name: str) -> Variable:
         found = self._find(name)
         if not isinstance(found, Variable):
             raise ProgramError(f"{here()}: {name!r} is not the result of one generation")
-        return dict(self._program.answer(found).meta)
+        return found
 
     def _find(self, name: str) -> Stored:
         self.is_read = True
@@ -208,6 +214,10 @@ class State:
         self.is_read = True
         return Prompt(self._program.text(self._prompt.outline)).transcript()
 
+    async def text_async(self) -> str:
+        await self._known_async()
+        return self.text()
+
     def messages(self) -> list[dict[str, str]]:
         """Wait for all results and return the chat's messages in OpenAI's format."""
         self.is_read = True
@@ -216,10 +226,23 @@ class State:
             raise ProgramError(f"{here()}: the state is a text without roles, and has no messages: use state.text()")
         return [{"role": message.role, "content": message.text} for message in prompt.messages()]
 
+    async def messages_async(self) -> list[dict[str, str]]:
+        await self._known_async()
+        return self.messages()
+
+    async def _known_async(self) -> None:
+        """Wait for all results in the prompt, without blocking the loop."""
+        for operation_id in self._prompt.holes:
+            await self._program.answer_async(self._program.variables[operation_id])
+
     def sync(self) -> None:
         """Wait for all results of this state. Raises the first error."""
         for variable in self._own:
             self._program.answer(variable)
+
+    async def sync_async(self) -> None:
+        for variable in self._own:
+            await self._program.answer_async(variable)
 
     @property
     def seed(self) -> int:

@@ -6,6 +6,7 @@
 | work | a Score is prefill work; a Generate is decoded where its prompt is computed, unless prefill apart is faster |
 | worker | where the request is expected to be done first, by its cached prefix and the work that is placed there |
 | warm | a prefix that several requests wait for, where that costs less than computing it with each of them |
+| ahead | the known part of a turn that waits for a tool, or for results of other requests |
 | pin | a prefix with more than one use to come, until its last use was sent, within the room for leases |
 | width | as many requests as the client may have out, and as fit into the page pools |
 
@@ -68,8 +69,9 @@ class _Planner:
         least_chars = round(_LEAST_PAGES * fleet.page_size * fleet.chars_per_token)
         nodes = shared_prefixes(known, least_chars=least_chars)
         operations = self._graph.by_id()
-        warm = [*self._warm_shared(nodes, operations), *self._warm_during_tools()]
+        warm = self._warm_shared(nodes, operations)
         gates = _gates(warm)
+        warm += self._warm_during_tools()
         node_of = _innermost(nodes)
         placements = []
         for operation_id, _ in _in_possible_order(known, operations):
@@ -77,6 +79,8 @@ class _Planner:
             assert isinstance(operation, Generate | Score)
             node = node_of.get(operation_id)
             session = "" if node is None else _session(_outermost(nodes, node).prompt)
+            if not operation.prompt.is_known:  # after the requests that give its results: their prompts are cached then
+                warm += self._warm_ahead(operation.prompt.known, "the next turn, while it waits for other results")
             placements.append(self._place(operation, session=session, gate=gates.get(operation_id)))
         return Plan(
             placements=tuple(placements),
@@ -124,32 +128,38 @@ class _Planner:
 
     def _warm_during_tools(self) -> list[Warm]:
         """The known part of the turn after a tool is computed while the tool runs, if prefill would be idle."""
-        fleet, running = self._fleet, self._running
-        if Native.PREFILL not in fleet.native or running.num_in_flight >= len(self._prefill_workers()):
+        if self._running.num_in_flight >= len(self._prefill_workers()):
             return []
-        found = []
-        for each in self._graph.operations:
-            if not isinstance(each, Tool) or not each.prompt.known.outline:
-                continue
-            prompt = each.prompt.known
-            worker = self._warm_worker(prompt)
-            if worker is None or prompt.outline in running.warmed:
-                continue
-            num_tokens = worker.num_uncached(prompt, fleet)
-            if num_tokens < _LEAST_PAGES * fleet.page_size:
-                continue
-            found.append(
-                Warm(
-                    prompt=prompt,
-                    worker=worker.worker.name,
-                    num_tokens=num_tokens,
-                    users=(),
-                    after_warm=None,
-                    duration_ms=1000 * worker.prefill_s(num_tokens),
-                    reason=f"the next turn, while {each.name} runs",
-                )
+        tools = [each for each in self._graph.operations if isinstance(each, Tool)]
+        return [
+            warm
+            for each in tools
+            for warm in self._warm_ahead(each.prompt.known, f"the next turn, while {each.name} runs")
+        ]
+
+    def _warm_ahead(self, prompt: Prompt, reason: str) -> list[Warm]:
+        """Return the computation of a prompt that no request waits for yet, if it is worth a request of its own.
+
+        Servers do it after all other work."""
+        fleet = self._fleet
+        worker = self._warm_worker(prompt)
+        if Native.PREFILL not in fleet.native or worker is None or prompt.outline in self._running.warmed:
+            return []
+        num_tokens = worker.num_uncached(prompt, fleet)
+        if num_tokens < _LEAST_PAGES * fleet.page_size:
+            return []
+        worker.cached.add(prompt)
+        return [
+            Warm(
+                prompt=prompt,
+                worker=worker.worker.name,
+                num_tokens=num_tokens,
+                users=(),
+                after_warm=None,
+                duration_ms=1000 * worker.prefill_s(num_tokens),
+                reason=reason,
             )
-        return found
+        ]
 
     def _prefill_workers(self) -> list[_Worker]:
         return [each for each in self._workers if each.worker.prefills] or self._workers
