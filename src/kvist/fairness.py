@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
@@ -76,11 +76,19 @@ class FairQueue(Generic[Item]):
             level = level.below.setdefault(name, _Level())
         insort(level.items, item, key=self._order)
 
-    def head(self) -> Item | None:
-        """Return the next item: the same until it is taken or removed, or an older item of its caller is added."""
+    @property
+    def keys(self) -> Iterable[str]:
+        """The API keys with items, in the order of their last turns."""
+        return self._top.below
+
+    def head(self, key: str | None = None) -> Item | None:
+        """Return the next item, or that of one key with items: the same until it is taken or removed, or an older item
+        of its caller is added."""
         level = self._top
         if level.below:
-            level = level.below[min(level.below, key=self._due.__getitem__)]  # of equal ones the first
+            level = level.below[
+                min(level.below, key=self._due.__getitem__) if key is None else key
+            ]  # of equal ones the first
         while level.below:
             level = next(iter(level.below.values()))
         return level.items[0] if level.items else None

@@ -51,7 +51,7 @@ REMEDIES: Mapping[str, str] = {
     "--pipeline-parallel-size": "layers are not split into stages; split them over GPUs with --tp N",
     "--quantization": _NO_WEIGHTS,
     "--enable-priority-scheduling": _PRIORITIES,
-    "--priority-scheduling-preemption-threshold": "a waiting request preempts no running one; leave it out",
+    "--priority-scheduling-preemption-threshold": "any lower value takes the place of a higher one; leave it out",
     "--schedule-low-priority-values-first": _PRIORITIES,
     "--schedule-policy": "callers are served in turn, and requests of one caller in order of arrival, or by "
     "`priority` with --scheduling-policy priority",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvist.errors import ConfigError
+from kvist.fairness import CallerPath
 from kvist.page_index.page_feed import NUM_PIECES
 from kvist.page_index.page_runs import NOTHING_HELD
 from kvist.protocol import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION
@@ -224,10 +225,35 @@ def test_a_worker_computes_room_load_and_retry_time_from_its_requests_and_report
     worker.take(RequestId("2"), 50, caller)
     assert not worker.has_room_for(caller)
     assert worker.has_room_for(("another", "h", "c")), "the worker will displace a request of the first caller"
-    assert (worker.view(NOTHING_HELD).num_requests, worker.view(NOTHING_HELD).num_pending_tokens) == (2, 150)
+    assert (worker.view(NOTHING_HELD, caller).num_requests, worker.view(NOTHING_HELD, caller).num_pending_tokens) == (
+        2,
+        150,
+    )
     worker.prompt_done(RequestId("1"))
     for request_id in ("1", "2", "2"):
         worker.release(RequestId(request_id))
     registry.on_report(worker, make_load(num_running=5, num_waiting=2, service_s=20.0), 1.0)
     assert worker.retry_after_s() == 8.0, "two requests wait for five places of 20 s each"
-    assert (worker.view(NOTHING_HELD).num_requests, worker.view(NOTHING_HELD).num_pending_tokens) == (7, 0)
+    assert (worker.view(NOTHING_HELD, caller).num_requests, worker.view(NOTHING_HELD, caller).num_pending_tokens) == (
+        7,
+        0,
+    )
+
+
+def test_waiting_requests_that_a_request_passes_do_not_count_for_it() -> None:
+    registry = Registry(RouterConfig())
+    worker = add(registry)
+    welcome(registry, worker, max_running_requests=4, max_queued_requests=20)
+    for number in range(14):
+        worker.take(RequestId(f"flood{number}"), 10, ("k", "h", "1"))
+    for number in range(3):
+        worker.take(RequestId(f"mine{number}"), 10, ("l", "h", "1"))
+
+    def num_requests(caller: CallerPath) -> int:
+        return worker.view(NOTHING_HELD, caller).num_requests
+
+    assert num_requests(("k", "h", "1")) == 17
+    assert num_requests(("l", "h", "1")) == 3 + 4, "its own ones, and four turns of the flood"
+    assert num_requests(("m", "h", "1")) == 4, "not less than the places"
+    registry.on_report(worker, make_load(num_running=4, num_waiting=31), 1.0)
+    assert num_requests(("m", "h", "1")) == 35 - 15, "the callers of requests from other gateways are not known"

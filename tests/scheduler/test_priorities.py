@@ -104,7 +104,7 @@ def test_among_equal_priorities_the_newest_is_preempted_first() -> None:
 
 def test_a_full_queue_displaces_the_highest_priority_value_and_refuses_higher_ones() -> None:
     engine = unified(max_queued_requests=2)
-    assert not step(engine, asked("run", max_tokens=20), asked("w1", 3), asked("w2", 5))
+    assert not step(engine, asked("run", -9, max_tokens=20), asked("w1", 3), asked("w2", 5))
     (ended,) = step(engine, asked("urgent", -1))
     assert (ended.request_id, ended.outcome, ended.error_code) == ("w2", Outcome.FAILED, "overloaded")
     assert "lower `priority`" in ended.message

@@ -43,7 +43,7 @@ class Prompt:
 class WorkerView:
     worker_id: WorkerId
     page_size: int  # tokens
-    num_requests: int  # running or waiting there
+    num_requests: int  # running or waiting there, without waiting ones that the request passes (fairness.py)
     num_pending_tokens: int  # prompt tokens sent there by this gateway and not known to be computed
     num_known_pages: int  # cached there, by the index
     held: HeldPages = NOTHING_HELD  # the leading pages of the prompt that the worker has cached

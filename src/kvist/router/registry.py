@@ -165,15 +165,16 @@ class Worker:
             self.callers.remove(found.caller)
             self.coming.remove(request_id)
 
-    def view(self, held: HeldPages, *, num_coming_tokens: int = 0, served_session: bool = False) -> WorkerView:
-        """Return the worker as a policy sees it; `held` are the prompt's pages there."""
+    def view(
+        self, held: HeldPages, caller: CallerPath, *, num_coming_tokens: int = 0, served_session: bool = False
+    ) -> WorkerView:
+        """Return the worker as a policy sees it for a request of the caller; `held` are the prompt's pages there."""
         assert self.spec is not None
         load = self.load
-        reported = load.num_running + load.num_waiting if load is not None else 0
         return WorkerView(
             worker_id=self.spec.worker_id,
             page_size=self.spec.page_size,
-            num_requests=max(len(self.in_flight), reported),  # the report counts other gateways' requests too
+            num_requests=self._num_before(caller),
             num_pending_tokens=self.num_pending_tokens,
             num_known_pages=0 if self.pages is None else self.pages.num_pages,
             held=held,
@@ -186,6 +187,16 @@ class Worker:
             service_s=(load.service_s or 0.0) if load is not None else 0.0,
             rates=self.meter.rates,
         )
+
+    def _num_before(self, caller: CallerPath) -> int:
+        """Return the number of requests that run or wait at the worker, without those in its queue that a request of
+        the caller passes."""
+        assert self.spec is not None
+        reported = 0 if self.load is None else self.load.num_running + self.load.num_waiting
+        num_requests = max(len(self.in_flight), reported)  # the report counts other gateways' requests too
+        num_queued = max(0, num_requests - self.spec.max_running_requests)
+        num_passed = len(self.in_flight) - self.callers.num_ahead(caller) if num_queued else 0
+        return num_requests - min(num_queued, num_passed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -242,10 +242,11 @@ class Router:
     def _choose_path(self, look: _LookUp, free: Candidates) -> Route:
         salt, token_ids, single = look.request.cache_salt, look.token_ids, look.single
         workers = {worker.worker_id: worker for worker in free.all()}
-        held = self._held_pages(look, list(workers.values()))
+        held, caller = self._held_pages(look, list(workers.values())), caller_path(look.request.client)
         views = {
             worker_id: worker.view(
                 held.get(worker_id, NOTHING_HELD),
+                caller,
                 num_coming_tokens=worker.coming.num_common_tokens(token_ids, salt),
                 served_session=worker_id in look.session_workers,
             )

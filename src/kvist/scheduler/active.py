@@ -105,6 +105,8 @@ class ActiveRequest:
     ticket: int = 0  # number of its latest push into the queue
     admitted_s: float | None = None  # time of its first admission
     taken_over_s: float = 0.0  # when `handoff_report` was made
+    lost_place: bool = False  # to a claimant (victims.py)
+    kept_until: int = 0  # below this number of tokens no claimant gets its place
     handoff_report: HandoffReport | None = None  # sent with the next chunk; set when decode has the pages
     token_ids: list[int] = field(init=False)  # prompt and output tokens; without the first token of a PREFILL
     page_ids: Sequence[int] = field(init=False, default=())  # of the lease

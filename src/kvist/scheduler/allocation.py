@@ -1,10 +1,11 @@
 """Allocates pages to requests, and preempts requests when no page is left.
 
 A request gets the pages of all its known tokens when it leaves the queue, then a further page whenever its last page is
-full. When no page is left, the least urgent request is preempted: the youngest of the highest `priority` value.
-Ungranted PREFILLs come first, then running requests, which are computed again later. A PREFILL with a Grant and a
-DECODE before its Done are never preempted: they hold a bounded number of pages for a bounded time, and a peer may
-access those pages. The most urgent running request is never preempted, so at least one request always runs to its end.
+full. When no page is left, another request is preempted, and computed again later; victims.py chooses it. A PREFILL
+with a Grant and a DECODE before its Done are never preempted: they hold a bounded number of pages for a bounded time,
+and a peer may access those pages. For a page, the most urgent running request is never preempted, so at least one
+request always runs to its end. Before a batch is planned, the head of the queue may claim the places and the pages of
+running requests.
 Leased prefixes (leases.py) keep their pages, unless a request could not go on beside them.
 
 Host tier: a request that leaves the queue with a part of its K/V in the host tier is LOADING, and in no batch, until
@@ -22,16 +23,18 @@ from __future__ import annotations
 
 import enum
 from collections import defaultdict
+from dataclasses import dataclass
 
 from kvist.kv.cache import PageCache
+from kvist.kv.lease import PageLease
 from kvist.plan.tiers import PagesLoaded
-from kvist.request import Mode
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingSteps
 from kvist.scheduler.shared_prefix import SharedPrefixes
 from kvist.scheduler.states import Requests
+from kvist.scheduler.victims import Victims
 from kvist.scheduler.waiting import num_to_compute
 
 
@@ -42,6 +45,15 @@ class Allocation(enum.Enum):
     LOADING = "loading"  # the request has its pages, and starts when its load has ended
     AWAITS_PAGES = "awaits pages"  # the request has left the queue: another request loads or computes its next pages
     NO_PAGES = "no pages"  # the request stays at the head of the queue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FailedAllocation:
+    """The head of the queue found too few pages."""
+
+    ticket: int
+    num_missing: int
+    num_spare: int  # once its cached pages were evictable again
 
 
 class Allocator:
@@ -58,7 +70,8 @@ class Allocator:
         self._loads: dict[int, ActiveRequest] = {}  # by job id; some requests have ended
         self._followers: dict[int, list[ActiveRequest]] = defaultdict(list)  # by job id: requests that wait for the job
         self._shared = SharedPrefixes(page_size=cache.page_size, usual_step_tokens=context.config.chunked_prefill_size)
-        self._last_failed_allocation: tuple[int, int] | None = None  # ticket; reclaimable pages beyond the reserve
+        self._victims = Victims(requests)
+        self._last_failed: _FailedAllocation | None = None
         self.deferred_victims: set[ActiveRequest] = set()  # victims whose pages the pending step still writes
         self.out_of_pages = False  # a running request found no page in the step being planned
 
@@ -87,7 +100,7 @@ class Allocator:
             self.out_of_pages = True
             if self._cache.waits_for_copies(lease, num_tokens):
                 return False
-            victim = self._last_ungranted() or self._last_running()
+            victim = self._victims.ungranted() or self._victims.for_page_of(request)
             if victim is None and self._leases.give_up():
                 continue
             if victim is None:
@@ -108,13 +121,20 @@ class Allocator:
 
     # ---------------------------------------------------------------- the head of the queue
 
-    def allocate(self, request: ActiveRequest) -> Allocation:
+    def may_claim(self, request: ActiveRequest) -> bool:
+        """Return whether the head of the queue lacks a place or pages, and may have those of running requests."""
+        num_missing = self._num_missing(request)
+        blocked = num_missing > 0 or not self._num_places
+        return blocked and bool(self._victims.for_claimant(request, num_missing))
+
+    def allocate(self, request: ActiveRequest, *, claims: bool = False) -> Allocation:
         """Give the request a lease over all its tokens. One page is kept in reserve for each growing request, so that
-        few requests are preempted."""
+        few requests are preempted. With `claims`, running requests are preempted for its place and pages: only before a
+        batch is planned, and only if it `may_claim` them."""
         cache, requests = self._cache, self._requests
-        reserve = self._num_reserved
-        unchanged = self._last_failed_allocation == (request.ticket, cache.num_reclaimable - reserve)
-        if unchanged and (request.ungranted or self._last_ungranted() is None):
+        failed = self._last_failed
+        unchanged = failed is not None and failed.ticket == request.ticket and failed.num_spare == self._num_spare
+        if unchanged and not claims and (request.ungranted or self._victims.ungranted() is None):
             return Allocation.NO_PAGES  # matching a long prompt again in each step would cost more than it gains
         token_ids, max_cached = request.token_ids, request.max_cached_tokens
         lease = cache.open(token_ids, cache_salt=request.request.cache_salt, max_tokens=max_cached)
@@ -130,17 +150,17 @@ class Allocator:
             self._context.count("shared_prefix_waits")
             return Allocation.AWAITS_PAGES
         num_needed = -(-len(token_ids) // cache.page_size) - len(lease.page_ids)
-        while (too_few := cache.num_reclaimable - num_needed < reserve) or not cache.grow(lease, len(token_ids)):
+        if claims and not self._claim(request, num_needed):
+            return self._fail(request, lease, num_needed)
+        while (too_few := self._num_spare < num_needed) or not cache.grow(lease, len(token_ids)):
             if requests.fetching.give_up_early_loads():
                 continue
             # with enough reclaimable pages, pending copies free them: no victim is needed
-            victim = self._last_ungranted() if too_few and not request.ungranted else None
+            victim = self._victims.ungranted() if too_few and not request.ungranted else None
             if victim is None and self._leases.make_room(lease, num_needed):
                 continue
             if victim is None or not self._preempt(victim):
-                cache.close(lease)
-                self._last_failed_allocation = (request.ticket, cache.num_reclaimable - reserve) if too_few else None
-                return Allocation.NO_PAGES
+                return self._fail(request, lease, num_needed)
         request.set_lease(lease)
         request.num_computed = request.num_planned = lease.num_cached_tokens
         requests.fetching.hand_over(request, lease)
@@ -153,6 +173,40 @@ class Allocator:
         requests.move(request, RequestState.LOADING)
         return Allocation.LOADING
 
+    def _claim(self, request: ActiveRequest, num_needed: int) -> bool:
+        """Preempt running requests for the place and the pages of a waiting one; return whether it has them now."""
+        num_missing = num_needed - self._num_spare
+        if num_missing > 0 or not self._num_places:
+            for victim in self._victims.for_claimant(request, num_missing):
+                if self._preempt(victim):
+                    victim.lost_place = True
+                    self._context.count("claims")
+        return self._num_places > 0
+
+    def _fail(self, request: ActiveRequest, lease: PageLease, num_needed: int) -> Allocation:
+        num_missing = num_needed - self._num_spare
+        self._cache.close(lease)
+        failed = _FailedAllocation(ticket=request.ticket, num_missing=num_missing, num_spare=self._num_spare)
+        self._last_failed = failed if num_missing > 0 else None
+        return Allocation.NO_PAGES
+
+    def _num_missing(self, request: ActiveRequest) -> int:
+        """Return how many pages the request lacks since its last allocation failed; 0 if none has."""
+        failed = self._last_failed
+        if failed is None or failed.ticket != request.ticket:
+            return 0
+        return failed.num_missing + failed.num_spare - self._num_spare
+
+    @property
+    def _num_places(self) -> int:
+        """The number of free places of running requests."""
+        return self._context.config.max_running_requests - self._requests.num_counted_as_running
+
+    @property
+    def _num_spare(self) -> int:
+        """The number of pages beyond the reserve that the head of the queue may have."""
+        return self._cache.num_reclaimable - self._num_reserved
+
     @property
     def _num_reserved(self) -> int:
         """The number of pages kept in reserve: one for each growing request."""
@@ -163,7 +217,7 @@ class Allocator:
         """Load pages of requests that wait for the store, or have waited for it and are not admitted yet, without
         taking the pages or places of other requests."""
         requests = self._requests
-        num_places = self._context.config.max_running_requests - requests.num_counted_as_running
+        num_places = self._num_places
         if not requests.fetching.may_load_early(has_place=num_places > 0):
             return
         queued = requests.fetching.queued()
@@ -203,19 +257,3 @@ class Allocator:
         self._requests.move(victim, RequestState.SUSPENDED if victim.ungranted else RequestState.WAITING)
         self._queue_released()  # nothing may run after this step, and then no step would release its followers
         return True
-
-    def _last_ungranted(self) -> ActiveRequest | None:
-        running, computed = self._requests.running, self._requests.awaiting_transfer
-        if not running.num_prefills and not len(computed):
-            return None  # most engines run hundreds of requests and no PREFILL
-        ungranted = [each for each in (*running, *computed) if each.ungranted]
-        return max(ungranted, key=lambda request: request.urgency, default=None)
-
-    def _last_running(self) -> ActiveRequest | None:
-        """Return the least urgent running request that may be preempted; None if only one request grows. The request
-        that needs the page is not in the batch yet, and requests are added most urgent first, so a less urgent one is
-        not in it either."""
-        running = self._requests.running
-        if running.num_growing <= 1:
-            return None
-        return next(request for request in reversed(running) if request.mode is not Mode.PREFILL)

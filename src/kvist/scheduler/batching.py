@@ -30,6 +30,7 @@ from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingStep, PendingSteps
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
+from kvist.scheduler.victims import keep_place
 
 
 class Batcher:
@@ -71,6 +72,7 @@ class Batcher:
         if self._pending.is_full:
             return None
         self._allocator.begin_step()
+        self._admit_claimants()
         self._num_logprobs_left = MAX_STEP_LOGPROBS
         items: list[BatchItem] = []
         step = PendingStep(decodes=[], chunks=[], planned_s=self._context.now_s)
@@ -93,6 +95,24 @@ class Batcher:
         batch = Batch(step_id=self._pending.next_id, ended=ended, started=started, items=tuple(items))
         self._pending.push(step)
         return batch
+
+    def _admit_claimants(self) -> None:
+        """Admit requests that may have the places or pages of running ones. Nothing is in the batch yet."""
+        requests, allocator = self._requests, self._allocator
+        while (request := requests.waiting.head()) is not None and allocator.may_claim(request):
+            if not request.awaits_handoff and self._num_prompt_tokens_left >= self._context.config.chunked_prefill_size:
+                return  # prompts of running requests come first: the step has no room for another one
+            allocation = allocator.allocate(request, claims=True)
+            if allocation is Allocation.NO_PAGES:
+                return
+            if allocation is Allocation.READY:
+                self._start(request)
+
+    @property
+    def _num_prompt_tokens_left(self) -> int:
+        """The number of prompt tokens that running requests have to compute."""
+        left = (len(each.token_ids) - each.num_planned for each in self._requests.running)
+        return sum(num_left for num_left in left if num_left > 1)
 
     def _add_decodes(self, items: list[BatchItem], decodes: list[ActiveRequest]) -> list[ActiveRequest]:
         """Add one token of each request that has exactly one token left to compute; return the other requests, most
@@ -201,6 +221,7 @@ class Batcher:
         if not request.was_admitted:
             self._count_admission(request)
         request.num_replayed = len(request.token_ids)
+        keep_place(request)
         computes = not request.awaits_handoff
         self._requests.move(request, RequestState.RUNNING if computes else RequestState.GRANTED)
         if computes:

@@ -41,7 +41,16 @@ SCHEDULER_COUNTERS = CounterGroup(
             text="times that a request waited for pages that another running request was computing",
         ),
         Counter(name="generation_tokens", unit="tokens", text="output tokens produced"),
-        Counter(name="preemptions", unit="requests", text="running requests preempted because no free page was left"),
+        Counter(
+            name="preemptions",
+            unit="requests",
+            text="running requests preempted because no free page was left, or for a claim",
+        ),
+        Counter(
+            name="claims",
+            unit="requests",
+            text="requests preempted for a waiting one, of a lower `priority` value or of a key with fewer places",
+        ),
         Counter(
             name="grammar_wait_seconds",
             unit="seconds",

@@ -31,6 +31,11 @@ class Running:
         return reversed(self._requests)
 
     @property
+    def least_urgent(self) -> ActiveRequest:
+        """The last one, of at least one."""
+        return self._requests[-1]
+
+    @property
     def num_growing(self) -> int:
         """The number of requests that will need further pages for output tokens: all but those of mode PREFILL."""
         return len(self._requests) - self.num_prefills

@@ -16,11 +16,13 @@ from kvist.scheduler.compiling import Compiling
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.fetching import Fetching
 from kvist.scheduler.running import Running
+from kvist.scheduler.shares import Shares
 from kvist.scheduler.slots import RequestSlots
 from kvist.scheduler.unadmitted import Unadmitted
 from kvist.scheduler.waiting import WaitingQueue
 
 _STARTED = (RequestState.RUNNING, RequestState.GRANTED)
+_WITH_PLACE = (RequestState.RUNNING, RequestState.GRANTED, RequestState.LOADING)
 
 
 class Container(Protocol):
@@ -67,7 +69,8 @@ class Requests:
         self.unadmitted = Unadmitted()  # live requests that were never admitted
         self.compiling = Compiling(context)
         self.fetching = Fetching(context, cache)
-        self.waiting = WaitingQueue()
+        self.shares = Shares()
+        self.waiting = WaitingQueue(self.shares)
         self.awaiting_pages = InOrder()
         self.suspended = InOrder()
         self.granted = InOrder()
@@ -115,6 +118,10 @@ class Requests:
         assert to in TRANSITIONS[before], f"{request.request_id}: no transition from {before.name} to {to.name}"
         request.state = to
         self.by_state[before].leave(request)
+        if before in _WITH_PLACE:
+            self.shares.give_back(request.caller[0])
+        if to in _WITH_PLACE:
+            self.shares.take(request.caller[0])
         if to is RequestState.ENDED:
             del self.live[request.request_id]
         if not request.was_admitted:

@@ -3,7 +3,9 @@
 The second class is for ungranted PREFILLs (their Grant has not arrived), which are served only when the first class is
 empty. In a class, requests with a lower `priority` value are served first; with the scheduling policy "fcfs" all have
 the same. Among requests of equal priority, callers take turns (fairness.py). A preempted request was admitted before
-and needs no second turn: it returns to the head of its priority, in front of younger ones.
+and needs no second turn: it returns to the head of its priority, in front of younger ones. Both rules yield to shares:
+the request of a key comes first that, with one more place, has no more places for its weight than the key that would be
+first (shares.py).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from operator import attrgetter
 
 from kvist.fairness import FairQueue
 from kvist.scheduler.active import ActiveRequest, RequestState
+from kvist.scheduler.shares import Shares
 
 _number = attrgetter("number")
 _ADMITTED = frozenset({RequestState.LOADING, RequestState.RUNNING, RequestState.GRANTED})
@@ -32,8 +35,19 @@ class _Line:
         else:
             self._turns.add(request.caller, request)
 
-    def head(self) -> ActiveRequest | None:
-        return self._returned[0] if self._returned else self._turns.head()
+    def head(self, shares: Shares) -> ActiveRequest | None:
+        first = self._returned[0] if self._returned else self._turns.head()
+        if first is None:
+            return None
+        keys = (*(each.caller[0] for each in self._returned), *self._turns.keys)
+        key = min(keys, key=lambda each: shares.with_more(each, 1))  # of equal ones the first
+        if shares.with_more(key, 1) > shares.with_more(first.caller[0], 0):
+            return first
+        returned = (each for each in self._returned if each.caller[0] == key)
+        return next(returned, None) or self._turns.head(key)
+
+    def __bool__(self) -> bool:
+        return bool(self._returned) or bool(self._turns.keys)
 
     def remove(self, request: ActiveRequest, *, takes_turn: bool) -> None:
         if request.was_admitted:
@@ -58,13 +72,13 @@ class _Class:
             insort(self._priorities, request.priority)
         line.add(request)
 
-    def head(self) -> ActiveRequest | None:
-        return self._lines[self._priorities[0]].head() if self._priorities else None
+    def head(self, shares: Shares) -> ActiveRequest | None:
+        return self._lines[self._priorities[0]].head(shares) if self._priorities else None
 
     def remove(self, request: ActiveRequest, *, takes_turn: bool) -> None:
         line = self._lines[request.priority]
         line.remove(request, takes_turn=takes_turn)
-        if line.head() is None:
+        if not line:
             del self._lines[request.priority]
             del self._priorities[bisect_left(self._priorities, request.priority)]
 
@@ -72,7 +86,8 @@ class _Class:
 class WaitingQueue:
     """The requests in state WAITING. Mutable; its one owner is `Requests`."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
         self._classes = (_Class(), _Class())
         self._class_of: dict[ActiveRequest, _Class] = {}
         self._num_pushes = 0
@@ -100,7 +115,7 @@ class WaitingQueue:
 
     def head(self) -> ActiveRequest | None:
         granted, ungranted = self._classes
-        return granted.head() or ungranted.head()
+        return granted.head(self._shares) or ungranted.head(self._shares)
 
     def _push(self, request: ActiveRequest) -> None:
         self._num_pushes += 1

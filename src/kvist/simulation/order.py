@@ -16,11 +16,13 @@ class OrderCheck:
         self._requests = requests
         self._waiting: list[ActiveRequest] = []
         self._running: list[ActiveRequest] = []
+        self._kept: set[ActiveRequest] = set()  # no other request may claim their places
         self.num_preempted = 0  # requests that lost their pages while they grew
 
     def before(self) -> None:
         self._waiting = list(self._requests.waiting)
         self._running = [each for each in self._requests.running if each.mode is not Mode.PREFILL]
+        self._kept = {each for each in self._running if len(each.token_ids) < each.kept_until}
 
     def after(self) -> None:
         self._check_admissions()
@@ -39,10 +41,15 @@ class OrderCheck:
                 )
 
     def _check_victims(self) -> None:
-        """A preempted request is less urgent than every request that ran and goes on."""
+        """A preempted request is less urgent than every request of its key that ran and goes on, and of no lower
+        priority value than those of other keys; except those that keep their places."""
         victims = [each for each in self._running if each.state is RequestState.WAITING]
         self.num_preempted += len(victims)
         staying = [each for each in self._running if each.state is RequestState.RUNNING]
         for victim in victims:
             for other in staying:
-                assert other.urgency < victim.urgency, f"{victim.request_id} was preempted before {other.request_id}"
+                assert (
+                    other in self._kept
+                    or other.urgency < victim.urgency
+                    or (other.priority == victim.priority and other.caller[0] != victim.caller[0])
+                ), f"{victim.request_id} was preempted before {other.request_id}"
