@@ -164,7 +164,7 @@ def run(requests: list[tuple[int, str, int, int, int]], keys: list[str] | None =
     return engine
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     requests=REQUESTS,
     num_places=st.integers(1, 5),
@@ -185,7 +185,7 @@ def test_every_request_ends_and_claims_are_bounded_by_the_sampled_tokens(
     assert num_claims(engine) <= sum(1 + num_answer // LEAST_PROGRESS for _, _, _, num_answer, _ in requests)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(requests=REQUESTS, num_places=st.integers(1, 5), overlap=st.booleans())
 def test_requests_of_one_key_take_no_place_from_each_other(
     requests: list[tuple[int, str, int, int, int]], num_places: int, overlap: bool

@@ -4,8 +4,8 @@
 
 A running request loses its pages to another running request that needs a page, or to a claimant. A claimant is the
 head of the queue, without a free place or without pages, if it has a lower `priority` value than the victim; or the
-same, and its API key has fewer places for its weight: after the exchange not more than the victim's key (shares.py). Two
-keys thus never take places from each other in turn, and the requests of one key take none from each other.
+same, and its API key has fewer places for its weight: after the exchange not more than the victim's key (shares.py).
+Two keys thus never take places from each other in turn, and the requests of one key take none from each other.
 
 A request that lost its place to a claimant keeps the next one until it has sampled 16 tokens, or an eighth of the
 tokens that were computed again for it. Therefore claims are bounded by the tokens that are sampled.
