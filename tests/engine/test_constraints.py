@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Unpack
 
 import msgspec
 import pytest
 
+from kvist.engine.grammar_jobs import GrammarJobs
+from kvist.errors import InvalidConstraint
 from kvist.grammar.compiler import GrammarCompiler
+from kvist.plan.grammars import GrammarCompiled
 from kvist.request import Constraint, EngineRequest, FinishReason, Outcome, Role
 from kvist.testing.memory_cluster import MemoryCluster, Stream
-from kvist.testing.specs import RequestFields
+from kvist.testing.specs import RequestFields, submit_full
+from kvist.testing.tiny_model import tiny_grammars
 from kvist.testing.tokenizers import byte_tokenizer
 from tests.engine.conftest import request_of
 from tests.engine.test_engines import prompt
@@ -101,6 +106,30 @@ def test_a_constraint_that_cannot_be_compiled_fails_alone(world: MemoryCluster) 
     assert [(each.outcome, each.error_code) for each in streams[0].ended] == [(Outcome.FAILED, "invalid_constraint")]
     assert [each.outcome for each in streams[1].ended] == [Outcome.FINISHED]
     world.check_ledgers()
+
+
+def test_a_report_comes_with_a_request_whose_grammar_was_compiled_before() -> None:
+    compiler, texts = tiny_grammars(), ("known?[ab]+", "(", "c")
+    jobs = GrammarJobs(compiler, lambda: None)
+    requests = [word(text, prompt(5), constraint=Constraint(kind="regex", text=text)) for text in texts]
+    events = [submit_full(each) for each in (*requests, request_of("free", prompt(5)))]
+    assert jobs.known(events) == []
+    for request in requests[:2]:
+        constraint = request.sampling.constraint
+        assert constraint is not None
+        with contextlib.suppress(InvalidConstraint):
+            compiler.start(constraint).result(20.0)
+    before = compiler.totals()["grammar_cache_hits"]
+    assert jobs.known(events) == [GrammarCompiled(request_id=requests[0].request_id)]
+    assert compiler.totals()["grammar_cache_hits"] == before + 1
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(1, 1), (3, 3), (60, 7)])
+def test_tokens_without_a_choice_end_at_max_tokens(world: MemoryCluster, max_tokens: int, expected: int) -> None:
+    choice = Constraint(kind="choice", text='["abcdef"]')
+    stream = world.answer(world.start(), word("r", prompt(7), max_tokens=max_tokens, constraint=choice))
+    assert text_of(stream) == "abcdef#"[:expected]
+    assert stream.finish is (FinishReason.STOP if expected == 7 else FinishReason.LENGTH)
 
 
 def test_an_answer_that_breaks_its_constraint_is_not_continued(world: MemoryCluster) -> None:

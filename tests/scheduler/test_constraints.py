@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.kv.tiers.prefetch import PrefetchConfig
+from kvist.plan.grammars import GrammarCompiled
 from kvist.plan.tiers import FindPages
-from kvist.request import Constraint, EngineRequest, Outcome, Role
+from kvist.request import Constraint, EngineRequest, Outcome, RequestId, Role
 from kvist.scheduler.active import RequestState
 from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.device import forbidden_tokens, reference_stream
@@ -42,6 +43,23 @@ def test_a_request_waits_for_its_grammar_and_others_do_not() -> None:
     world.check_settled()
     assert ended(world, "constrained", engine) == ended(world, "free", engine) == (Outcome.FINISHED, None)
     assert not set(world.stream("constrained")[0][:1]) & forbidden_tokens([])
+
+
+def test_a_request_whose_grammar_is_known_is_in_the_next_batch_and_needs_no_job() -> None:
+    world = SimCluster()
+    engine = world.start("u")
+    engine.holds_grammars = True
+    world.submit(sim_request("known", [1] * 5, constraint=CONSTRAINT), engine)
+    world.submit(sim_request("new", [2] * 5, constraint=CONSTRAINT), engine)
+    world.deliver(("gateway", "u"))
+    world.deliver(("gateway", "u"))
+    engine.events.append(GrammarCompiled(request_id=RequestId("known")))
+    plan = engine.step()
+    assert [job.request_id for job in plan.grammar_jobs] == ["new"]
+    assert engine.running == ["known"]
+    engine.holds_grammars = False
+    world.settle()
+    world.check_settled()
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])

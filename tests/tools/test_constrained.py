@@ -23,6 +23,7 @@ from kvist.tools.constrained import CallableTool, calls_tag
 from kvist.tools.selection import FORMATS, AnswerFormats
 from kvist.tools.tables import MISTRAL_V11, ToolFormat
 from tests.tools.cases import Answer
+from tests.tools.test_response_template import OWN_FORMATS
 from tests.tools.writing import write
 
 SPECIAL = (
@@ -122,7 +123,9 @@ def check(form: ToolFormat, tools: dict[str, Any], text: str, draw: random.Rando
     return answer
 
 
-each_format = pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.name}-{len(form.template_marks)}")
+each_format = pytest.mark.parametrize(
+    "form", [*FORMATS, *OWN_FORMATS], ids=lambda form: f"{form.name}-{len(form.template_marks)}"
+)
 
 
 @each_format

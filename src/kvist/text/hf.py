@@ -35,7 +35,9 @@ def tokenizer_from_folder(folder: Path, options: TextConfig) -> Tokenizer:
     config = _optional_json(folder / "tokenizer_config.json")
     special = {**_named_tokens(_optional_json(folder / "special_tokens_map.json")), **_named_tokens(config)}
     bos = special.get("bos_token")
-    chat_template, no_chat_template_reason = find_chat_template(options, _own_template(folder, config), special)
+    chat_template, no_chat_template_reason = find_chat_template(
+        options, _own_template(folder, config), special, config.get("response_template")
+    )
     return Tokenizer(
         backend,
         alphabet=_alphabet(backend, path),

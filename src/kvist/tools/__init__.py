@@ -1,9 +1,9 @@
 """Parses the text of an answer into content, reasoning and tool calls, while it arrives.
 
-A format is data (tables.py). `find_formats` chooses formats by name or from the chat template (selection.py), and
-`answer_parser` returns a parser that turns pieces of text into events (parser.py,
-harmony.py). bodies.py reads one call in each style of writing
-arguments, over the waiting reader of cursor.py.
+A format is data (tables.py). `find_formats` chooses formats by name, as the checkpoint describes them
+(response_template.py), or from the chat template (selection.py), and `answer_parser` returns a parser that turns pieces
+of text into events (parser.py, harmony.py). bodies.py reads one call in each style of writing arguments, over the
+waiting reader of cursor.py.
 
 The events do not depend on how the text is cut into pieces. Text that looks like a call and is none becomes content,
 unchanged. Time is linear in the text, and the withheld text is limited (`HELD_CHARS`).
@@ -24,6 +24,7 @@ from kvist.tools.events import (
 )
 from kvist.tools.harmony import HarmonyParser
 from kvist.tools.parser import AnswerParser
+from kvist.tools.response_template import NotReadError, read_response_template
 from kvist.tools.selection import (
     AUTO,
     NONE,
@@ -46,6 +47,7 @@ __all__ = [
     "CallIds",
     "CallStarted",
     "ContentPiece",
+    "NotReadError",
     "ParserEvent",
     "ReasoningFormat",
     "ReasoningPiece",
@@ -53,6 +55,7 @@ __all__ = [
     "answer_parser",
     "find_formats",
     "is_name",
+    "read_response_template",
 ]
 
 

@@ -65,7 +65,7 @@ class CallReader:
             yield from cursor.skip_space()
             yield from cursor.expect((":",))
             yield from cursor.skip_space()
-            if key == "name" and not name:
+            if key == call.name_key and not name:
                 name = yield from json_string(cursor)
                 if held:
                     self._start(name)

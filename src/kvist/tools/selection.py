@@ -1,4 +1,5 @@
-"""Chooses the formats of tool calls and reasoning: by vLLM's names, or from the text of the chat template."""
+"""Chooses the formats of tool calls and reasoning: by vLLM's names, as the checkpoint describes them, or from the text
+of the chat template."""
 
 from __future__ import annotations
 
@@ -76,9 +77,20 @@ def _texts_in(value: object) -> Iterator[str]:
             yield from _texts_in(one)
 
 
-def find_formats(template: str, *, tool_parser: str = AUTO, reasoning_parser: str = AUTO) -> AnswerFormats:
-    """Raises `ConfigError` for an unknown name."""
-    return AnswerFormats(_tools(template, tool_parser), _reasoning(template, reasoning_parser))
+_UNDESCRIBED = AnswerFormats()
+
+
+def find_formats(
+    template: str, *, tool_parser: str = AUTO, reasoning_parser: str = AUTO, described: AnswerFormats = _UNDESCRIBED
+) -> AnswerFormats:
+    """`described`: by the checkpoint's `response_template`, which is preferred to the marks in the chat template.
+    Raises `ConfigError` for an unknown name."""
+    tools = described.tools if tool_parser == AUTO else None
+    reasoning = described.reasoning if reasoning_parser == AUTO else None
+    return AnswerFormats(
+        tools or _tools(template, tool_parser),
+        reasoning or _reasoning(template, reasoning_parser),
+    )
 
 
 def _tools(template: str, name: str) -> ToolFormat | None:

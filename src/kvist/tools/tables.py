@@ -53,6 +53,7 @@ class JsonCall:
     """`{"name": "f", "arguments": {...}}`, with the keys in any order, and other keys without effect."""
 
     begin: str = "{"
+    name_key: str = "name"
     argument_keys: tuple[str, ...] = ("arguments", "parameters")
     written: Written = Written(name_begin='{"name": "', name_end='", "arguments": ', end="}")
 
