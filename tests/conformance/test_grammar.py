@@ -209,6 +209,29 @@ def test_tokens_that_are_accepted_together_are_accepted_or_refused_as_alone(
     assert [allowed(together[place]) for place in left] == [allowed(alone[place]) for place in left]
 
 
+@BY_KIND
+def test_forced_tokens_are_those_that_masks_allow_alone(backend: GrammarBackend, example: Example) -> None:
+    kind, text, *_ = example
+    grammar = backend.compile(Constraint(kind=kind, text=text))
+    for seed in range(20):
+        dice, matcher = random.Random(seed), grammar.matcher()
+        for _ in range(12):
+            for token_id in matcher.forced():
+                assert allowed(matcher) == {token_id}
+                assert matcher.accept([token_id])
+            if matcher.is_terminated:
+                break
+            assert matcher.accept([dice.choice(sorted(allowed(matcher)))])
+
+
+def test_llguidance_knows_the_tokens_of_a_forced_text_without_masks() -> None:
+    backend = GRAMMAR_BACKENDS["llguidance"].make({}, VOCABULARY)
+    matcher = backend.compile(schema(PERSON, whitespace="")).matcher()
+    assert list(matcher.forced()) == ids('{"name":"')
+    assert matcher.accept(ids('{"name":"x'))
+    assert list(matcher.forced()) == []
+
+
 def test_end_tokens_of_answers_that_are_all_over_are_accepted_together(
     backend: GrammarBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

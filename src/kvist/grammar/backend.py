@@ -71,6 +71,10 @@ class Matcher(Protocol):
         """Set the bit of every token that may follow in `allowed` [num_words], and clear all others. Raises
         `InvalidConstraint` if this would take more work than the limits allow."""
 
+    def forced(self) -> Sequence[int]:
+        """Return tokens of which each is the only one that may follow those before it, found with less work than by
+        masks. Masks may show more of them."""
+
 
 class Grammar(Protocol):
     """A compiled constraint. Immutable; shared by all answers with this constraint."""

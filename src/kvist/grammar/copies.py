@@ -138,6 +138,12 @@ class LlguidanceMatcher:
             self.library_matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
         self._raise_if_failed()
 
+    def forced(self) -> Sequence[int]:
+        """Masks allow only the tokenizer's own tokens where the library forces a text, which is asserted by
+        tests/conformance/test_grammar.py."""
+        tokens: list[int] = [] if self.library_matcher.is_stopped() else self.library_matcher.compute_ff_tokens()
+        return tokens
+
     def note_accepted(self, token_id: int) -> None:
         """Keep a token that the library's matcher has accepted."""
         self._token_ids.append(token_id)

@@ -276,6 +276,11 @@ class ReasoningMatcher:
                 self._then.fill(allowed)
             _set(allowed, grammar.begin_ids[self._num_tokens])
 
+    def forced(self) -> Sequence[int]:
+        if self._state is _State.CLOSING:
+            return self._grammar.closing_ids[self._num_tokens :]
+        return () if self.inner is None else self.inner.forced()
+
 
 def _has(words: Words, token_id: int) -> bool:
     return bool(words.view(np.uint32)[token_id >> 5] >> (token_id & 31) & 1)

@@ -145,6 +145,9 @@ class XgrammarMatcher:
         if self._vocabulary.size % 32:
             allowed.view("uint32")[-1] &= (1 << self._vocabulary.size % 32) - 1
 
+    def forced(self) -> Sequence[int]:
+        return ()  # the library knows a forced text, not its tokens
+
 
 @contextlib.contextmanager
 def _library_errors() -> Iterator[None]:

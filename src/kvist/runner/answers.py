@@ -90,6 +90,15 @@ class Answer:
             self.fail(_MISSING)
         return bits
 
+    def take_forced(self, max_tokens: int) -> None:
+        """Append the tokens that follow in any case, at most `max_tokens` of them. `mask` is known, and has one token."""
+        if self.matcher is None or self.forced is None:
+            return
+        run = self.matcher.forced()
+        if not run or run[0] != self.forced:
+            run = (self.forced,)
+        self.accept(len(self.token_ids), run[: min(max_tokens, self._max_len - len(self.token_ids))])
+
     @property
     def may_skip(self) -> bool:
         """Whether tokens may follow without a step of their own."""
@@ -196,14 +205,11 @@ class SlotAnswers:
             return {}
         newest = [each for each in rows if each.answer.may_skip and len(each.answer.token_ids) == each.position + 1]
         left = newest
-        for _ in range(_MAX_FORCED):
-            if not left:
-                break
+        while left:
             self.fill(left)
-            left = [each for each in left if each.answer.forced is not None and each.answer.may_skip]
-            self._accept(
-                [each.answer for each in left], [each.answer.forced for each in left if each.answer.forced is not None]
-            )
+            for each in left:
+                each.answer.take_forced(_MAX_FORCED + each.position + 1 - len(each.answer.token_ids))
+            left = [each for each in left if each.answer.mask is None and each.answer.may_skip]
         found = ((each.row, each.answer.token_ids[each.position + 1 :]) for each in newest)
         return {row: token_ids for row, token_ids in found if token_ids}
 
