@@ -91,7 +91,7 @@ class Answer:
         return bits
 
     def take_forced(self, max_tokens: int) -> None:
-        """Append the tokens that follow in any case, at most `max_tokens` of them. `mask` is known, and has one token."""
+        """Append tokens that follow in any case, at most `max_tokens` of them, if `mask` is known and has one token."""
         if self.matcher is None or self.forced is None:
             return
         run = self.matcher.forced()
