@@ -193,8 +193,9 @@ def main() -> None:
         print(tabulate(rows, list(sources)))
         for name, totals in counted.items():
             num = max(1.0, totals.get("prefetches", 0.0))
-            waited = 1e3 * totals.get("prefetch_wait_seconds", 0.0) / num
-            print(f"{name}: {waited:.1f} ms of wait for the store for each prompt that was looked up there")
+            waited = totals.get("prefetch_wait_seconds", 0.0) / num
+            share = waited / statistics.mean([row["s"] for row in rows if row["server"] == name])
+            print(f"{name}: {1e3 * waited:.1f} ms of wait for the store for each prompt looked up there ({share:.2%})")
         if args.json:
             write_report(args.json, args, rows=rows, counted=counted)
 

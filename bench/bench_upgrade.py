@@ -2,6 +2,7 @@
 
     python bench/bench_upgrade.py --order start-first
     python bench/bench_upgrade.py --persist               (workers keep their pages in folders, and stop first)
+    python bench/bench_upgrade.py --stores 3              (with a page pool of Mooncake; with --persist it has SSDs)
 
 Starts `kvist up` with a small model in fp32 on the CPU, keeps streams of every kind open, and replaces every process by
 `kvist upgrade` meanwhile. Every answer is compared with its twin, the answer of the same cluster before the upgrade.
@@ -62,12 +63,18 @@ def up_command(args: argparse.Namespace, folder: Path, port: int) -> list[str]:
     (folder / "model").mkdir()
     vocab_size = write_byte_tokenizer(folder / "model")
     write_tiny_model(folder / "model", vocab_size=vocab_size, max_model_len=1024)
-    persist = [f"--hicache-persist={folder / 'pages'}", "--enable-hierarchical-cache"] if args.persist else []
+    tiers = [f"--hicache-persist={folder / 'pages'}", "--enable-hierarchical-cache"] if args.persist else []
+    if args.stores:
+        tiers += ["--storage=mooncake", f"--stores={args.stores}", "--segment-size=0.064"]
+        tiers.append("--hicache-storage-prefetch-threshold=16")
+    if args.stores and args.persist:
+        (folder / "ssd").mkdir()
+        tiers += [f"--ssd-path={folder / 'ssd'}", "--ssd-size=0.5"]
     return [
         *(sys.executable, "-m", "kvist", "up", f"--model-path={folder / 'model'}", "--load-format=dummy"),
         *("--device=cpu", f"--port={port}", f"--runtime-dir={folder / 'runtime'}", f"--max-total-tokens={NUM_TOKENS}"),
         *(f"--prefill={args.prefill}", f"--decode={args.decode}", f"--unified={args.unified}", "--no-access-log"),
-        *(f"--shutdown-timeout-s={args.drain_s}", *persist),
+        *(f"--shutdown-timeout-s={args.drain_s}", *tiers),
     ]
 
 
@@ -179,6 +186,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--unified", type=int, default=0)
     parser.add_argument("--order", default="auto")
     parser.add_argument("--persist", action="store_true", help="with a host tier in a folder for each worker")
+    parser.add_argument("--stores", type=int, default=0, help="of a page pool of Mooncake; 0: no pool")
     parser.add_argument("--python", default=sys.executable, help="of the new version")
     parser.add_argument("--drain-s", type=float, default=1.0, help="after which a worker's streams go on elsewhere")
     parser.add_argument("--streams", type=int, default=6, help="streams open at any time")
@@ -218,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench_upgrade: {failure}", file=sys.stderr)
     finally:
         if args.keep:
-            shutil.copytree(folder, args.keep, ignore=shutil.ignore_patterns("pages", "runtime"), dirs_exist_ok=True)
+            shutil.copytree(
+                folder, args.keep, ignore=shutil.ignore_patterns("pages", "ssd", "runtime"), dirs_exist_ok=True
+            )
         shutil.rmtree(folder, ignore_errors=True)
     return status
 

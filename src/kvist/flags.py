@@ -272,6 +272,8 @@ class Sources:
     other_keys: Sequence[str] = ()  # options of other verbs: one TOML file may serve all verbs
     positional: Sequence[str] = ()  # options set by words without a flag, in this order
     remedies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # flag of another server → what to do instead
+    # (key, value) → values by key that this value implies, where they are not given
+    implied: Mapping[tuple[str, object], Mapping[str, object]] = dataclasses.field(default_factory=dict)
 
 
 def read_settings(settings_class: type[T], sources: Sources) -> T:
@@ -284,6 +286,9 @@ def read_settings(settings_class: type[T], sources: Sources) -> T:
     config = given.get("config")  # option with the path of the TOML file
     if config is not None and config.value is not None:
         given = {**_from_file(options, cast(Path, config.value), sources.other_keys), **given}
+    for (key, value), others in sources.implied.items():
+        if key in given and given[key].value == value:
+            given = {**{other: _Given(source=given[key].source, value=each) for other, each in others.items()}, **given}
     _check_backends(options, given)
     return compose(settings_class, {key: item.value for key, item in given.items()})
 

@@ -17,6 +17,7 @@ from kvist.agents_api.config import AgentApiOptions
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
 from kvist.channel import ChannelConfig
 from kvist.cluster.config import (
+    IMPLIED_BY_POOL,
     ChatConfig,
     ClusterConfig,
     FrontOptions,
@@ -490,5 +491,6 @@ def read(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings
         other_keys=sorted(known),
         positional=_POSITIONAL.get(verb, ()),
         remedies=REMEDIES,
+        implied=IMPLIED_BY_POOL,
     )
     return read_settings(_SETTINGS[verb], sources)

@@ -17,7 +17,7 @@ from kvist.channel import with_private_key
 from kvist.cluster.plan import ClusterShape, threads_for_each, visible_gpus
 from kvist.cluster.pool_plan import PoolShape
 from kvist.cores import num_usable_cores
-from kvist.engine.config import EngineOptions, ModelOptions, TokenizerConfig
+from kvist.engine.config import HostTierConfig, ModelOptions, TokenizerConfig
 from kvist.errors import ConfigError
 from kvist.hub import find_model
 from kvist.nodes.config import STOP_MARGIN_S, JoinPoolOptions, PoolOptions, SegmentOptions
@@ -222,9 +222,10 @@ def with_tiers(settings: DemoSettings, folder: str) -> DemoSettings:
     """Add a host tier and a store, small ones unless the user set them. The demo's short prompts are fetched, too."""
     page_size = settings.engine.runner.page_size
     host, store = settings.engine.host_tier, settings.engine.storage
-    if not host.enable_hierarchical_cache:
+    implied = settings.nodes.storage is not None and host == HostTierConfig(enable_hierarchical_cache=True)
+    if implied or not host.enable_hierarchical_cache:
         host = replace(host, enable_hierarchical_cache=True, hicache_size=DEMO_HOST_TIER_GB)
-    if store.hicache_storage_backend is None and settings.nodes.storage is None:
+    if store.hicache_storage_backend is None:
         store = replace(store, hicache_storage_backend="file", hicache_storage_options={"path": folder})
     store = replace(store, hicache_storage_prefetch_threshold=page_size)
     return replace(settings, engine=replace(settings.engine, host_tier=host, storage=store))
@@ -260,17 +261,9 @@ def pool_shape(settings: UpSettings | DemoSettings) -> PoolShape | None:
     )
 
 
-def with_pool(engine: EngineOptions, storage: str | None) -> EngineOptions:
-    """Return the options of the workers of a page pool: with a host tier, and the pool behind it."""
-    if storage is None:
-        return engine
-    host = replace(engine.host_tier, enable_hierarchical_cache=True)
-    return replace(engine, host_tier=host, storage=replace(engine.storage, hicache_storage_backend=storage))
-
-
 def cluster_shape(settings: UpSettings | DemoSettings, environ: Mapping[str, str] = os.environ) -> ClusterShape:
     """Return the input of the plan: for each child its options, except those set by the plan."""
-    engine, config = with_pool(settings.engine, settings.nodes.storage), settings.cluster_config()
+    engine, config = settings.engine, settings.cluster_config()
     runner, persist_folder = engine.runner, engine.host_tier.hicache_persist
     num_gpus = 0 if runner.device == "cpu" else visible_gpus(environ)
     planned = replace(

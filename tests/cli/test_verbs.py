@@ -204,6 +204,9 @@ def test_the_demo_uses_small_tiers_by_default() -> None:
         *("--enable-hierarchical-cache", f"--hicache-size={verbs.DEMO_HOST_TIER_GB:g}"),
         *("--hicache-storage-backend=file", "--hicache-storage-path=/here", "--hicache-storage-prefetch-threshold=16"),
     )
+    read = settings.read("demo", ["--storage=mooncake"], {})
+    assert isinstance(read, settings.DemoSettings)
+    assert verbs.with_tiers(read, "/here").engine.host_tier.hicache_size == verbs.DEMO_HOST_TIER_GB
     read = settings.read("demo", ["--enable-hierarchical-cache", "--hicache-storage-backend=file"], {})
     assert isinstance(read, settings.DemoSettings)
     own = verbs.with_tiers(read, "/here").engine
@@ -269,6 +272,17 @@ def test_a_page_pool_of_up_is_the_storage_tier_of_its_workers() -> None:
     assert shape.pool.num_stores == 2
     assert shape.pool.master_argv == ("--hot-page-replicas=2",)
     assert {"--enable-hierarchical-cache", "--hicache-storage-backend=mooncake"} <= {*shape.worker_argv}
+
+
+def test_options_of_the_tiers_need_no_other_flag_beside_a_page_pool() -> None:
+    chosen = ["--hicache-size=1.5", "--hicache-storage-prefetch-threshold=32", "--hicache-mooncake-replica-num=2"]
+    read = settings.read("up", ["--storage=mooncake", *chosen], {})
+    assert isinstance(read, settings.UpSettings)
+    assert {"--enable-hierarchical-cache", "--hicache-storage-backend=mooncake", *chosen} <= {
+        *verbs.cluster_shape(read).worker_argv
+    }
+    with pytest.raises(ConfigError, match="add --enable-hierarchical-cache"):
+        settings.read("up", ["--storage=mooncake", "--no-enable-hierarchical-cache"], {})
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,25 @@ def test_without_its_master_requests_are_computed_and_the_tier_comes_back_by_its
     world.check_ledgers()
 
 
+def test_mooncake_1871_after_a_change_of_master_lost_pages_are_computed_and_stored_again(
+    world: PoolWorld, breakable_pool: MooncakePool
+) -> None:
+    storage = tier_of(breakable_pool)
+    engine, expected = computed(world, storage)
+    engine = restart(world, engine, storage)
+    breakable_pool.master_process.signal(signal.SIGKILL)
+    assert answer_all(world, engine, expected, 1) == 0
+    breakable_pool.start_master()  # the new one knows no page: the stores of this pool have no SSD
+    num_stores = len(breakable_pool.stores)  # until the master knows them all, a put has no room
+    world.step_until(lambda: breakable_pool.num_segments() == num_stores, step_s=0.2)
+    engine = restart(world, engine, storage)
+    assert answer_all(world, engine, expected, 2) == 0
+    num_pages = sum(n // 4 for n in LENGTHS)
+    world.step_until(lambda: engine.scheduler.status().totals["storage_stored_pages"] >= num_pages)
+    assert answer_all(world, restart(world, engine, storage), expected, 3) == sum(map(hits, LENGTHS))
+    world.check_ledgers()
+
+
 def test_a_worker_whose_master_is_down_at_the_start_serves_and_uses_the_pool_when_it_is_there(
     world: PoolWorld, breakable_pool: MooncakePool
 ) -> None:

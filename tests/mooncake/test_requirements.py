@@ -67,6 +67,12 @@ def test_each_system_library_that_is_checked_is_one_that_the_package_loads() -> 
         assert any(name.startswith(soname) for name in outside), (soname, sorted(outside))
 
 
+@pytest.mark.parametrize("page", ["mooncake.md", "operations.md"])
+def test_the_docs_install_the_system_libraries_that_are_checked(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    assert f"apt-get install {' '.join(requirements._SYSTEM_LIBRARIES.values())} " in text
+
+
 def test_a_library_that_cannot_be_loaded_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_name: str) -> None:
         raise ImportError("undefined symbol")

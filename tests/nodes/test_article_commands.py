@@ -1,4 +1,5 @@
-"""The commands of two terminals, one for prefill and one for decode, and of a third for the router, answer a curl."""
+"""The commands of two terminals, one for prefill and one for decode, and of a third for the router, answer a curl, and
+pages come back from the pool when no other tier has them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from kvist.checkpoint import find_checkpoint
@@ -15,7 +18,8 @@ from kvist.testing.waits import wait_until
 from tests.nodes.conftest import Pool, Server
 
 START_TIMEOUT_S = 200.0
-QUESTION = "What is the capital of France? " * 12 + "Answer in one word."
+PAGE_SIZE = 16
+QUESTION = "What is the capital of France? " * 40 + "Answer in one word."
 
 
 @pytest.mark.model
@@ -44,12 +48,21 @@ def test_two_workers_with_the_pool_and_a_router_answer_a_curl(pool: Pool, tmp_pa
             server.start()
         for server in servers:
             server.wait_ready(START_TIMEOUT_S)
-        num_keys = pool.admin.pool_status().num_keys
+        num_keys_before = pool.admin.pool_status().num_keys
         body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 8})
         curl = ["curl", "-s", f"{router.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
-        answer = json.loads(subprocess.run(curl, capture_output=True, check=True, timeout=120).stdout)
-        assert "Paris" in answer["choices"][0]["message"]["content"], answer
-        wait_until(lambda: pool.admin.pool_status().num_keys > num_keys, prefill.log)  # the prompt's pages
+
+        def answer() -> dict[str, Any]:
+            return dict(json.loads(subprocess.run(curl, capture_output=True, check=True, timeout=120).stdout))
+
+        first = answer()
+        assert "Paris" in first["choices"][0]["message"]["content"], first
+        num_pages = first["usage"]["prompt_tokens"] // PAGE_SIZE
+        wait_until(lambda: pool.admin.pool_status().num_keys >= num_keys_before + num_pages, prefill.log)
+        httpx.post(f"{router.url}/flush_cache", timeout=60, trust_env=False).raise_for_status()
+        again = answer()
+        assert again["choices"] == first["choices"]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == num_pages * PAGE_SIZE
         state = router.get("/hicache/storage-backend").json()["workers"]
         assert {one["hicache_storage_backend"] for one in state.values()} == {"mooncake"}
         wait_until(lambda: "kvist:storage_pool_keys{" in router.get("/metrics").text, router.log)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from kvist import cli
+from kvist import __version__, cli
 from kvist.store.mooncake import MooncakeStore
 from kvist.testing.waits import wait_until
+from kvist.upgrade.view import HttpClusterView
 from tests.nodes.conftest import Pool, Server
 from tests.store.mooncake_writer import KEYS, PAGE_BYTES, open_store, page_of
 
@@ -128,6 +129,24 @@ def test_pages_that_only_an_ssd_has_are_hits_of_a_worker_with_their_own_bytes(
     assert workers_store.stats().num_broken == 0
 
 
+def test_a_page_that_a_worker_reads_often_is_copied_to_more_stores(pool: Pool, workers_store: MooncakeStore) -> None:
+    hot = KEYS[100:101]
+    assert workers_store.put(hot, [page_of(hot[0])]) == 1
+    before = pool.admin.pool_status().num_hot_copies
+    into = [memoryview(bytearray(PAGE_BYTES))]
+
+    def is_copied() -> bool:
+        assert workers_store.get(hot, into) == 1
+        assert into == [page_of(hot[0])]
+        return pool.admin.pool_status().num_hot_copies > before
+
+    wait_until(is_copied, pool.status)
+    (name,) = workers_store.names(hot)
+    replicas = workers_store._client.replicas([name])[name]
+    assert replicas is not None
+    assert len({session for session, _ in replicas}) > 1
+
+
 def test_a_pool_whose_stores_are_restarted_one_by_one_loses_nothing_that_is_put_meanwhile(pool: Pool) -> None:
     written: list[str] = []
     done = threading.Event()
@@ -192,6 +211,8 @@ def test_an_ssd_keeps_its_limit_and_no_key_stays_without_its_bytes(pool: Pool) -
 
 
 def test_nodes_show_their_state(pool: Pool) -> None:
+    for node in (pool.master, pool.stores[0]):
+        assert HttpClusterView().server(node.url).version == __version__
     assert "kvist:master_up 1.0" in pool.master.get("/metrics").text
     assert "master_key_count" in pool.master.get("/metrics").text
     text = pool.stores[0].get("/metrics").text

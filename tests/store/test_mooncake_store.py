@@ -92,6 +92,17 @@ def test_another_page_under_the_key_is_a_miss(open_here: Open) -> None:
     assert get(store, KEYS[1:2]) == 1
 
 
+def test_mooncake_2236_an_object_that_lacks_a_part_of_its_page_is_a_miss(open_here: Open) -> None:
+    store = open_here()
+    page = page_of(KEYS[0])
+    half = np.frombuffer(store._seals.header(KEYS[0], page).ljust(OBJECT_HEADER_BYTES, b"\0") + page[:1000], np.uint8)
+    put_codes = store._client.put(store.names(KEYS[:1]), [(half.ctypes.data,)], [(len(half),)], num_replicas=1)
+    assert put_codes == [0]
+    assert (store.exists(KEYS[:1]), get(store, KEYS[:1]), store.stats().num_broken) == (1, 0, 1)
+    put(store, KEYS[:1])
+    assert get(store, KEYS[:1]) == 1
+
+
 def test_two_models_share_no_page(open_here: Open) -> None:
     one, two = open_here("model a"), open_here("model b")
     put(one, KEYS[:2])

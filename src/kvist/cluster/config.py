@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvist.agents_api.config import AgentApiOptions
@@ -75,6 +76,12 @@ class PairOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnifiedOptions:
     unified: int = option(0, "workers to start that do both prefill and decode", unit="workers", minimum=0, maximum=64)
+
+
+# options of the workers that an option of the pool implies, unless they are given: they use the pool
+IMPLIED_BY_POOL: Mapping[tuple[str, object], Mapping[str, object]] = {
+    ("storage", "mooncake"): {"enable_hierarchical_cache": True, "hicache_storage_backend": "mooncake"}
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,8 @@ class NodeKeyOptions:
         secret=True,
     )
     access_log: bool = option(
-        True, "log one line for each HTTP request; polls (/health, /ready, /metrics) only at --log-level debug"
+        True,
+        "log one line for each HTTP request; polls (/health, /ready, /server_info, /metrics) only at --log-level debug",
     )
 
     def __post_init__(self) -> None:
@@ -48,7 +49,7 @@ class MasterAddress:
         "network",
     )
     port: int = option(
-        MASTER_HTTP_PORT, "port of HTTP: /health, /ready, /metrics, drain jobs", minimum=0, maximum=65535
+        MASTER_HTTP_PORT, "port of HTTP: /health, /ready, /server_info, /metrics, drain jobs", minimum=0, maximum=65535
     )
     rpc_port: int = option(MASTER_RPC_PORT, "port that stores and workers connect to", minimum=1, maximum=65535)
     mooncake_master_path: Path | None = option(
@@ -91,7 +92,9 @@ class PoolOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreAddress:
     host: str = option("127.0.0.1", "address to listen on, for HTTP and for the pages")
-    port: int = option(STORE_HTTP_PORT, "port of HTTP: /health, /ready, /metrics, /drain", minimum=0, maximum=65535)
+    port: int = option(
+        STORE_HTTP_PORT, "port of HTTP: /health, /ready, /server_info, /metrics, /drain", minimum=0, maximum=65535
+    )
     advertise_host: str | None = option(
         None, "address by which workers and other stores reach this store", unset="--host"
     )

@@ -3,8 +3,8 @@
     STARTING ──answers──► SERVING ──died──► WAITING ──backoff──► STARTING
         └──refused its flags, or died `MAX_DEATHS` times in a row──► run() raises
 
-A master that dies takes no page with it: stores announce their memory again within about a second, and the pages on
-their SSDs. Workers compute meanwhile. The master writes no snapshots, because restored ones have returned wrong bytes.
+A new master knows only the pages on SSDs, which stores announce to it within about a second; what was in memory only is
+computed and stored again. The master writes no snapshots, because restored ones have returned wrong bytes.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
+from kvist import __version__
 from kvist.clock import MonotonicClock
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, stop_with_parent
@@ -113,6 +114,11 @@ class _Endpoints:
             raise Unavailable(f"not ready: {problem}")
         await send_json(send, {"status": "ready", **self._instance})
 
+    async def server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Return Kvist's version, and why the node is not ready ("" if it is)."""
+        del scope, receive
+        await send_json(send, {"version": __version__, "problem": self._node.problem(), **self._instance})
+
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
         more = await self._node.more_metrics()
@@ -165,6 +171,7 @@ def _app(node: Node, process: NodeProcess, lifecycle: Lifecycle) -> TrafficMiddl
     table: list[tuple[str, Endpoint, list[str]]] = [
         ("/health", own.health, ["GET"]),
         ("/ready", own.ready, ["GET"]),
+        ("/server_info", own.server_info, ["GET"]),
         ("/metrics", own.metrics, ["GET"]),
         *node.endpoints(),
     ]
