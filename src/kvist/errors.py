@@ -9,6 +9,7 @@
     │   ├── UnknownWorker           no worker has this URL or name (404)
     │   ├── LeaseNotFound           the lease of a prompt has ended, or its worker has restarted (404)
     │   ├── UnknownResponse         no stored response has this id (404)
+    │   ├── RequestNotFound         no request with this id is recorded (404)
     │   ├── BodyTooLarge            the HTTP body is over the limit (413)
     │   ├── SlowBody                the HTTP body did not arrive in time (408)
     │   ├── Conflict                the request conflicts with the current state (409)
@@ -99,6 +100,11 @@ class LeaseNotFound(RequestError):
 
 class UnknownResponse(RequestError):
     code = "response_not_found"
+    http_status = 404
+
+
+class RequestNotFound(RequestError):
+    code = "request_not_found"
     http_status = 404
 
 

@@ -19,6 +19,7 @@ _ROLES = "set the role of this worker with --role prefill or --role decode (docs
 REMEDIES: Mapping[str, str] = {
     "--allowed-headers": "leave it out: pages of --allowed-origins may send every header",
     "--allowed-methods": "leave it out: pages of --allowed-origins may use every method",
+    "--collect-detailed-traces": "leave it out: every request is traced with all its stages (GET /requests)",
     "--cpu-offload-gb": "weights are not offloaded; for a larger KV cache use --enable-hierarchical-cache",
     "--data-parallel-size": _ONE_WORKER,
     "--disable-chunked-prefix-cache": "leave it out: prefixes are always shared, and /flush_cache empties the cache",

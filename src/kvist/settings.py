@@ -46,6 +46,7 @@ from kvist.engine.config import (
 from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
 from kvist.flags import Shorthand, Sources, nearest, read_settings
+from kvist.flight.config import FlightOptions
 from kvist.foreign_flags import REMEDIES
 from kvist.lang.explain_command import ExplainOptions
 from kvist.log import LogConfig
@@ -134,6 +135,7 @@ class UpSettings:
     server: ServerConfig = group(ServerConfig)  # of the router; the workers are behind it, without TLS
     text: TextConfig = group(TextConfig)
     agents: AgentApiOptions = group(AgentApiOptions)
+    flight: FlightOptions = group(FlightOptions)
     routing: RoutingOptions = group(RoutingOptions)
     links: LinkOptions = group(LinkOptions)
     engine: EngineOptions = group(EngineOptions)
@@ -162,7 +164,8 @@ class UpSettings:
     def passed_on(self) -> tuple[object, ...]:
         """Return the groups of options that are passed to the workers and the router; each takes the options it has."""
         server = replace(self.server, host=ServerConfig().host, port=ServerConfig().port)
-        return self.name, server, self.text, self.agents, self.engine.grammar, self.routing, self.links, self.log
+        apis = self.agents, self.flight, self.engine.grammar
+        return self.name, server, self.text, *apis, self.routing, self.links, self.log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,8 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from kvist.errors import WireError
+from kvist.flight.handoff_report import HandoffReport, StoredPages
+from kvist.flight.stages import StageTime
 from kvist.lease_messages import LeaseAnswer, LeaseCommand, LeaseCounts, LeaseStatus
 from kvist.pool_status import WatchedPool
 from kvist.protocol import PROTOCOL_VERSION
@@ -220,33 +222,6 @@ class Welcome(_Message, frozen=True):
     protocol_version: int = PROTOCOL_VERSION
 
 
-class HandoffReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Pages, bytes and times of one handoff, as measured by the decode engine."""
-
-    num_pages: int  # pages written by prefill; through the store: pages fetched from it
-    num_pages_reused: int  # pages that decode had cached already
-    num_bytes: int
-    duration_s: float  # grant sent → pages verified; through the store: request received → pages loaded
-    wait_s: float  # the last part of `duration_s`: Done received → pages verified; the delay of the stream
-    transport: str = ""  # by which the pages travelled, "store" through the store; empty if no page did
-    transport_reason: str = ""  # why it was chosen; a text to be read
-    num_pages_recomputed: int = 0  # written pages that had arrived changed, and those behind them
-    num_pages_missing: int = 0  # full pages that the store did not deliver: decode computed them
-    # Further parts of the time between first and second token; `wait_s` is between `last_copy_s` and `admission_s`.
-    grant_wait_s: float = 0.0  # as in `Done`
-    last_copy_s: float = 0.0  # as in `Done`
-    admission_s: float = 0.0  # pages verified or loaded → planned in the step that samples the second token
-    first_step_s: float = 0.0  # from then on → second token sampled
-
-
-class StoredPages(msgspec.Struct, frozen=True, kw_only=True):
-    """The pages of a prompt that a prefill engine has stored for a decode engine."""
-
-    num_pages: int  # full pages of the prompt
-    num_stored: int  # the leading pages that are in the store
-    duration_s: float  # first token sampled → last page stored; the delay of the stream
-
-
 class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in each step, none in a reference cycle
     """Consecutive output tokens of one request. `position` counts output tokens from 0, across engines."""
 
@@ -260,6 +235,7 @@ class TokenChunk(_Message, frozen=True, tag=False, gc=False):  # hundreds in eac
     num_cached_storage_tokens: int = 0  # the part from the storage tier; the rest was in the device pool
     handoff: HandoffReport | None = None  # in the first chunk of decode
     lease: LeaseStatus | None = None  # in the last chunk of a request that leases its prompt
+    stages: tuple[StageTime, ...] = ()  # of the time since the last chunk that has any, unless all of it was decode
     # Sent before the first token, in pieces without tokens: logprobs of the prompt's tokens from `prompt_position` on.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_position: int = 0
@@ -274,6 +250,7 @@ class Ended(_Message, frozen=True, tag=False):
     message: str = ""
     retry_after_s: float | None = None
     stored: StoredPages | None = None  # of a PREFILL whose handoff is through the store
+    stages: tuple[StageTime, ...] = ()  # with FAILED: since the last chunk that has any
 
 
 class StepOutputs(_Message, frozen=True):

@@ -18,6 +18,7 @@ import pytest
 
 from kvist import wire
 from kvist.checkpoint import find_checkpoint
+from kvist.flight.timeline import Timeline
 from kvist.kv.keys import page_digests
 from kvist.request import EngineRequest, TokenLogprobs
 from kvist.router.placement import ANYWHERE, Placement
@@ -63,12 +64,12 @@ class Engine(ScriptedDispatcher):
     sends: bool = False  # encode the prompt as a real dispatcher does
 
     async def generate(
-        self, request: EngineRequest, placement: Placement = ANYWHERE
+        self, request: EngineRequest, placement: Placement = ANYWHERE, timeline: Timeline | None = None
     ) -> AsyncGenerator[StreamPart, None]:
         if self.sends:
             page_digests(request.prompt_token_ids, 4, "namespace")
             wire.encode(submit_full(request))
-        async for part in super().generate(request, placement):
+        async for part in super().generate(request, placement, timeline):
             yield part
 
     def model(self) -> EngineSpec | None:

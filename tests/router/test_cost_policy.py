@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvist.flight.handoff_report import HandoffReport
 from kvist.page_index.page_runs import HeldPages
 from kvist.request import Role, WorkerId
 from kvist.router.coming_pages import ComingPages
@@ -14,7 +15,6 @@ from kvist.router.policies.cost import OTHERS, Cost, alone_ms, decode_ms, handof
 from kvist.router.policy import FleetView, Path, Prompt, Reason, WorkerView
 from kvist.router.rates import RateMeter, Rates
 from kvist.testing.specs import make_request
-from kvist.wire import HandoffReport
 
 PROMPT = Prompt(num_tokens=3200)  # 200 pages
 RATES = Rates(prompt_tokens_per_s=16_000, host_bytes_per_s=1e9, handoff_bytes_per_s=1e9)  # 1 ms a page, all three

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from kvist import wire
+from kvist.flight.handoff_report import StoredPages
 from kvist.options import compose
 from kvist.plan.compat import TransportChoice
 from kvist.request import FinishReason, Mode, Outcome, Role
@@ -23,7 +24,7 @@ from kvist.testing.specs import make_load, make_pool, make_request
 COMMON = TransportChoice(name="shm", reason="shm: near")
 NONE = TransportChoice(name=None, reason="shm: far away")
 OTHER_PAGES = TransportChoice(name=None, reason="another model", compatible=False)
-STORED = wire.StoredPages(num_pages=25, num_stored=25, duration_s=0.004)
+STORED = StoredPages(num_pages=25, num_stored=25, duration_s=0.004)
 PROMPT = tuple(range(100))
 
 
@@ -63,7 +64,7 @@ class World(RouterBench):
         await settle()
         return task
 
-    def stored(self, stored: wire.StoredPages | None = STORED) -> None:
+    def stored(self, stored: StoredPages | None = STORED) -> None:
         """End the request at prefill, with its pages stored."""
         request_id = self.engines.submits(self.prefill)[-1].request.request_id
         ended = wire.Ended(request_id=request_id, outcome=Outcome.FINISHED, stored=stored)

@@ -8,9 +8,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvist.flight.handoff_report import HandoffReport
 from kvist.request import FinishReason, RequestId, TokenLogprobs
 from kvist.router.merge import ChunkMerger
-from kvist.wire import HandoffReport, TokenChunk
+from kvist.wire import TokenChunk
 
 CLIENT_ID = RequestId("client")
 REPORT = HandoffReport(num_pages=1, num_pages_reused=0, num_bytes=1, duration_s=0.1, wait_s=0.1)

@@ -33,6 +33,7 @@ from kvist.errors import Conflict, EngineError, KvistError, RequestError, Unsupp
 from kvist.http.asgi import JSON_TYPE, Headers, cancel_on_disconnect, send_bytes
 from kvist.http.caller import Caller, caller_of
 from kvist.server.app import MountApi, MountedApi
+from kvist.server.flights import recorded
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation_endpoint import run_job, with_constraint
 from kvist.server.openai import ChatRun
@@ -114,9 +115,10 @@ class Responses:
         if not asked.request.background:
             await run_job(gateway, job, scope, receive, send)
             return
-        async with cancel_on_disconnect(receive):
-            job = await with_constraint(gateway, job)
         with contextlib.ExitStack() as places:
+            places.enter_context(recorded(gateway, job.choices, scope))
+            async with cancel_on_disconnect(receive):
+                job = await with_constraint(gateway, job)
             places.enter_context(gateway.lifecycle.open_request())
             places.enter_context(gateway.admission.reserve(job.caller, len(job.choices)))
             body, key = _json(form.response), (owner, form.response.id)

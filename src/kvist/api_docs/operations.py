@@ -113,6 +113,8 @@ OPERATIONS: Sequence[Operation] = (
     _get("/health_generate", "generates two tokens"),
     _get("/server_info", "the state of the workers"),
     _get("/get_server_info", "the state of the workers"),
+    _get("/requests", "the stages of the last requests: where their time went"),
+    _get("/requests/{request}", "the stages of one request"),
     _get("/metrics", "metrics in Prometheus' format"),
     _get("/openapi.json", "this description"),
     _get("/docs", "this description as a page"),

@@ -9,6 +9,7 @@ from kvist.agents_api.config import AgentApiOptions
 from kvist.config import option
 from kvist.engine.config import NameOptions
 from kvist.errors import ConfigError
+from kvist.flight.config import FlightOptions
 from kvist.grammar.config import GrammarOptions
 from kvist.request import Role
 from kvist.router.addresses import normal_url
@@ -29,6 +30,7 @@ class GatewayOptions:
     text: TextConfig = field(default_factory=TextConfig)
     grammar: GrammarOptions = field(default_factory=GrammarOptions)
     agents: AgentApiOptions = field(default_factory=AgentApiOptions)
+    flight: FlightOptions = field(default_factory=FlightOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ class Exchange:
 
     request_id: str
     start_s: float
+    body_read_s: float | None = None
     status: int | None = None  # None until the response begins
     tokens: TokenCounts | None = None
 

@@ -18,6 +18,7 @@ import msgspec
 from kvist import wire
 from kvist.clock import Clock
 from kvist.errors import Conflict, KvistError, Timeout, Unavailable
+from kvist.flight.timeline import Timeline
 from kvist.request import EngineRequest, WorkerId
 from kvist.router.calls import FIRST_VERSIONS, Call, Calls
 from kvist.router.config import RouterConfig
@@ -100,14 +101,15 @@ class Dispatcher:
         )
 
     async def generate(
-        self, request: EngineRequest, placement: Placement = ANYWHERE
+        self, request: EngineRequest, placement: Placement = ANYWHERE, timeline: Timeline | None = None
     ) -> AsyncGenerator[StreamPart, None]:
-        """Yield the output of the request. Closing or cancelling the iterator aborts the request at every engine.
+        """Yield the output of the request, and note its stages in `timeline`. Closing or cancelling the iterator
+        aborts the request at every engine.
 
         Raises, before the first part: `PromptTooLong`, `Unavailable`, `Overloaded`; at any time: the error that an
         engine reported and that no other worker can avoid, `WorkerLost`, `HandoffFailed`, `PoisonousRequest`,
         `Timeout`."""
-        stream = self._streams.begin(request, self._clock.now_s(), placement)
+        stream = self._streams.begin(request, self._clock.now_s(), placement, timeline)
         try:
             if placement.group:
                 asyncio.get_running_loop().call_soon(self._carry_out)  # the others of the group may begin first

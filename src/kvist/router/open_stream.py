@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kvist.errors import KvistError
+from kvist.flight.handoff_report import StoredPages
+from kvist.flight.timeline import Timeline
 from kvist.request import EngineRequest, RequestId
 from kvist.router.failover import Trouble
 from kvist.router.handoff_ways import Way
@@ -20,7 +22,6 @@ from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.registry import Worker
 from kvist.router.route import Route
 from kvist.router.stream import StreamPart
-from kvist.wire import StoredPages
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -65,6 +66,7 @@ class OpenStream:
     request: EngineRequest  # with the client's id
     merger: ChunkMerger
     placement: Placement = ANYWHERE
+    timeline: Timeline | None = None  # None: nobody reads it
     attempt: Attempt | None = None  # the newest; None only before the first
     trouble: Trouble = field(default_factory=Trouble)
     stored: StoredPages | None = None  # of its prompt, if an attempt handed it over through the store

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvist.wire import HandoffReport
+from kvist.flight.handoff_report import HandoffReport
 
 _FADE = 0.9  # weight of the earlier amounts after each new one
 _ASSUMED_S = 0.05  # seconds of the assumed amount

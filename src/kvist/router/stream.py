@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvist.flight.handoff_report import StoredPages
 from kvist.metrics import Histogram
 from kvist.page_index.page_feed import KnownPages
 from kvist.pool_status import WatchedPool
@@ -17,7 +18,7 @@ from kvist.request import RequestId, Role, WorkerId
 from kvist.router.handoff_ways import HandoffWay, Way, WayCause
 from kvist.router.policy import Reason, WorkerView
 from kvist.router.rates import Rates
-from kvist.wire import EngineSpec, LoadReport, StoredPages, TokenChunk
+from kvist.wire import EngineSpec, LoadReport, TokenChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

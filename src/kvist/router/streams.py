@@ -34,6 +34,8 @@ from kvist.errors import (
     error_from_wire,
 )
 from kvist.fairness import caller_path
+from kvist.flight.stages import FAILOVER, OTHER
+from kvist.flight.timeline import Timeline
 from kvist.metrics import Histogram
 from kvist.plan.compat import peer_spec
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId
@@ -114,11 +116,17 @@ class Streams:
 
     # ---------------------------------------------------------------- events of readers
 
-    def begin(self, request: EngineRequest, now_s: float, placement: Placement = ANYWHERE) -> OpenStream:
-        """Open a stream. Raises `PromptTooLong`, `Unavailable`, `Overloaded`."""
+    def begin(
+        self,
+        request: EngineRequest,
+        now_s: float,
+        placement: Placement = ANYWHERE,
+        timeline: Timeline | None = None,
+    ) -> OpenStream:
+        """Open a stream, and note its stages in `timeline`. Raises `PromptTooLong`, `Unavailable`, `Overloaded`."""
         route = self._router.choose(request, placement=placement)
         merger = ChunkMerger(request.request_id, len(request.output_token_ids))
-        stream = OpenStream(request=request, merger=merger, placement=placement)
+        stream = OpenStream(request=request, merger=merger, placement=placement, timeline=timeline)
         self._deadlines.set(_Due.TIMEOUT, stream, now_s)
         self._launch(stream, request, route, now_s)
         return stream
@@ -208,6 +216,12 @@ class Streams:
             attempt.decode_began |= worker is attempt.route.decode
         if chunk.handoff is not None and worker is attempt.route.decode:
             worker.meter.on_handoff(chunk.handoff)
+        timeline = stream.timeline
+        if timeline is not None:
+            if chunk.stages:
+                timeline.lay(chunk.stages, now_s, worker.worker_id)
+            if chunk.token_ids:
+                timeline.token_s = now_s
         if not merger.push(chunk):
             return
         self.woken.append(stream)
@@ -232,6 +246,8 @@ class Streams:
         stream = attempt.stream
         stream.stored = ended.stored or stream.stored
         is_over = attempt.over or stream.settled
+        if ended.stages and stream.timeline is not None and not is_over:
+            stream.timeline.lay(ended.stages, now_s, worker.worker_id)
         if is_over or (ended.outcome is not Outcome.FINISHED and not attempt.needs(worker)):
             pass
         elif ended.outcome is Outcome.FAILED:
@@ -278,6 +294,10 @@ class Streams:
         )
         self._router.remember(stream.placement, route)
         sent = msgspec.structs.replace(request, request_id=request_id)
+        if stream.timeline is not None:
+            error = stream.trouble.error
+            problem = None if error is None else error.message
+            stream.timeline.on_submit(now_s, route.decode.worker_id, problem)
         if route.handoff is not None and route.handoff.way is not None:
             counts.num_handoffs[route.handoff.way, route.handoff.cause] += 1
         if route.mode is Mode.FULL or attempt.through_store:
@@ -304,6 +324,8 @@ class Streams:
             self._on_failure(attempt, decode, gone, now_s, has_run=False)
             return
         attempt.at_decode = True
+        if stream.timeline is not None:
+            stream.timeline.on_stored(now_s, attempt.prefill.worker_id)
         request = msgspec.structs.replace(stream.rest(), request_id=attempt.request_id)
         self._submit(attempt, decode, wire.Submit(request=request, mode=Mode.FULL, handoff="store"))
 
@@ -395,6 +417,9 @@ class Streams:
     def _end(self, stream: OpenStream, error: KvistError, now_s: float) -> None:
         if not stream.settled:
             stream.error = error
+            if stream.timeline is not None:
+                stream.timeline.on_last_token()
+                stream.timeline.advance(OTHER if stream.trouble.since_s is None else FAILOVER, now_s)
             self._stop_waiting(stream)
             assert stream.attempt is not None
             self._give_up(stream.attempt, now_s)

@@ -21,6 +21,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import ClassVar
 
 from kvist.fairness import CallerPath, caller_path
+from kvist.flight.handoff_report import HandoffReport
 from kvist.kv.lease import PageLease
 from kvist.kv.tiers.prefetch import Prefetch
 from kvist.kv.tiers.storage import PrefixStoring
@@ -35,7 +36,7 @@ from kvist.request import (
     SamplingParams,
     SlotId,
 )
-from kvist.wire import HandoffReport, PrefillPeer
+from kvist.wire import PrefillPeer
 
 
 class RequestState(enum.Enum):

@@ -7,6 +7,7 @@ next step was planned.
 
 from __future__ import annotations
 
+from kvist.flight.handoff_report import StoredPages
 from kvist.kv.cache import PageCache
 from kvist.request import Outcome, RequestId
 from kvist.scheduler.active import ActiveRequest, RequestState
@@ -16,7 +17,7 @@ from kvist.scheduler.queue_wait import queue_wait_s
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
 from kvist.service_time import bounded_retry_after_s
-from kvist.wire import Ended, StoredPages
+from kvist.wire import Ended
 
 _COUNTERS = {
     Outcome.FINISHED: "requests_finished",

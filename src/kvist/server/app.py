@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from kvist.checking.sampling import MAX_SEED
 from kvist.clock import Clock, MonotonicClock
+from kvist.flight.flight_log import FlightLog
 from kvist.grammar.config import GrammarOptions
 from kvist.http.traffic import Traffic
 from kvist.http.work import BodyBudget, WorkPool
@@ -87,6 +88,7 @@ def build_app(
     own_engine: Callable[[], EngineSpec | None] = no_engine,
     own_health: Callable[[], EngineHealth | None] = no_engine,
     lifecycle: Lifecycle | None = None,
+    flights: FlightLog | None = None,
     instance_id: str | None = None,
     clock: Clock | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED),
@@ -135,6 +137,7 @@ def build_app(
         work=work,
         sampling_defaults=sampling_defaults or SamplingDefaults(),
         lifecycle=lifecycle or Lifecycle(),
+        flights=flights or FlightLog(),
         grammars=grammars,
         grammar_timeout_s=grammar.grammar_compile_timeout_s,
         bodies=bodies,

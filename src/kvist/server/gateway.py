@@ -18,9 +18,11 @@ from kvist.checking.tools import CallHistory, OfferedTools
 from kvist.clock import Clock
 from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
 from kvist.fit import Limit, limit_text
+from kvist.flight.flight_log import FlightLog
 from kvist.grammar.compiler import GrammarCompiler
 from kvist.http.asgi import cancel_on_disconnect, read_body
 from kvist.http.caller import Caller, caller_of
+from kvist.http.traffic import exchange_of
 from kvist.http.work import INLINE_BYTES, BodyBudget, WorkPool
 from kvist.metrics import GatewayMetrics
 from kvist.request import PRIORITY, Role
@@ -59,6 +61,7 @@ class GatewayContext:
     work: WorkPool
     bodies: BodyBudget
     lifecycle: Lifecycle
+    flights: FlightLog
     grammars: GrammarCompiler | None  # set if `generates`
     grammar_timeout_s: float
 
@@ -83,6 +86,7 @@ class GatewayContext:
         Raises what `read_body` and `make` raise, `Overloaded`, and `Timeout` when no thread was free in time."""
         with self.bodies.open() as share:
             body = await read_body(scope, receive, share, self.config.body_limits())
+            exchange_of(scope).body_read_s = self.clock.now_s()
             return await self.compute(scope, receive, len(body), partial(make, body))
 
     async def compute(self, scope: Scope, receive: Receive, num_bytes: int, make: Callable[[], T]) -> T:

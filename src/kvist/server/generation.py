@@ -15,6 +15,10 @@ from typing import Protocol
 
 from kvist.clock import Clock
 from kvist.errors import EngineError, RequestError
+from kvist.flight.flight import Flight
+from kvist.flight.handoff_report import HandoffReport, StoredPages
+from kvist.flight.stages import DETOKENISED
+from kvist.flight.timeline import Timeline
 from kvist.lease_messages import LeaseStatus
 from kvist.metrics import GatewayMetrics
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
@@ -23,7 +27,7 @@ from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.sent_together import MOST_TOKENS_TOGETHER
 from kvist.router.stream import ClusterSnapshot, StreamPart
 from kvist.text import IncrementalDetokenizer, StopMatcher, Tokenizer, special_token_marks
-from kvist.wire import AnswerT, Command, EngineSpec, HandoffReport, StoredPages, TokenChunk
+from kvist.wire import AnswerT, Command, EngineSpec, TokenChunk
 
 _LONG_PROMPT_TOKENS = 512  # routing and sending a longer prompt takes 0.1 ms or more
 _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and the reader of the job
@@ -32,8 +36,11 @@ _QUEUE_PARTS = 64  # parts that may wait between the choices of one job and the 
 class EngineClient(Protocol):
     """The interface between the server and the router (implemented by router/dispatch.py)."""
 
-    def generate(self, request: EngineRequest, placement: Placement = ANYWHERE) -> AsyncGenerator[StreamPart, None]:
-        """Stream the tokens of one request. Raises `KvistError`. `aclose()` aborts the request at every engine."""
+    def generate(
+        self, request: EngineRequest, placement: Placement = ANYWHERE, timeline: Timeline | None = None
+    ) -> AsyncGenerator[StreamPart, None]:
+        """Stream the tokens of one request, and note its stages in `timeline`. Raises `KvistError`. `aclose()` aborts
+        the request at every engine."""
 
     def ready(self) -> bool:
         """Return whether a token can be generated now."""
@@ -120,6 +127,7 @@ class ChoiceState:
         self.handoff_way: HandoffWay | None = None
         self.stored: StoredPages | None = None
         self.second_token_gap_s: float | None = None  # of a request that was handed over
+        self.flight: Flight | None = None  # of the HTTP request, if it is recorded
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
 
@@ -282,8 +290,11 @@ async def _run(
     dispatcher: EngineClient, choice: ChoiceState, metrics: GatewayMetrics, clock: Clock
 ) -> AsyncGenerator[Delta, None]:
     start_s = clock.now_s()
-    async with contextlib.aclosing(dispatcher.generate(choice.request, choice.placement)) as parts:
+    timeline = None if choice.flight is None else choice.flight.open_answer()
+    async with contextlib.aclosing(dispatcher.generate(choice.request, choice.placement, timeline)) as parts:
         async for part in parts:
+            if timeline is not None and part.chunk.finish_reason is not None:
+                timeline.on_taken(clock.now_s())
             delta = choice.absorb(part)
             now_s = clock.now_s()
             if choice.last_token_s is not None:
@@ -299,6 +310,9 @@ async def _run(
             metrics.num_generation_tokens += len(delta.token_ids)
             if delta.finished:
                 _count_finished(choice, metrics, start_s)
+                if timeline is not None:
+                    timeline.on_last_token()  # that the client sees
+                    timeline.advance(DETOKENISED, now_s)
                 yield delta
                 return
             yield delta

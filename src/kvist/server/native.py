@@ -30,7 +30,7 @@ from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta
 from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.logprobs import LogprobEntries
-from kvist.server.reporting import report
+from kvist.server.reporting import kvist_field
 from kvist.server.respond import Job
 from kvist.server.routing_fields import checked_routing
 from kvist.text import SamplingDefaults, Tokenizer
@@ -213,8 +213,8 @@ class NativeFormat:
         answer: dict[str, object] = {"text": text, "output_ids": token_ids, "meta_info": meta}
         if self._several:
             answer["index"] = choice.index
-        if self._with_report and finished:
-            answer["kvist"] = report([choice])
+        if finished:
+            answer |= kvist_field([choice], include_report=self._with_report)
         return answer
 
     def _id(self, choice: ChoiceState) -> str:

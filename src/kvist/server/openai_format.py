@@ -16,7 +16,7 @@ from kvist.server.answer_parts import AnswerParsing, AnswerParts
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta
 from kvist.server.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs, prompt_offsets
-from kvist.server.reporting import report, usage, usage_so_far
+from kvist.server.reporting import kvist_field, usage, usage_so_far
 from kvist.text import Tokenizer
 
 _json = msgspec.json.Encoder().encode
@@ -58,10 +58,9 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
         last: dict[str, object] = {**self.head, "object": kind, "choices": []}
         if self.include_usage:
             last["usage"] = usage(choices, by_tier=self.by_tier)
-        if self.include_report:
-            last["kvist"] = report(choices)
-        has_content = self.include_usage or self.include_report
-        return (b"data: " + _json(last) + b"\n\n" if has_content else b"") + b"data: [DONE]\n\n"
+        ours = kvist_field(choices, include_report=self.include_report)
+        has_content = self.include_usage or bool(ours)
+        return (b"data: " + _json(last | ours) + b"\n\n" if has_content else b"") + b"data: [DONE]\n\n"
 
     def whole(
         self, choices: Sequence[ChoiceState], answers: list[dict[str, object]], more: dict[str, object] | None = None
@@ -69,9 +68,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
         """`more`: further fields of the response."""
         body = {**self.head, "object": self.kind, "choices": answers, "usage": usage(choices, by_tier=self.by_tier)}
         body |= more or {}
-        if self.include_report:
-            body["kvist"] = report(choices)
-        return _json(body)
+        return _json(body | kvist_field(choices, include_report=self.include_report))
 
 
 def _shown_id(request: ChatRequest | CompletionRequest, job_id: str) -> str:

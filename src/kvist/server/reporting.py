@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvist.flight.handoff_report import HandoffReport
+from kvist.flight.stages import DETOKENISED
 from kvist.server.generation import ChoiceState
-from kvist.wire import HandoffReport
 
 
 def usage(choices: Sequence[ChoiceState], *, by_tier: bool = False) -> dict[str, object]:
@@ -36,8 +37,18 @@ def usage_so_far(choice: ChoiceState, num_output: int) -> dict[str, object]:
     }
 
 
+def kvist_field(choices: Sequence[ChoiceState], *, include_report: bool) -> dict[str, object]:
+    """Return `kvist` of a response: the report and the trace, as far as the request asks for them; else {}."""
+    found = report(choices) if include_report else {}
+    flight = choices[0].flight
+    if flight is not None and flight.arrival.wants_trace:
+        flight.reached(DETOKENISED)
+        found["trace"] = flight.record()
+    return {"kvist": found} if found else {}
+
+
 def report(choices: Sequence[ChoiceState]) -> dict[str, object]:
-    """Return the `kvist` field: the report of the first choice, and with several choices the report of each."""
+    """Return the report of the first choice, and with several choices the report of each."""
     reports = [_report_one(choice) for choice in choices]
     return reports[0] if len(reports) == 1 else {**reports[0], "choices": reports}
 

@@ -21,8 +21,10 @@ from starlette.types import Receive, Scope, Send
 from kvist.checking.constraints import RequestedConstraint
 from kvist.errors import EngineError, KvistError, Timeout
 from kvist.fairness import CallerPath, caller_path
+from kvist.flight.stages import DETOKENISED
 from kvist.http.asgi import JSON_TYPE, ClientDisconnected, Headers, cancel_on_disconnect, send_bytes
 from kvist.http.traffic import TokenCounts, exchange_of
+from kvist.server.flights import recorded
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState, Delta, run_choices
 
@@ -83,6 +85,7 @@ async def compute(gateway: GatewayContext, choices: Sequence[ChoiceState], scope
     """Run choices to their ends, for an endpoint that then writes its own response. Raises `KvistError`."""
     try:
         with (
+            recorded(gateway, choices, scope),
             gateway.lifecycle.open_request(),
             gateway.admission.reserve(caller_path(choices[0].request.client), len(choices)),
         ):
@@ -119,7 +122,7 @@ async def _run_all(gateway: GatewayContext, choices: Sequence[ChoiceState]) -> N
             async for _ in deltas:
                 pass
     except KvistError as error:
-        gateway.metrics.num_failed[error.code] += 1
+        _count_failed(gateway, choices, error)
         raise
 
 
@@ -130,7 +133,10 @@ async def complete(gateway: GatewayContext, job: Job) -> bytes:
 
 
 async def _whole(gateway: GatewayContext, job: Job, send: Send) -> None:
-    await send_bytes(send, await complete(gateway, job), headers=[JSON_TYPE, *job.headers])
+    body = await complete(gateway, job)
+    if (flight := job.choices[0].flight) is not None:
+        flight.reached(DETOKENISED)
+    await send_bytes(send, body, headers=[JSON_TYPE, *job.headers])
 
 
 async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
@@ -153,7 +159,7 @@ async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
             return
     except Exception as error:
         known = error if isinstance(error, KvistError) else EngineError("internal error in the gateway; see its log")
-        gateway.metrics.num_failed[known.code] += 1
+        _count_failed(gateway, job.choices, known)
         if not started:
             raise
         if known is not error:
@@ -164,6 +170,12 @@ async def _stream(gateway: GatewayContext, job: Job, send: Send) -> None:
             await send({"type": "http.response.body", "body": last, "more_body": False})
     except TimeoutError:  # the client reads nothing: release its places
         raise ClientDisconnected from None
+
+
+def _count_failed(gateway: GatewayContext, choices: Sequence[ChoiceState], error: KvistError) -> None:
+    gateway.metrics.num_failed[error.code] += 1
+    if (flight := choices[0].flight) is not None:
+        flight.error_code = error.code
 
 
 def _size(choice: ChoiceState) -> int:

@@ -19,6 +19,7 @@ from itertools import pairwise
 
 from kvist import wire
 from kvist.channel.engine import Outbound
+from kvist.flight.handoff_report import HandoffReport
 from kvist.kv.cache import PageCache
 from kvist.plan.batch import Batch
 from kvist.plan.transfers import PagesVerified, StopWrites, VerifyPages, WritePages, WritesCompleted
@@ -179,7 +180,7 @@ class TimedPair:
     def __init__(self, timing: Timing, *, blocks: bool = False) -> None:
         self.clock = FakeClock(1.0)
         self.token_times_s: defaultdict[str, list[float]] = defaultdict(list)
-        self.reports: dict[str, wire.HandoffReport] = {}
+        self.reports: dict[str, HandoffReport] = {}
         self._blocks = blocks
         self._timing = timing
         self._coming: deque[tuple[float, EngineRequest]] = deque()

@@ -16,7 +16,10 @@ import msgspec
 
 from kvist.agents_api import agent_apis
 from kvist.api_docs import docs_api
+from kvist.clock import Clock
 from kvist.dashboard import dashboard_api
+from kvist.flight.config import FlightOptions
+from kvist.flight.flight_log import FlightLog
 from kvist.prompt_work import prompt_api
 from kvist.request import Role
 from kvist.server.app import build_app
@@ -25,6 +28,7 @@ from kvist.server.middleware import TrafficMiddleware
 from kvist.testing.clocks import FakeClock
 from kvist.testing.scripted_dispatcher import ScriptedDispatcher
 from kvist.testing.tokenizers import byte_tokenizer
+from kvist.tracing import tracing_api
 from kvist.wire import EngineSpec
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -55,6 +59,8 @@ def gateway_bench(
     own_engine: EngineSpec | None = None,
     own_role: Role | None = None,
     model_name: str = "tiny",
+    flight: FlightOptions | None = None,
+    clock: Clock | None = None,
 ) -> GatewayBench:
     """Build the application of a router, or, with `own_role`, of a worker: prefill and decode have no tokenizer."""
     dispatcher = dispatcher or ScriptedDispatcher(byte_tokenizer(chat_template=CHAT_TEMPLATE))
@@ -64,10 +70,11 @@ def gateway_bench(
         tokenizer=dispatcher.tokenizer if own_role is None or own_role.serves_alone else None,
         config=config,
         model_name=model_name,
-        apis=(*agent_apis(), prompt_api, docs_api, dashboard_api),
+        apis=(*agent_apis(), prompt_api, docs_api, dashboard_api, tracing_api),
+        flights=FlightLog(flight),
         own_role=own_role,
         own_engine=lambda: own_engine,
-        clock=FakeClock(),
+        clock=clock or FakeClock(),
         draw_seed=lambda: SEED,
     )
     client = httpx.AsyncClient(

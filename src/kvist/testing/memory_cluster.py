@@ -24,6 +24,7 @@ import msgspec
 
 from kvist import wire
 from kvist.channel.engine import Inbound
+from kvist.flight.handoff_report import HandoffReport
 from kvist.grammar.compiler import GrammarCompiler
 from kvist.kv.tiers.prefetch import PrefetchConfig
 from kvist.models.decoder import CausalLM
@@ -65,7 +66,7 @@ class Stream:
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
     finish: FinishReason | None = None
     cached: int | None = None
-    handoff: wire.HandoffReport | None = None
+    handoff: HandoffReport | None = None
     ended: list[wire.Ended] = field(default_factory=list)
     request: EngineRequest | None = None  # with a handoff through the store
     then: MemoryEngine | None = None  # gets the request when prefill has ended

@@ -11,6 +11,8 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvist.flight.handoff_report import HandoffReport
+from kvist.flight.timeline import Timeline
 from kvist.lease_messages import LeaseAnswer, LeaseCommand, LeaseStatus
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.placement import ANYWHERE, Placement
@@ -26,7 +28,6 @@ from kvist.wire import (
     FlushCache,
     Flushed,
     FlushTier,
-    HandoffReport,
     RoleAnswer,
     SetRole,
     StorageCommand,
@@ -121,10 +122,12 @@ class ScriptedDispatcher:
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # set when a stream ends
 
     async def generate(
-        self, request: EngineRequest, placement: Placement = ANYWHERE
+        self, request: EngineRequest, placement: Placement = ANYWHERE, timeline: Timeline | None = None
     ) -> AsyncGenerator[StreamPart, None]:
         self.requests.append(request)
         self.placements.append(placement)
+        if timeline is not None:
+            timeline.on_submit(timeline.end_s, DECODE)
         self.num_open += 1
         complete = False
         try:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from kvist.flight.handoff_report import HandoffReport, StoredPages
 from kvist.kv.tiers.storage import PrefixStoring
 from kvist.request import Outcome, RequestId
 from kvist.scheduler.active import ActiveRequest, RequestState, StoringRequest
 from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import HandoffReport, StoredPages
 
 
 class StoredHandoffs:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvist.flight.handoff_report import HandoffReport
 from kvist.plan.events import Event
 from kvist.plan.transfers import PagesVerified, PeerDied, VerifyPages
 from kvist.request import EpochId, HandoffId, Outcome
@@ -24,7 +25,7 @@ from kvist.scheduler.handoff.peers import KnownPeers
 from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.handoff.tables import TARGET_TRANSITIONS, TargetState, TargetTrigger
 from kvist.scheduler.timers import TimerKind
-from kvist.wire import Ack, Closed, Done, Grant, HandoffReport, Revoke
+from kvist.wire import Ack, Closed, Done, Grant, Revoke
 
 MAX_KNOWN_SOURCES = 4096  # epochs of prefill engines
 
