@@ -1,4 +1,4 @@
-"""The stages of an answer cover its time, whatever its workers report and in which order."""
+"""The stages of an answer cover its time, for all reports of workers, in any order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_parts_of_a_worker_end_with_the_token_that_brings_them() -> None:
     ]
 
 
-def test_what_decode_did_before_the_first_token_of_prefill_is_left_out() -> None:
+def test_stages_of_decode_before_the_first_token_of_prefill_are_left_out() -> None:
     timeline = Timeline(0.0)
     timeline.on_submit(0.0, "d")
     timeline.lay([StageTime("prefill", 5.0)], 5.0, "p")

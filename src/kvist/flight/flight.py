@@ -13,7 +13,7 @@ from kvist.flight.trace_context import TraceContext
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What the answers of a request have come to."""
+    """The answers of a request so far."""
 
     prompt_tokens: int
     cached_tokens: CachedTokens

@@ -66,7 +66,7 @@ class OpenStream:
     request: EngineRequest  # with the client's id
     merger: ChunkMerger
     placement: Placement = ANYWHERE
-    timeline: Timeline | None = None  # None: nobody reads it
+    timeline: Timeline | None = None  # None: not recorded
     attempt: Attempt | None = None  # the newest; None only before the first
     trouble: Trouble = field(default_factory=Trouble)
     stored: StoredPages | None = None  # of its prompt, if an attempt handed it over through the store

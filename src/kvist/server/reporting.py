@@ -38,7 +38,7 @@ def usage_so_far(choice: ChoiceState, num_output: int) -> dict[str, object]:
 
 
 def kvist_field(choices: Sequence[ChoiceState], *, include_report: bool) -> dict[str, object]:
-    """Return `kvist` of a response: the report and the trace, as far as the request asks for them; else {}."""
+    """Return `kvist` of a response: the report and the trace that the request asks for; else {}."""
     found = report(choices) if include_report else {}
     flight = choices[0].flight
     if flight is not None and flight.arrival.wants_trace:
