@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvist.clock import Clock
 from kvist.flight.records import CachedTokens, RequestRecord, Status
 from kvist.flight.timeline import Timeline
 from kvist.flight.trace_context import TraceContext
@@ -41,7 +40,9 @@ class Arrival:
 class Flight:
     """Mutable; owned by the task of the request."""
 
-    def __init__(self, arrival: Arrival, clock: Clock, progress: Callable[[], Progress], num_answers: int) -> None:
+    def __init__(
+        self, arrival: Arrival, clock: Callable[[], float], progress: Callable[[], Progress], num_answers: int
+    ) -> None:
         self.arrival = arrival
         self.trace_id = None if arrival.trace is None else arrival.trace.trace_id
         self.error_code: str | None = None
@@ -55,7 +56,7 @@ class Flight:
     def reached(self, stage: str, at_s: float | None = None) -> None:
         """Count the time since the stage before, up to `at_s` or now, to this stage: of the answer that is last by
         now."""
-        self._newest().advance(stage, self._clock.now_s() if at_s is None else at_s)
+        self._newest().advance(stage, self._clock() if at_s is None else at_s)
 
     def open_answer(self) -> Timeline:
         """Return the timeline of the next answer, from here on."""
@@ -68,7 +69,7 @@ class Flight:
         """Return the record up to now."""
         arrival, progress, timeline = self.arrival, self._progress(), self._newest()
         if not self.has_ended:
-            timeline = timeline.so_far(self._clock.now_s())
+            timeline = timeline.so_far(self._clock())
         first_s = progress.first_token_s
         return RequestRecord(
             id=arrival.request_id,

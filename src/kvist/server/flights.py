@@ -13,29 +13,28 @@ from contextlib import contextmanager
 
 from starlette.types import Scope
 
-from kvist.clock import unix_time_ns
-from kvist.errors import EngineError, KvistError, RequestError, UnsupportedField
-from kvist.flight.flight import Arrival, Flight, Progress
+from kvist.errors import EngineError, KvistError
+from kvist.flight.flight import Flight, Progress
 from kvist.flight.records import CachedTokens
 from kvist.flight.stages import RECEIVED, SENT, TOKENISED
-from kvist.flight.trace_context import trace_context
-from kvist.http.asgi import ClientDisconnected, header
+from kvist.http.arrival import arrival_of
+from kvist.http.asgi import ClientDisconnected
 from kvist.http.traffic import exchange_of
 from kvist.server.gateway import GatewayContext
 from kvist.server.generation import ChoiceState
-
-TRACE_HEADER = "x-kvist-trace"
-_TRACED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/generate"})  # of formats that show a record
 
 
 @contextmanager
 def recorded(gateway: GatewayContext, choices: Sequence[ChoiceState], scope: Scope) -> Iterator[None]:
     """Record the request of these choices until the end of the block. Raises `RequestError` for an invalid header."""
-    wants_trace = _wants_trace(scope)
-    if not gateway.flights.is_on and not wants_trace:
+    now_s, response_id = gateway.clock.now_s(), choices[0].request.request_id.rpartition("-")[0]
+    arrival = arrival_of(scope, response_id=response_id, model=gateway.model_name, now_s=now_s)
+    if not gateway.flights.is_on and not arrival.wants_trace:
         yield
         return
-    flight = _flight(gateway, choices, scope, wants_trace=wants_trace)
+    flight = Flight(arrival, gateway.clock.now_s, lambda: progress_of(choices), len(choices))
+    flight.reached(RECEIVED, exchange_of(scope).body_read_s or now_s)
+    flight.reached(TOKENISED, now_s)
     gateway.flights.begin(flight)
     for choice in choices:
         choice.flight = flight
@@ -49,26 +48,6 @@ def recorded(gateway: GatewayContext, choices: Sequence[ChoiceState], scope: Sco
     finally:
         flight.reached(SENT)
         gateway.flights.end(flight)
-
-
-def _flight(gateway: GatewayContext, choices: Sequence[ChoiceState], scope: Scope, *, wants_trace: bool) -> Flight:
-    exchange, clock = exchange_of(scope), gateway.clock
-    now_s = clock.now_s()
-    arrival = Arrival(
-        request_id=exchange.request_id,
-        response_id=choices[0].request.request_id.rpartition("-")[0],
-        endpoint=scope["path"],
-        model=gateway.model_name,
-        received_s=exchange.start_s,
-        received_unix_s=round(unix_time_ns() / 1e9 - (now_s - exchange.start_s), 6),
-        trace=trace_context(header(scope, b"traceparent"), header(scope, b"tracestate")),
-        wants_trace=wants_trace,
-    )
-    flight = Flight(arrival, clock, lambda: progress_of(choices), len(choices))
-    if exchange.body_read_s is not None:
-        flight.reached(RECEIVED, exchange.body_read_s)
-    flight.reached(TOKENISED, now_s)
-    return flight
 
 
 def progress_of(choices: Sequence[ChoiceState]) -> Progress:
@@ -85,19 +64,3 @@ def progress_of(choices: Sequence[ChoiceState]) -> Progress:
         is_complete=all(choice.finish_reason is not None for choice in choices),
         workers=tuple(dict.fromkeys(worker for worker in workers if worker is not None)),
     )
-
-
-def _wants_trace(scope: Scope) -> bool:
-    given = header(scope, TRACE_HEADER.encode())
-    if given not in (None, b"0", b"1"):
-        raise RequestError(
-            f"the header {TRACE_HEADER} is {given[:32]!r}; 1 asks for the stages of the request in its response",
-            param=TRACE_HEADER,
-        )
-    if given == b"1" and scope["path"] not in _TRACED_PATHS:
-        raise UnsupportedField(
-            f"responses of {scope['path']} do not show the stages of their request: omit the header {TRACE_HEADER}, "
-            "and read them at GET /requests/ID, where ID is the response's x-request-id",
-            param=TRACE_HEADER,
-        )
-    return given == b"1"
