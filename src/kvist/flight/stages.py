@@ -47,7 +47,9 @@ class StageClock:
         self.has_news = True  # something other than decoding has happened since the last `take`
 
     def enter(self, stage: str, now_s: float, detail: str = "") -> None:
-        """Begin a stage; the one before ends."""
+        """Begin a stage, unless the request is in it; the one before ends."""
+        if stage == self._stage and detail == self._detail:
+            return
         self.end_part(now_s)
         self._stage, self._detail = stage, detail
         self.has_news = self.has_news or stage != DECODE
@@ -58,12 +60,11 @@ class StageClock:
         if duration_s > 0.0:
             self._add(StageTime(self._stage, duration_s, self._detail if detail is None else detail))
 
-    def take(self, now_s: float) -> tuple[StageTime, ...]:
-        """Return all parts since the last call, for the message that brings a token. The request decodes from now
-        on."""
+    def take(self, now_s: float, then: str = DECODE) -> tuple[StageTime, ...]:
+        """Return all parts since the last call, for the message that brings a token. `then`: the stage from now on."""
         self.end_part(now_s)
         taken, self._parts = tuple(self._parts), []
-        self._stage, self._detail, self.has_news = DECODE, "", False
+        self._stage, self._detail, self.has_news = then, "", False
         return taken
 
     def _add(self, part: StageTime) -> None:

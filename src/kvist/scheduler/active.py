@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from kvist.fairness import CallerPath, caller_path
 from kvist.flight.handoff_report import HandoffReport
+from kvist.flight.stages import StageClock
 from kvist.kv.lease import PageLease
 from kvist.kv.tiers.prefetch import Prefetch
 from kvist.kv.tiers.storage import PrefixStoring
@@ -113,6 +114,7 @@ class ActiveRequest:
     page_ids: Sequence[int] = field(init=False, default=())  # of the lease
     slot: SlotId = field(init=False)  # at the runner; unset in every state but RUNNING (slots.py)
     urgency: tuple[int, int] = field(init=False)  # priority and number: lower is served first, and preempted last
+    stages: StageClock = field(init=False)  # where its time goes (stage_times.py)
     request_id: RequestId = field(init=False)
     caller: CallerPath = field(init=False)
     num_prompt: int = field(init=False)
@@ -127,6 +129,7 @@ class ActiveRequest:
     def __post_init__(self, eos_token_ids: tuple[int, ...]) -> None:
         request, sampling = self.request, self.request.sampling
         self.urgency = self.priority, self.number
+        self.stages = StageClock(self.arrived_s)
         self.request_id, self.sampling = request.request_id, sampling
         self.caller = caller_path(request.client)
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]

@@ -28,6 +28,7 @@ from kvist.scheduler.endings import Endings
 from kvist.scheduler.handoff.sides import Handoffs
 from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingStep, PendingSteps
+from kvist.scheduler.stage_times import note_no_pages
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
 from kvist.scheduler.victims import keep_place
@@ -209,6 +210,7 @@ class Batcher:
                 break
             allocation = allocator.allocate(request)
             if allocation is Allocation.NO_PAGES:
+                note_no_pages(request, self._context.now_s)
                 break
             if allocation is Allocation.READY:
                 self._start(request)

@@ -8,6 +8,7 @@ from kvist.lease_messages import LeaseStatus
 from kvist.request import FinishReason, Mode, SampledToken, TokenLogprobs
 from kvist.scheduler.active import ActiveRequest, PrefillRequest
 from kvist.scheduler.context import SchedulerContext
+from kvist.scheduler.stage_times import sent_stages
 from kvist.wire import TokenChunk
 
 
@@ -58,6 +59,7 @@ def send_tokens(
         num_cached_storage_tokens=by_tier[1],
         handoff=request.handoff_report,
         lease=lease,
+        stages=sent_stages(request, context.now_s),
     )
     request.handoff_report = None
     context.out.chunks.append(chunk)

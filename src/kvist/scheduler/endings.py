@@ -8,6 +8,7 @@ next step was planned.
 from __future__ import annotations
 
 from kvist.flight.handoff_report import StoredPages
+from kvist.flight.stages import StageTime
 from kvist.kv.cache import PageCache
 from kvist.request import Outcome, RequestId
 from kvist.scheduler.active import ActiveRequest, RequestState
@@ -52,7 +53,8 @@ class Endings:
         context.timers.cancel(TimerKind.QUEUE, request.request_id)
         if request.admitted_s is not None:
             context.service_time.add(context.now_s - request.admitted_s)
-        self._send(request.request_id, outcome, code, message, stored)
+        stages = request.stages.take(context.now_s) if outcome is Outcome.FAILED else ()
+        self._send(request.request_id, outcome, code, message, stored, stages=stages)
         self.release(request)
 
     def refuse(self, request_id: RequestId, code: str, message: str, *, wait_s: float | None = None) -> None:
@@ -76,6 +78,7 @@ class Endings:
         message: str,
         stored: StoredPages | None = None,
         wait_s: float | None = None,
+        stages: tuple[StageTime, ...] = (),
     ) -> None:
         context, requests = self._context, self._requests
         context.count(_COUNTERS[outcome])
@@ -90,5 +93,6 @@ class Endings:
                 message=message,
                 retry_after_s=retry_after_s,
                 stored=stored,
+                stages=stages,
             )
         )

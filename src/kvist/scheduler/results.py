@@ -19,6 +19,7 @@ from kvist.scheduler.endings import Endings
 from kvist.scheduler.handoff.sides import Handoffs
 from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingStep, PendingSteps
+from kvist.scheduler.stage_times import note_chunk
 from kvist.scheduler.states import Requests
 from kvist.wire import TokenChunk
 
@@ -130,7 +131,7 @@ class Results:
                 and end == len(token_ids)
                 and end + 1 < request.max_len
                 and token_id not in request.stop_ids
-                and request.handoff_report is None
+                and not request.stages.has_news  # nor a handoff's report, which comes with news
                 and not (logprobs and row in logprobs)
                 and not (following and row in following)
             ):
@@ -140,6 +141,7 @@ class Results:
                 self._append(request, end, sampled.row(row))
 
     def _apply_chunk(self, request: ActiveRequest, end: int, tokens: Sequence[SampledToken]) -> None:
+        note_chunk(request, request.num_computed, end, self._context.now_s)
         request.num_computed = end
         self._cache.insert(request.lease, request.token_ids, request.num_kept_tokens(end))
         is_whole = end == len(request.token_ids)

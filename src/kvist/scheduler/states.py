@@ -18,6 +18,7 @@ from kvist.scheduler.fetching import Fetching
 from kvist.scheduler.running import Running
 from kvist.scheduler.shares import Shares
 from kvist.scheduler.slots import RequestSlots
+from kvist.scheduler.stage_times import note_state
 from kvist.scheduler.unadmitted import Unadmitted
 from kvist.scheduler.waiting import WaitingQueue
 
@@ -110,6 +111,7 @@ class Requests:
         self.live[request.request_id] = request
         self.unadmitted.add(request)
         request.state = state
+        note_state(request, None, self._context.now_s)
         self.by_state[state].enter(request)
 
     def move(self, request: ActiveRequest, to: RequestState) -> None:
@@ -117,6 +119,7 @@ class Requests:
         before = request.state
         assert to in TRANSITIONS[before], f"{request.request_id}: no transition from {before.name} to {to.name}"
         request.state = to
+        note_state(request, before, self._context.now_s)
         self.by_state[before].leave(request)
         if before in _WITH_PLACE:
             self.shares.give_back(request.caller[0])

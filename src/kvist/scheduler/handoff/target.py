@@ -24,6 +24,7 @@ from kvist.scheduler.handoff.memory import ExpiringMap
 from kvist.scheduler.handoff.peers import KnownPeers
 from kvist.scheduler.handoff.side import SideParts
 from kvist.scheduler.handoff.tables import TARGET_TRANSITIONS, TargetState, TargetTrigger
+from kvist.scheduler.stage_times import note_done
 from kvist.scheduler.timers import TimerKind
 from kvist.wire import Ack, Closed, Done, Grant, Revoke
 
@@ -166,6 +167,8 @@ class TargetSide:
         elif handoff.source_epoch == done.source_epoch:
             if handoff.state is TargetState.GRANTED:
                 handoff.done, handoff.done_s = done, self._context.now_s
+                if handoff.request.state is RequestState.GRANTED:
+                    note_done(handoff.request, self._context.now_s)
             self._fire(handoff, TargetTrigger.DONE, handoff.reason)
 
     def on_closed(self, closed: Closed) -> None:
