@@ -31,6 +31,7 @@ ALLOWED = frozenset(
         "bsd 2-clause license",
         "bsd license",
         "bsd-2-clause",
+        "3-clause bsd license",
         "bsd-3-clause",
         "bsl-1.0",
         "cc0-1.0",

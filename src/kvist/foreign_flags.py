@@ -36,6 +36,7 @@ REMEDIES: Mapping[str, str] = {
     "--enable-lora": _NO_LORA,
     "--enable-metrics": "leave it out: /metrics is always served",
     "--enable-prefix-caching": _ALWAYS_ON,
+    "--enable-trace": "set --otlp-traces-endpoint: every request is then exported as spans",
     "--enable-tokenizer-info-endpoint": "leave it out: /tokenizer_info is always served",
     "--enable-torch-compile": "leave it out: steps run as CUDA graphs of hand-written kernels",
     "--kv-cache-dtype": "KV pages have the type of the weights (--dtype); leave it out",

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from kvist.errors import WorkerLost
-from kvist.flight.config import FlightOptions
+from kvist.flight.flight_log import FlightLog
 from kvist.server.config import ServerConfig
 from kvist.testing.gateway_bench import GatewayBench, events_of, gateway_bench
 
@@ -68,7 +68,7 @@ async def test_the_stages_of_the_gateway_are_in_order_and_cover_the_time(n: int,
 
 
 async def test_the_newest_requests_are_kept_and_listed_first() -> None:
-    bench = gateway_bench(flight=FlightOptions(request_log_size=3))
+    bench = gateway_bench(flights=FlightLog(3))
     async with bench.client:
         for number in range(5):
             await bench.post("/generate", {"text": "hi"}, **{"x-request-id": f"r{number}"})
@@ -83,7 +83,7 @@ async def test_the_newest_requests_are_kept_and_listed_first() -> None:
 
 
 async def test_a_log_of_size_0_records_nothing() -> None:
-    bench = gateway_bench(flight=FlightOptions(request_log_size=0))
+    bench = gateway_bench(flights=FlightLog(0))
     async with bench.client:
         await bench.chat()
         assert await listed(bench) == []
@@ -155,11 +155,12 @@ async def test_a_client_that_leaves_aborts_its_request() -> None:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])
 async def test_a_response_shows_its_record_if_a_header_asks(path: str) -> None:
     bench = gateway_bench()
-    prompt: dict[str, object] = {
+    prompts: dict[str, dict[str, object]] = {
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
         "/v1/completions": {"prompt": "hi"},
         "/generate": {"text": "hi"},
-    }[path]
+    }
+    prompt = prompts[path]
     async with bench.client:
         for asked in ({"x-kvist-trace": "1"}, {"x-kvist-trace": "0"}):
             whole = await bench.post(path, prompt, **asked)

@@ -38,7 +38,6 @@ from kvist.cluster.stopping import Drain, StopSignals
 from kvist.dashboard import dashboard_api
 from kvist.engine.config import EngineConfig
 from kvist.event_loop import run_in_loop
-from kvist.flight.flight_log import FlightLog
 from kvist.http.front import Front
 from kvist.progress import StartProgress
 from kvist.prompt_work import prompt_api
@@ -63,6 +62,7 @@ from kvist.supervisor.engine_process import EngineSupervisor
 from kvist.text import SamplingDefaults, TextConfig, Tokenizer, load_sampling_defaults, load_tokenizer
 from kvist.text.fingerprint import vocabulary_fingerprint
 from kvist.tracing import tracing_api
+from kvist.tracing.spans import flight_log
 from kvist.wire import EngineHealth, EngineSpec
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _serve(
         model_path=str(checkpoint.path),
         grammar=gateway.grammar,
         apis=(*agent_apis(gateway.agents), prompt_api, docs_api, dashboard_api, tracing_api),
-        flights=FlightLog(gateway.flight),
+        flights=flight_log(gateway.flight),
         sampling_defaults=None if tokenizer is None else _sampling_defaults(checkpoint, gateway.text),
         own_role=role,
         own_engine=no_engine if supervisor is None else lambda: supervisor.spec,

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
-from kvist.flight.config import FlightOptions
 from kvist.flight.flight import Flight
 from kvist.flight.records import RequestRecord
 
@@ -19,15 +18,14 @@ class Exporter(Protocol):
 
     def end(self, flight: Flight, record: RequestRecord) -> None: ...
 
-    def close(self) -> None: ...
-
 
 class FlightLog:
     """Mutable; used by the event loop of one gateway. Its size is bounded by `--request-log-size` and by the requests
     that the gateway admits at once."""
 
-    def __init__(self, options: FlightOptions | None = None, exporter: Exporter | None = None) -> None:
-        self._ended: deque[RequestRecord] = deque(maxlen=(options or FlightOptions()).request_log_size)
+    def __init__(self, size: int, exporter: Exporter | None = None) -> None:
+        """`size`: records of ended requests that are kept."""
+        self._ended: deque[RequestRecord] = deque(maxlen=size)
         self._open: dict[Flight, None] = {}
         self._exporter = exporter
 

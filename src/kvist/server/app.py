@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from kvist.checking.sampling import MAX_SEED
 from kvist.clock import Clock, MonotonicClock
+from kvist.flight.config import FlightOptions
 from kvist.flight.flight_log import FlightLog
 from kvist.grammar.config import GrammarOptions
 from kvist.http.traffic import Traffic
@@ -137,7 +138,7 @@ def build_app(
         work=work,
         sampling_defaults=sampling_defaults or SamplingDefaults(),
         lifecycle=lifecycle or Lifecycle(),
-        flights=flights or FlightLog(),
+        flights=flights or FlightLog(FlightOptions().request_log_size),
         grammars=grammars,
         grammar_timeout_s=grammar.grammar_compile_timeout_s,
         bodies=bodies,

@@ -18,7 +18,6 @@ from kvist.agents_api import agent_apis
 from kvist.api_docs import docs_api
 from kvist.clock import Clock
 from kvist.dashboard import dashboard_api
-from kvist.flight.config import FlightOptions
 from kvist.flight.flight_log import FlightLog
 from kvist.prompt_work import prompt_api
 from kvist.request import Role
@@ -59,7 +58,7 @@ def gateway_bench(
     own_engine: EngineSpec | None = None,
     own_role: Role | None = None,
     model_name: str = "tiny",
-    flight: FlightOptions | None = None,
+    flights: FlightLog | None = None,
     clock: Clock | None = None,
 ) -> GatewayBench:
     """Build the application of a router, or, with `own_role`, of a worker: prefill and decode have no tokenizer."""
@@ -71,7 +70,7 @@ def gateway_bench(
         config=config,
         model_name=model_name,
         apis=(*agent_apis(), prompt_api, docs_api, dashboard_api, tracing_api),
-        flights=FlightLog(flight),
+        flights=flights,
         own_role=own_role,
         own_engine=lambda: own_engine,
         clock=clock or FakeClock(),

@@ -2,6 +2,7 @@
 
     GET /requests         endpoints.py    the requests under way and the last ones that ended, each with its stages
     GET /requests/{id}
+    OpenTelemetry spans   spans.py        with --otlp-traces-endpoint
 
 flight/ makes the records; `tracing_api` mounts the endpoints on a gateway (server/app.py).
 """
