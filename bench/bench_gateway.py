@@ -8,7 +8,9 @@ tokens a second of wall time, and of the gateway's own CPU time, which is the th
 
 `--offered N` limits the engines to N tokens a second in all. With 0 there is no limit, and tokens that wait
 together leave in one event. The baseline, measured in the same run, is the same number of chunks written by
-a bare ASGI application on the same server: the cost of HTTP alone. `--json` writes {commit, hardware, settings, rows}.
+a bare ASGI application on the same server: the cost of HTTP alone. "unrecorded" is the same gateway with
+`--request-log-size 0`: the difference is the cost of the flight recorder. `--json` writes {commit, hardware, settings,
+rows}.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 
 PROMISED_TOKENS_PER_S = 15_000
+WHAT = ("baseline", "gateway", "unrecorded")
 HOST = "127.0.0.1"
 VOCAB_SIZE = 49152
 CLUSTER_KEY = "of the processes of this benchmark"
@@ -92,6 +95,7 @@ def run_gateway(endpoints: Sequence[str], port: int) -> None:
     async def main() -> None:
         from kvist.channel import ChannelConfig
         from kvist.checkpoint import find_checkpoint
+        from kvist.flight.flight_log import FlightLog
         from kvist.router import RouterConfig, WorkerUrls, build_router
         from kvist.server.app import build_app
         from kvist.server.config import ServerConfig
@@ -106,21 +110,30 @@ def run_gateway(endpoints: Sequence[str], port: int) -> None:
         dispatcher = build_router(router, channel, transport=own).dispatcher
         await dispatcher.start()
         tokenizer = load_tokenizer(find_checkpoint(None))
-        app = build_app(dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake")
+        app, unrecorded = (
+            build_app(
+                dispatcher=dispatcher, tokenizer=tokenizer, config=config, model_name="fake", flights=FlightLog(size)
+            )
+            for size in (1000, 0)
+        )
         try:
-            await http_server(with_baseline(app), app.traffic, config).serve()
+            await http_server(with_baseline(app, unrecorded), app.traffic, config).serve()
         finally:
             await dispatcher.close()
 
     run_in_loop(main())
 
 
-def with_baseline(app: ASGIApp) -> ASGIApp:
-    """Wrap `app`: /baseline/N writes N chunks of the size of an event, with one send each."""
+def with_baseline(app: ASGIApp, unrecorded: ASGIApp) -> ASGIApp:
+    """Wrap `app`: /baseline/N writes N chunks of the size of an event, with one send each; /unrecorded/PATH is PATH of
+    the other application."""
     body = b'data: {"id":"chatcmpl-' + b"x" * 160 + b'"}\n\n'
 
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         path = str(scope.get("path", ""))
+        if path.startswith("/unrecorded/"):
+            await unrecorded({**scope, "path": path.removeprefix("/unrecorded")}, receive, send)
+            return
         if not path.startswith("/baseline/"):
             await app(scope, receive, send)
             return
@@ -147,7 +160,7 @@ async def exchange(port: int, request: bytes) -> bytes:
     return b"".join(received)
 
 
-def chat_request(num_tokens: int) -> bytes:
+def chat_request(num_tokens: int, prefix: str = "") -> bytes:
     body = json.dumps(
         {
             "model": "fake",
@@ -158,7 +171,7 @@ def chat_request(num_tokens: int) -> bytes:
         }
     ).encode()
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"POST {prefix}/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         "Connection: close\r\nContent-Type: application/json\r\n"
     )
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -181,12 +194,13 @@ def cpu_s(pid: int) -> float:
 
 
 async def one_round(gateway_pid: int, port: int, what: str, num_streams: int, num_tokens: int) -> dict[str, object]:
-    request = chat_request(num_tokens) if what == "gateway" else baseline_request(num_tokens)
+    prefix = "" if what == "gateway" else "/unrecorded"
+    request = baseline_request(num_tokens) if what == "baseline" else chat_request(num_tokens, prefix)
     cpu_before_s, start_s = cpu_s(gateway_pid), time.perf_counter()
     answers = await asyncio.gather(*(exchange(port, request) for _ in range(num_streams)))
     wall_s, used_s = time.perf_counter() - start_s, cpu_s(gateway_pid) - cpu_before_s
     num_events = sum(answer.count(b"data: ") for answer in answers)
-    if what == "gateway":
+    if what != "baseline":
         for answer in answers:
             check_answer(answer, num_tokens)
     total = num_streams * num_tokens
@@ -234,19 +248,19 @@ async def measure(args: argparse.Namespace, gateway_pid: int, port: int) -> list
     await one_round(gateway_pid, port, "gateway", 4, 50)  # warm caches
     rows = []
     for _ in range(args.rounds):
-        for what in ("baseline", "gateway"):
+        for what in WHAT:
             rows.append(await one_round(gateway_pid, port, what, args.streams, args.tokens))
     return rows
 
 
 def report(rows: list[dict[str, object]]) -> None:
-    for what in ("baseline", "gateway"):
+    for what in WHAT:
         mine = [row for row in rows if row["what"] == what]
         by_cpu = statistics.median(float(str(row["tokens_per_gateway_cpu_s"])) for row in mine)
         by_wall = statistics.median(float(str(row["tokens_per_wall_s"])) for row in mine)
         share = statistics.median(int(str(row["num_tokens"])) / int(str(row["num_events"])) for row in mine)
         print(
-            f"{what:9} {by_cpu:10,.0f} tokens per CPU-second {by_wall:10,.0f} per second {share:6.2f} tokens per event"
+            f"{what:10} {by_cpu:10,.0f} tokens per CPU-second {by_wall:10,.0f} per second {share:6.2f} tokens per event"
         )
     print(f"promised: {PROMISED_TOKENS_PER_S:,} tokens/s on one core")
 

@@ -49,6 +49,7 @@ class SimCluster:
         self.wires: LossyWires[Event] = LossyWires()
         self.chunks: dict[str, list[tuple[str, TokenChunk]]] = defaultdict(list)  # request → (epoch, chunk)
         self.ended: dict[tuple[str, str], list[Ended]] = defaultdict(list)  # (request, epoch)
+        self.stages_s: defaultdict[tuple[str, str], float] = defaultdict(float)  # (request, epoch): the sum so far
         self.submitted: dict[str, Submitted] = {}
         self._lives: Counter[str] = Counter()
 
@@ -104,11 +105,20 @@ class SimCluster:
             if only is None or engine is only:
                 self.wires.send(GATEWAY, engine.name, Abort(request_id=RequestId(request_id)))
 
+    def _check_stages(self, engine: SimEngine, chunk: TokenChunk) -> None:
+        """Check that the stages of a request cover its time at the engine, up to this chunk."""
+        key, request = (chunk.request_id, engine.epoch), engine.scheduler.requests.live.get(chunk.request_id)
+        self.stages_s[key] += sum(part.duration_s for part in chunk.stages)
+        if request is not None and (chunk.stages or not chunk.position):  # else it has ended, or decodes
+            until_s = self.now_s if chunk.stages else request.arrived_s
+            assert abs(self.stages_s[key] - (until_s - request.arrived_s)) < 1e-6, (chunk, request.arrived_s)
+
     def receive(self, engine: SimEngine, plan: Plan) -> None:
         for chunk in plan.chunks:
             from_below = chunk.num_cached_host_tokens + chunk.num_cached_storage_tokens
             assert 0 <= from_below <= (chunk.num_cached_tokens or 0)
             self.chunks[chunk.request_id].append((engine.epoch, chunk))
+            self._check_stages(engine, chunk)
         for ended in plan.ended:
             self.ended[ended.request_id, engine.epoch].append(ended)
             assert len(self.ended[ended.request_id, engine.epoch]) == 1, "a request ends once at one engine"

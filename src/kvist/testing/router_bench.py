@@ -16,6 +16,8 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TypedDict, Unpack
 
 from kvist import wire
+from kvist.flight.stages import StageTime
+from kvist.flight.timeline import Timeline
 from kvist.request import EngineRequest, FinishReason, Outcome, RequestId, TokenLogprobs
 from kvist.router.config import RouterConfig
 from kvist.router.dispatch import Dispatcher
@@ -34,6 +36,7 @@ class EndFields(TypedDict, total=False):
     error_code: str
     message: str
     retry_after_s: float
+    stages: tuple[StageTime, ...]
 
 
 class MemoryEngines:
@@ -91,10 +94,19 @@ class MemoryEngines:
 
     # ------------------------------------------------------------ messages of engines
 
-    def emit(self, worker: Worker, position: int, *token_ids: int, finish: FinishReason | None = None) -> None:
+    def emit(
+        self,
+        worker: Worker,
+        position: int,
+        *token_ids: int,
+        finish: FinishReason | None = None,
+        stages: tuple[StageTime, ...] = (),
+    ) -> None:
         """Send output tokens of the request that the worker got last."""
         request_id = self.submits(worker)[-1].request.request_id
-        chunk = wire.TokenChunk(request_id=request_id, position=position, token_ids=token_ids, finish_reason=finish)
+        chunk = wire.TokenChunk(
+            request_id=request_id, position=position, token_ids=token_ids, finish_reason=finish, stages=stages
+        )
         self.events.on_outputs(worker, wire.StepOutputs(chunks=(chunk,)))
 
     def emit_scores(self, worker: Worker, position: int, *logprobs: TokenLogprobs) -> None:
@@ -123,9 +135,9 @@ class RouterBench:
         self.dispatcher = Dispatcher(config=self.config, registry=self.registry, engines=self.engines, clock=self.clock)
         self.engines.start(self.dispatcher)
 
-    async def begin(self, request: EngineRequest) -> asyncio.Task[list[int]]:
+    async def begin(self, request: EngineRequest, timeline: Timeline | None = None) -> asyncio.Task[list[int]]:
         """Start a reader of the answer; return once the request is sent, or waits."""
-        task = asyncio.create_task(read_all(self.dispatcher.generate(request)))
+        task = asyncio.create_task(read_all(self.dispatcher.generate(request, timeline=timeline)))
         await settle()
         return task
 
