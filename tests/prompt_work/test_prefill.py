@@ -48,6 +48,17 @@ async def test_a_prompt_is_computed_in_the_background_and_nothing_is_generated(b
     assert request.cache_salt
 
 
+@pytest.mark.parametrize("path", ["/v1/prefill", "/v1/leases"])
+@pytest.mark.parametrize(("num_tokens", "num_sent"), [(15, 15), (16, 16), (17, 17), (31, 17), (32, 32), (40, 33)])
+async def test_tokens_after_the_last_whole_page_are_not_computed(
+    bench: GatewayBench, path: str, num_tokens: int, num_sent: int
+) -> None:
+    response = await bench.post(path, {"prompt": "a" * num_tokens})
+    (request,) = bench.dispatcher.requests
+    assert len(request.prompt_token_ids) == num_sent
+    assert response.json()["usage"]["prompt_tokens"] == num_tokens
+
+
 async def test_a_priority_takes_a_prompt_out_of_the_background(bench: GatewayBench) -> None:
     response = await bench.post("/v1/prefill", {"messages": MESSAGES, "priority": 3})
     assert response.headers["x-kvist-ignored"] == "priority"

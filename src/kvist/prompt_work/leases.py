@@ -100,7 +100,7 @@ class Leases:
             **self._lease(name, choice.lease),
             "created": unix_time_s(),
             **computed_and_cached([choice]),
-            "usage": usage(choice.request.num_prompt_tokens, [choice]),
+            "usage": usage(work.num_prompt_tokens, [choice]),
         }
         await send_json(send, answer, headers=work.headers)
 

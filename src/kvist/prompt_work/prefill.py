@@ -32,14 +32,13 @@ class Prefill:
         gateway.lifecycle.check()
         work = await gateway.prepare(scope, receive, partial(self._work, caller_of(scope)))
         await compute(gateway, [work.choice], scope, receive)
-        num_tokens = work.choice.request.num_prompt_tokens
         answer = {
             "id": work.job_id,
             "object": "prefill",
             "created": unix_time_s(),
             "model": gateway.model_name,
             **computed_and_cached([work.choice]),
-            "usage": usage(num_tokens, [work.choice]),
+            "usage": usage(work.num_prompt_tokens, [work.choice]),
         }
         await send_json(send, answer, headers=work.headers)
 

@@ -26,6 +26,7 @@ class PromptWork:
     """One prompt to compute, and the headers of the answer."""
 
     job_id: str
+    num_prompt_tokens: int  # of the whole prompt; `choice` computes those that can stay cached
     choice: ChoiceState
     headers: Headers
 
@@ -46,8 +47,18 @@ def prompt_work(
     routing, headers = checked_routing(gateway, caller, request, headers)
     routing = replace(routing, background=background)
     token_ids, job_id = prompt_token_ids(gateway, request, routing.salt), new_job_id(kind)
-    choice = prompt_choice(gateway, caller, routing, token_ids, request_id=f"{job_id}-0", lease=lease)
-    return PromptWork(job_id=job_id, choice=choice, headers=headers)
+    kept = token_ids[: _num_worth_computing(gateway, len(token_ids))]
+    choice = prompt_choice(gateway, caller, routing, kept, request_id=f"{job_id}-0", lease=lease)
+    return PromptWork(job_id=job_id, num_prompt_tokens=len(token_ids), choice=choice, headers=headers)
+
+
+def _num_worth_computing(gateway: GatewayContext, num_tokens: int) -> int:
+    """Return the tokens of the whole pages, which stay cached, and one more: a request computes its last token in any
+    case, and would compute the last page again for it."""
+    spec = gateway.dispatcher.model()
+    if spec is None or num_tokens < spec.page_size:
+        return num_tokens
+    return min(num_tokens, num_tokens // spec.page_size * spec.page_size + 1)
 
 
 def prompt_token_ids(gateway: GatewayContext, request: PromptRequest, salt: str) -> list[int]:
