@@ -250,6 +250,7 @@ async def test_the_fleet_of_a_kvist_server_has_roles_and_measured_rates() -> Non
     prefill, decode = fleet.workers
     assert (prefill.name, prefill.role, decode.role) == ("127.0.0.1:1", Role.PREFILL, Role.DECODE)
     assert prefill.prefill_tokens_per_s == 500.0
+    assert decode.prefill_tokens_per_s == 500.0, "its own rate of 4000 is assumed"
     assert (prefill.queue_s, prefill.num_running) == (1.5, 2)
     assert (prefill.max_running, prefill.num_cache_tokens) == (8, 3200)
     assert (decode.decode_tokens_per_s, decode.handoff_s) == (50.0, 0.05)

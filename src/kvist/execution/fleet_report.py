@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvist.planning.fleet import Fleet, Native, Role, Worker
@@ -18,10 +20,22 @@ def fleet_of(info: Any) -> Fleet | None:
     ready = [each for each in info["workers"] if each.get("alive") and isinstance(each.get("capacity"), dict)]
     leasable = [_pages(each, "leasable") * each["capacity"]["page_size"] for each in ready]
     return Fleet(
-        workers=tuple(_worker(each) for each in ready),
+        workers=_as_measured([_worker(each) for each in ready]),
         native=frozenset(Native),
         page_size=max((each["capacity"]["page_size"] for each in ready), default=16),
         num_lease_tokens=sum(leasable),
+    )
+
+
+def _as_measured(workers: Sequence[Worker]) -> tuple[Worker, ...]:
+    """Return the workers; one that decodes computes prompts no faster than those that prefill. Its own rate may be the
+    assumed one, since it seldom computes a prompt."""
+    fastest = max((one.prefill_tokens_per_s for one in workers if one.role is Role.PREFILL), default=None)
+    if fastest is None:
+        return tuple(workers)
+    return tuple(
+        one if one.prefills else replace(one, prefill_tokens_per_s=min(one.prefill_tokens_per_s, fastest))
+        for one in workers
     )
 
 
