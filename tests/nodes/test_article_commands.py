@@ -24,7 +24,7 @@ QUESTION = "What is the capital of France? " * 40 + "Answer in one word."
 
 @pytest.mark.model
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_two_workers_with_the_pool_and_a_router_answer_a_curl(pool: Pool, tmp_path: Path) -> None:
     model = str(find_checkpoint(None).path)
