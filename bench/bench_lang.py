@@ -151,11 +151,14 @@ def distinct_tokens(prompts: Sequence[tuple[int, ...]], page_size: int = 1) -> i
     return count
 
 
-def take_turn(cluster: Cluster, endpoint: kv.Endpoint, name: str, way: str, batch: Sequence[Any], client: str) -> Any:
+def take_turn(
+    cluster: Cluster, endpoint: kv.Endpoint, name: str, way: str, batch: Sequence[Any], client: str
+) -> tuple[Turn, list[kv.ProgramState]]:
     """Return the turn, and the states of a program."""
     program: kv.Function = getattr(importlib.import_module(name), name)
     cluster.flush()
-    start_s, states = time.monotonic(), []
+    states: list[kv.ProgramState] = []
+    start_s = time.monotonic()
     if way == BY_HAND_WAY:
         asyncio.run(BY_HAND[name](client, cluster.url, batch))
     else:

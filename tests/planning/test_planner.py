@@ -128,6 +128,18 @@ def test_pins_stay_within_the_room_for_leases_and_prefer_the_most_useful_prefix(
     assert not plan(_graph(*often, *seldom), fleet, full).pin
 
 
+def test_branches_on_several_workers_keep_their_prefix_on_each_of_them() -> None:
+    workers = (PREFILL, Worker(name="q", role=Role.PREFILL), DECODE)
+    fleet = Fleet(workers=workers, native=frozenset(Native), num_lease_tokens=10_000)
+    branches = _graph(*(_score(n, f"{SHARED}{n} {'word ' * 400}") for n in range(8)))
+    made = plan(branches, fleet, Running(cached={"p": (SHARED,), "q": (SHARED,)}))
+    users = {pin.worker: set(pin.until) for pin in made.pin}
+    assert users == {
+        name: {each.operation_id for each in made.placements if each.prefill_worker == name} for name in ("p", "q")
+    }
+    assert all(len(each) > 1 for each in users.values())
+
+
 def test_the_known_part_of_the_next_turn_is_computed_while_a_tool_runs_if_prefill_is_idle() -> None:
     tool = Tool(place=_place(1), name="search", prompt=Prompt(SHARED))
     (warm,) = plan(_graph(tool), PAIR, Running()).warm

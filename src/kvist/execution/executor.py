@@ -227,14 +227,13 @@ class Executor:
             num_pinned_tokens=self._leases.num_tokens,
         )
         made = plan(Graph(operations=tuple(ordered)), self._fleet, running)
-        pins = {pin.prompt.outline: pin for pin in made.pin}
+        pins = {(pin.prompt.outline, pin.worker): pin for pin in made.pin}
         for warm in made.warm:
-            leased = None
-            if (pin := pins.get(warm.prompt.outline)) is not None and pin.worker == warm.worker:
-                leased = self._hold(pins.pop(warm.prompt.outline), after=warm.after_warm)
+            pin = pins.pop((warm.prompt.outline, warm.worker), None)
+            leased = None if pin is None else self._hold(pin, after=warm.after_warm)
             self._warms[warm.prompt.outline] = asyncio.create_task(self._warm(warm, leased))
-        for outline, pin in pins.items():
-            self._hold(pin, after=outline)
+        for pin in pins.values():
+            self._hold(pin, after=pin.prompt.outline)
         self.report.notes |= dict.fromkeys(made.notes)
         self.report.num_planned += len(ordered)
         self.report.planning_s += self._clock.now_s() - start_s

@@ -33,7 +33,7 @@ class Leases:
 
     def __init__(self, backend: Backend, *, ttl_s: float) -> None:
         self._backend, self._ttl_s = backend, ttl_s
-        self._held: dict[str, _Held] = {}
+        self._held: dict[tuple[str, str | None], _Held] = {}  # by outline and worker
         self._tasks: set[asyncio.Task[None]] = set()
         self.problems: list[str] = []
 
@@ -43,10 +43,11 @@ class Leases:
         """Take a lease, for the uses that are not finished, once `after` is done. Return how its prefix was computed,
         perhaps to come; None: there is no lease."""
         held = _Held(pin, set(unfinished), asyncio.get_running_loop().create_future())
-        if pin.prompt.outline in self._held or not held.users:
+        key = (pin.prompt.outline, pin.worker)
+        if key in self._held or not held.users:
             held.taken.set_result(None)
             return held.taken
-        self._held[pin.prompt.outline] = held
+        self._held[key] = held
         task = asyncio.create_task(self._keep(held, after))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -54,15 +55,15 @@ class Leases:
 
     def used(self, operation_id: int) -> None:
         """Record that an operation is done; the lease ends with its last use."""
-        for outline, held in list(self._held.items()):
+        for key, held in list(self._held.items()):
             held.users.discard(operation_id)
             if not held.users:
                 held.ended.set()
-                del self._held[outline]
+                del self._held[key]
 
     @property
     def outlines(self) -> frozenset[str]:
-        return frozenset(self._held)
+        return frozenset(outline for outline, _ in self._held)
 
     @property
     def num_tokens(self) -> int:

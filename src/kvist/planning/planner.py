@@ -7,7 +7,7 @@
 | worker | where the request is expected to be done first, by its cached prefix and the work that is placed there |
 | warm | a prefix that several requests wait for, where that costs less than computing it with each of them |
 | ahead | the known part of a turn that waits for a tool, or for results of other requests |
-| pin | a prefix with more than one use to come, until its last use was sent, within the room for leases |
+| pin | a prefix with more than one use to come on a worker, until its last use was sent, within the room for leases |
 | width | as many requests as the client may have out, and as fit into the page pools |
 
 Predictions use the measured length of answers. The executor compares them with what happened.
@@ -259,11 +259,12 @@ class _Planner:
         found: list[Pin] = []
         for node in sorted(nodes, key=lambda one: (len(one.users) - 1) * one.num_own_chars, reverse=True):
             num_tokens = fleet.num_tokens(node.num_chars)
-            if node.prompt.outline in running.pinned or num_tokens > room:
-                continue
-            room -= num_tokens
-            worker = workers.get(node.users[0])
-            found.append(Pin(prompt=node.prompt, worker=worker, num_tokens=num_tokens, until=node.users))
+            for worker in dict.fromkeys(workers.get(user) for user in node.users):
+                users = tuple(user for user in node.users if workers.get(user) == worker)
+                if node.prompt.outline in running.pinned or num_tokens > room or len(users) < 2:
+                    continue
+                room -= num_tokens
+                found.append(Pin(prompt=node.prompt, worker=worker, num_tokens=num_tokens, until=users))
         return found
 
     def _width(self, placements: Sequence[Placement]) -> int:
