@@ -9,10 +9,11 @@ import pytest
 
 import chaos
 
-SECONDS, SEED = 20, 5
+SECONDS, SEED = 60, 5
 
 
-def test_streams_survive_half_a_minute_of_chaos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.timeout(300)
+def test_streams_survive_a_minute_of_chaos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two gateways and a worker of each role, host tiers and a common store; each role is once dead as a whole."""
     small = ["--prefill=1", "--decode=1", "--unified=1", "--cases=30", "--streams=5", "--interval-s=1.5"]
     run = [f"--seconds={SECONDS}", f"--seed={SEED}", "--blackouts", "--tiers", "--verbose"]
@@ -20,5 +21,5 @@ def test_streams_survive_half_a_minute_of_chaos(tmp_path: Path, capsys: pytest.C
     output = capsys.readouterr()
     assert status == 0, output.out + output.err
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["streams"] >= 10, output.out
-    assert report["kills"] >= 3, output.out
+    assert report["streams"] >= 30, output.out
+    assert report["kills"] >= 9, output.out

@@ -1,4 +1,5 @@
-"""Reports on workers that join, leave and die: SGLang #13894, #12355, sglang-router in NeMo-RL #3613, llm-d #2433.
+"""Reports on workers that join, leave and die: SGLang #13894, #12355, sglang-router in NeMo-RL #3613,
+llm-d #2433, vLLM #23587.
 
 There, affinity kept choosing a dead worker, all circuits were open although workers were healthy, and a pair of workers
 that did not match hung or crashed with its first request.
