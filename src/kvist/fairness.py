@@ -86,9 +86,8 @@ class FairQueue(Generic[Item]):
         of its caller is added."""
         level = self._top
         if level.below:
-            level = level.below[
-                min(level.below, key=self._due.__getitem__) if key is None else key
-            ]  # of equal ones the first
+            chosen = min(level.below, key=self._due.__getitem__) if key is None else key  # of equal ones the first
+            level = level.below[chosen]
         while level.below:
             level = next(iter(level.below.values()))
         return level.items[0] if level.items else None

@@ -1,5 +1,5 @@
-"""Reports on a third tier that loses pages: Mooncake #1871 (a change of master lost all metadata), SGLang #33713, #38452
-and #12092 (pages are written to the tiers below and never read again)."""
+"""Reports on the third tier: Mooncake #1871 (a change of master lost all metadata), SGLang #33713, #38452 and #12092
+(pages are written to the tiers below and never read again)."""
 
 from __future__ import annotations
 
