@@ -123,7 +123,7 @@ async def test_a_stream_over_the_shutdown_timeout_ends_with_an_error_event_and_o
 
 
 @pytest.mark.case("drain-timeout")
-async def test_vllm_24885_llm_d_927_kserve_5496_a_drain_lets_open_streams_finish_by_count_and_ends_the_process(
+async def test_vllm_24885_llm_d_927_kserve_5496_a_drain_waits_for_open_streams_by_count_and_then_ends(
     serve: Callable[..., object],
 ) -> None:
     async with serve(shutdown_timeout_s=3600) as server:  # type: ignore[attr-defined]
