@@ -84,11 +84,13 @@ class Tally:
 class Load:
     """Streams without pause, `num_open` at any time."""
 
-    def __init__(self, cluster: ChaosCluster, pairs: Sequence[tuple[Case, Answer]], seed: int) -> None:
+    def __init__(
+        self, cluster: ChaosCluster, pairs: Sequence[tuple[Case, Answer]], seed: int, api_key: str | None = None
+    ) -> None:
         self.tally = Tally()
         self._cluster, self._pairs = cluster, pairs
         self._draw = random.Random(seed)
-        self._clients = {gateway.name: HttpClient(gateway.plan.url, api_key=None) for gateway in cluster.gateways}
+        self._clients = {gateway.name: HttpClient(gateway.plan.url, api_key=api_key) for gateway in cluster.gateways}
         self._clock = MonotonicClock()
         self._over = False
 

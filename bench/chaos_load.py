@@ -52,6 +52,7 @@ class Answer:
     choices: dict[int, Choice] = field(default_factory=dict)
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None
+    num_cached_tokens: int = 0
     num_failovers: int = 0
     is_whole: bool = False  # ended as a whole answer, by [DONE] or as one body
     error: str = ""
@@ -70,6 +71,7 @@ class Answer:
             choice.finish_reason = part["finish_reason"] or choice.finish_reason
         if usage := event.get("usage"):
             self.num_prompt_tokens, self.num_output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            self.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         self.num_failovers = (event.get("kvist") or {}).get("failovers", self.num_failovers)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from kvist.config import OptionHelp
+from kvist.config import option as declare
 from kvist.errors import ConfigError
 from kvist.options import Option, compose, options_of
 
@@ -260,6 +261,11 @@ def _from_file(options: Sequence[Option], path: Path, also_known: Sequence[str])
         elif key not in also_known:
             raise ConfigError(f"unknown key {written} in {path}{nearest(key, list(by_key))}", param=written)
     return given
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FileConfig:
+    config: Path | None = declare(None, "TOML file with options, one `name = value` per line")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

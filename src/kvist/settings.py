@@ -11,7 +11,6 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from kvist.agents_api.config import AgentApiOptions
 from kvist.bench.config import LOADS, CustomConfig, Load, TargetConfig
@@ -23,16 +22,13 @@ from kvist.cluster.config import (
     FrontOptions,
     GatewayOptions,
     JoinOptions,
-    OperatedServer,
     PairOptions,
     PoolNodesOptions,
-    RoleOptions,
     StartOptions,
     UnifiedOptions,
 )
 from kvist.config import option
-from kvist.deploy.config import CheckedFile, LocalRunOptions, OutputOptions
-from kvist.deploy.description import ContainerOptions, Deployment, ManifestOptions, RoleCounts
+from kvist.deploy.config import LocalRunOptions
 from kvist.engine.bench_shapes import StepsConfig
 from kvist.engine.config import (
     EndpointOptions,
@@ -45,13 +41,12 @@ from kvist.engine.config import (
 )
 from kvist.errors import ConfigError
 from kvist.flag_help import HelpPage, help_text
-from kvist.flags import Shorthand, Sources, nearest, read_settings
+from kvist.flags import FileConfig, Shorthand, Sources, nearest, read_settings
 from kvist.flight.config import FlightOptions
 from kvist.foreign_flags import REMEDIES
 from kvist.lang.explain_command import ExplainOptions
 from kvist.log import LogConfig
 from kvist.nodes.config import (
-    DrainOptions,
     JoinPoolOptions,
     MasterAddress,
     NodeKeyOptions,
@@ -59,13 +54,20 @@ from kvist.nodes.config import (
     SegmentOptions,
     StoreAddress,
 )
+from kvist.operator_settings import (
+    DeployCheckSettings,
+    DoctorSettings,
+    DrainServerSettings,
+    DrainSettings,
+    RenderSettings,
+    RoleSettings,
+    UpgradeSettings,
+)
 from kvist.options import ENV_PREFIX, group, options_of, to_argv
 from kvist.router.config import LinkOptions, RouterConfig, RoutingOptions
 from kvist.runner.config import RunnerOptions
 from kvist.server.config import InstanceOptions, ServerConfig
-from kvist.store.config import StorageConfig
 from kvist.text.config import TextConfig
-from kvist.upgrade.config import UpgradeOptions
 
 SHORTHANDS = (
     Shorthand(flag="--decode-only", key="role", value="decode", text="the same as --role decode"),
@@ -82,11 +84,6 @@ SHORTHANDS = (
         text="the same as --generation-config, as SGLang names it: model or openai",
     ),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileConfig:
-    config: Path | None = option(None, "TOML file with options, one `name = value` per line")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +145,7 @@ class UpSettings:
 
     def __post_init__(self) -> None:
         self.cluster_config()
-        check_one_tier(self.nodes, self.engine.storage)
+        self.nodes.check_one_tier(self.engine.storage)
         if self.nodes.storage is None and (self.pool, self.segment) != (PoolOptions(), SegmentOptions()):
             raise ConfigError("the options of a page pool need one: add --storage mooncake", param="storage")
 
@@ -188,7 +185,7 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         self.cluster_config()
-        check_one_tier(self.nodes, self.engine.storage)
+        self.nodes.check_one_tier(self.engine.storage)
 
     def cluster_config(self) -> ClusterConfig:
         return ClusterConfig(
@@ -197,23 +194,6 @@ class DemoSettings:
 
     def passed_on(self) -> tuple[object, ...]:
         return self.name, self.log
-
-
-def check_one_tier(nodes: PoolNodesOptions, storage: StorageConfig) -> None:
-    """Raise `ConfigError` for a second storage tier beside a page pool."""
-    if nodes.storage is None:
-        return
-    if storage.hicache_storage_backend not in (None, nodes.storage):
-        raise ConfigError(
-            f"--storage {nodes.storage} and --hicache-storage-backend {storage.hicache_storage_backend} are two "
-            "storage tiers: give one of them",
-            param="storage",
-        )
-    if "mooncake_master_addr" in storage.hicache_storage_options:
-        raise ConfigError(
-            "--storage mooncake starts a master, and --hicache-mooncake-master-addr names another: give one of them",
-            param="storage",
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,68 +279,11 @@ class StoreSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DrainSettings:
-    drain: DrainOptions = group(DrainOptions)
-    log: LogConfig = group(LogConfig)
-    file: FileConfig = group(FileConfig)
-
-    def __post_init__(self) -> None:
-        if self.drain.store is not None:
-            _ = self.drain.url
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleSettings:
-    operated: OperatedServer = group(OperatedServer)
-    switch: RoleOptions = group(RoleOptions)
-    log: LogConfig = group(LogConfig)
-    file: FileConfig = group(FileConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpgradeSettings:
-    upgrade: UpgradeOptions = group(UpgradeOptions)
-    runtime: RuntimeOptions = group(RuntimeOptions)
-    log: LogConfig = group(LogConfig)
-    file: FileConfig = group(FileConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrainServerSettings:
-    operated: OperatedServer = group(OperatedServer)
-    log: LogConfig = group(LogConfig)
-    file: FileConfig = group(FileConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeployCheckSettings:
-    checked: CheckedFile = group(CheckedFile)
-    log: LogConfig = group(LogConfig)
-    config: FileConfig = group(FileConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DeployRunSettings:
     local: LocalRunOptions = group(LocalRunOptions)
     log: LogConfig = group(LogConfig)
     config: FileConfig = group(FileConfig)
     parent: ParentConfig = group(ParentConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenderSettings:
-    manifest: ManifestOptions = group(ManifestOptions)
-    counts: RoleCounts = group(RoleCounts)
-    container: ContainerOptions = group(ContainerOptions)
-    output: OutputOptions = group(OutputOptions)
-    log: LogConfig = group(LogConfig)
-    file: FileConfig = group(FileConfig)
-
-    def __post_init__(self) -> None:
-        self.deployment()
-
-    def deployment(self) -> Deployment:
-        return Deployment(manifest=self.manifest, counts=self.counts, container=self.container)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,6 +308,7 @@ Settings = (
     | UpSettings
     | DemoSettings
     | ChatSettings
+    | DoctorSettings
     | ExplainSettings
     | BenchServerSettings
     | BenchEngineSettings
@@ -405,6 +329,7 @@ _SETTINGS: dict[str, type[Settings]] = {
     "up": UpSettings,
     "demo": DemoSettings,
     "chat": ChatSettings,
+    "doctor": DoctorSettings,
     "lang explain": ExplainSettings,
     **{f"bench {kind}": _bench_settings(load) for kind, load in LOADS.items()},
     "bench custom": _bench_settings(CustomConfig),
@@ -416,6 +341,7 @@ _POSITIONAL: dict[str, tuple[str, ...]] = {
     "serve": ("model_path",),
     "router": ("model_path",),
     "up": ("model_path",),
+    "doctor": ("model_path",),
     "store drain": ("store",),
     "role": ("worker", "role"),
     "drain": ("url",),
@@ -458,7 +384,7 @@ _COMMON = {  # shown by `--help`; `--help-all` shows all
     *("rpc_port", "hot_page_replication", "hot_page_replicas", "hicache_mooncake_master_addr", "segment_size"),
     *("ssd_path", "ssd_size", "hicache_mooncake_protocol", "store", "timeout_s"),
     *("format", "name", "image", "device", "hicache_size", "output"),
-    *("python", "order"),
+    *("python", "order", "json", "torch", "engine_port", "hicache_storage_path"),
 }
 
 

@@ -21,6 +21,15 @@ from kvist.engine.config import HostTierConfig, ModelOptions, TokenizerConfig
 from kvist.errors import ConfigError
 from kvist.hub import find_model
 from kvist.nodes.config import STOP_MARGIN_S, JoinPoolOptions, PoolOptions, SegmentOptions
+from kvist.operator_settings import (
+    DeployCheckSettings,
+    DoctorSettings,
+    DrainServerSettings,
+    DrainSettings,
+    RenderSettings,
+    RoleSettings,
+    UpgradeSettings,
+)
 from kvist.options import given_values, to_argv
 from kvist.progress import StartProgress
 from kvist.runner.config import RunnerOptions
@@ -30,19 +39,13 @@ from kvist.settings import (
     BenchServerSettings,
     ChatSettings,
     DemoSettings,
-    DeployCheckSettings,
     DeployRunSettings,
-    DrainServerSettings,
-    DrainSettings,
     ExplainSettings,
     MasterSettings,
-    RenderSettings,
-    RoleSettings,
     RouterSettings,
     ServeSettings,
     Settings,
     StoreSettings,
-    UpgradeSettings,
     UpSettings,
     read,
 )
@@ -108,6 +111,10 @@ def run(settings: Settings) -> int:
         from kvist.upgrade.verb import run_upgrade
 
         return run_upgrade(settings.upgrade, settings.runtime.runtime_dir)
+    if isinstance(settings, DoctorSettings):
+        from kvist.doctor.command import run_doctor
+
+        return run_doctor(settings.wants(), as_json=settings.doctor.json)
     if isinstance(settings, ChatSettings):
         from kvist.cluster.chat import run_chat
 

@@ -133,6 +133,72 @@ def test_a_fault_is_named(change: Callable[[Json], object], words: str) -> None:
     assert [line for line in found if words in line], found
 
 
+REMEDIES = [
+    ("an unknown field", "spec.roles.3.standalonePattern.template.spec", "correct the name of the field, or remove it"),
+    ("an impossible count", "spec.roles.3.replicas", "less than the minimum of 0"),
+    ("a wrong type", "spec.roles.3.replicas", 'not of type "integer"'),
+    ("a name too long for DNS", "role mooncake-master", "use a shorter `metadata.name`"),
+    ("two roles on one port", "the host's network", "give one of them another --port"),
+    ("two containers of one pod on one port", "role decode", "give one of them another --engine-port"),
+    ("fewer stores than copies", "role prefill", "Raise the replicas of the stores"),
+    ("no room for the host tier", "role decode", "raise the limit, or lower the size"),
+    ("no decode worker", "the workers", "Add workers of the role that is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "remedy"), REMEDIES, ids=[case[0] for case in REMEDIES])
+def test_a_finding_names_its_place_and_its_remedy(name: str, place: str, remedy: str) -> None:
+    change = next(case[1] for case in WRONG if case[0] == name)
+    assert [line for line in findings(change) if place in line and remedy in line], findings(change)
+
+
+def of_project(change: Callable[[Json], object]) -> list[str]:
+    (project,) = documents_of(deployment(format="compose", **SHAPES["pool"]))
+    change(project)
+    return [str(finding) for finding in check_manifest(yaml.safe_dump(project), option_values)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda project: project.update(service={}),
+            "service: is a field that Compose does not have; did you mean s",
+        ),
+        (lambda project: project.update(colour=1), "colour: is a field that Compose does not have: remove it"),
+        (
+            lambda project: project["services"]["decode-0"].update(imagee="x"),
+            "services.decode-0.imagee: is a field that Compose does not have; did you mean image?",
+        ),
+        (
+            lambda project: project["services"]["decode-0"].update(scale=-1),
+            "services.decode-0.scale: -1 is not a number of containers: use 0 or more",
+        ),
+        (
+            lambda project: project["services"]["decode-0"].update(deploy={"replicas": "two"}),
+            "services.decode-0.deploy.replicas: 'two' is not a number of containers",
+        ),
+        (
+            lambda project: project["services"]["decode-0"].update(ports=["127.0.0.1:30000:30000"]),
+            "127.0.0.1:30000, which services.decode-0 publishes, too: give one of them another port",
+        ),
+        (
+            lambda project: project["services"]["decode-0"].update(
+                ports=[{"host_ip": "127.0.0.1", "published": 30000, "target": 1}]
+            ),
+            "services.router.ports: publishes 127.0.0.1:30000, which services.decode-0 publishes",
+        ),
+    ],
+)
+def test_a_fault_of_a_project_of_compose_is_named(change: Callable[[Json], object], words: str) -> None:
+    found = of_project(change)
+    assert [line for line in found if words in line], found
+
+
+def test_extensions_of_a_project_are_no_faults() -> None:
+    assert of_project(lambda project: project.update({"x-note": 1})) == []
+
+
 def test_a_finding_that_only_costs_something_is_a_warning() -> None:
     (line,) = findings(with_args("decode", "--hicache-persist=none"))
     assert line.startswith("warning: RoleBasedGroup kvist, role decode, container worker: ")

@@ -26,6 +26,29 @@ def test_an_example_passes_the_check(description: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "0 errors, 0 warnings\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("prefil = 2", "unknown key prefil in"),
+        ("prefil = 2", "did you mean prefill?"),
+        ("prefill = -1", "prefill in"),
+        ("decode = 0", "cannot answer a request"),
+        ("stores = 1", "--hicache-mooncake-replica-num 2 is more than --stores 1"),
+        ('stores = "three"', "stores in"),
+        (f'name = "{"x" * 60}"', "use at most 44"),
+        ('name = "Chat_1"', "use lower-case letters, digits and '-'"),
+        ("max_replicas = 500", "max_replicas in"),
+    ],
+)
+def test_a_wrong_description_is_refused_with_its_key_and_the_remedy(
+    line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = tmp_path / "cluster.toml"
+    description.write_text(f"{line}\n", encoding="utf-8")
+    assert main(["deploy", "render", "--config", str(description)]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_every_manifest_has_its_description() -> None:
     assert DESCRIPTIONS
     assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {path.stem for path in DESCRIPTIONS}

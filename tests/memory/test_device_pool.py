@@ -14,7 +14,8 @@ import torch
 from kvist.errors import ConfigError, EngineError
 from kvist.kv.layout import PageLayout
 from kvist.memory import device_pool as device
-from kvist.memory.device_pool import DevicePool, available_host_bytes, plan_pool_size
+from kvist.memory.device_pool import DevicePool, plan_pool_size
+from kvist.memory.host_memory import available_host_bytes
 
 LAYOUT = PageLayout(num_kv_heads=2, num_layers=3, page_size=4, head_dim=8, dtype="float32")
 CPU = torch.device("cpu")

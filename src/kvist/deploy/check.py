@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import PurePosixPath
 
+from kvist.deploy.compose_fields import compose_problems
 from kvist.deploy.description import MAX_POD_NAME, STOP_MARGIN_S
 from kvist.deploy.manifest import Manifest, read_manifest
 from kvist.deploy.schemas import schema_problems
@@ -62,7 +63,7 @@ class _Running:
 def check_manifest(text: str, read_options: ReadOptions) -> list[Finding]:
     """Return what is wrong with the manifest, in its order. Raises `ConfigError` for text that is not a manifest."""
     manifest = read_manifest(text)
-    findings = [] if manifest.is_compose else list(_schema_findings(manifest))
+    findings = list(_schema_findings(manifest))
     running = []
     for workload in manifest.workloads:
         for container in workload.containers:
@@ -84,6 +85,10 @@ def check_manifest(text: str, read_options: ReadOptions) -> list[Finding]:
 
 
 def _schema_findings(manifest: Manifest) -> Iterator[Finding]:
+    if manifest.is_compose:
+        for path, problem in compose_problems(manifest.documents[0]):
+            yield Finding(where=path, text=problem)
+        return
     for document in manifest.documents:
         metadata = document.get("metadata")
         name = metadata.get("name") if isinstance(metadata, dict) else None
@@ -128,7 +133,8 @@ def _folders(one: _Running) -> Iterator[Finding]:
     ):
         yield Finding(
             where=one.where,
-            text="has a host tier without --hicache-persist: an upgrade in place would lose it",
+            text="has a host tier without --hicache-persist: an upgrade in place would lose it. Add --hicache-persist "
+            "and its volume",
             is_error=False,
         )
 
@@ -146,7 +152,9 @@ def _memory(one: _Running) -> Iterator[Finding]:
     if limit is not None and 1000 * needs_gb >= limit:
         flag = "--hicache-size" if one.container.verb == "serve" else "--segment-size"
         yield Finding(
-            where=one.where, text=f"{flag} {needs_gb:g} GB does not fit into its memory limit of {limit:g} MB"
+            where=one.where,
+            text=f"{flag} {needs_gb:g} GB does not fit into its memory limit of {limit:g} MB: "
+            "raise the limit, or lower the size",
         )
 
 
@@ -192,7 +200,7 @@ def _names(one: _Running) -> Iterator[Finding]:
         yield Finding(
             where=one.workload.where,
             text=f"the name {one.workload.pod_name} has {len(one.workload.pod_name)} characters; DNS allows "
-            f"{MAX_POD_NAME}",
+            f"{MAX_POD_NAME}: use a shorter `metadata.name`, or a shorter name of the role",
         )
 
 
@@ -209,7 +217,8 @@ def _replicas(running: list[_Running]) -> Iterator[Finding]:
         if one.container.verb == "serve" and stores and copies > stores:
             yield Finding(
                 where=one.where,
-                text=f"wants {copies:g} copies of each page from {stores} stores: each copy needs a store of its own",
+                text=f"wants {copies:g} copies of each page from {stores} stores: each copy needs a store of its own. "
+                "Raise the replicas of the stores, or lower --hicache-mooncake-replica-num",
             )
 
 
@@ -244,7 +253,11 @@ def _ports(running: list[_Running]) -> Iterator[Finding]:
             for key in ("port", "engine_port", "rpc_port"):
                 if port := int(one.number(key)):
                     if port in used:
-                        yield Finding(where=where, text=f"{one.where} and {used[port]} both use the port {port}")
+                        yield Finding(
+                            where=where,
+                            text=f"{one.where} and {used[port]} both use the port {port}: give one of them another "
+                            f"--{key.replace('_', '-')}",
+                        )
                     used[port] = one.where
 
 
@@ -254,7 +267,11 @@ def _can_answer(running: list[_Running]) -> Iterator[Finding]:
         one.text("role") or "unified" for one in running if one.container.verb == "serve" and one.workload.replicas
     }
     if roles and "unified" not in roles and not {"prefill", "decode"} <= roles:
-        yield Finding(where="the workers", text=f"are all of the role {', '.join(roles)}: no request can be answered")
+        yield Finding(
+            where="the workers",
+            text=f"are all of the role {', '.join(roles)}: no request can be answered. Add workers of "
+            "the role that is missing",
+        )
 
 
 _CHECKS_OF_ALL = (_replicas, _releases, _ports, _can_answer)

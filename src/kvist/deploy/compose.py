@@ -38,7 +38,8 @@ def compose_document(deployment: Deployment) -> Document:
         for volume in role.volumes
         if _outlives_container(volume)
     }
-    keys = {PAGES_SECRET: {"file": f"./{PAGES_SECRET}"}} if any(role.reads_pages_secret for role in roles) else {}
+    files = {PAGES_SECRET: {"file": f"./{PAGES_SECRET}"}, API_KEY: {"environment": "KVIST_API_KEY"}}
+    keys = files if any(role.reads_pages_secret for role in roles) else {}
     project: Document = {"name": deployment.manifest.name, "services": services}
     return {**project, **({"volumes": folders} if folders else {}), **({"secrets": keys} if keys else {})}
 
@@ -90,7 +91,7 @@ def _service(deployment: Deployment, role: RoleSpec, member: str, before: list[s
     if role.kind is Kind.ROUTER:
         service["ports"] = [f"127.0.0.1:{HTTP_PORT}:{HTTP_PORT}"]
     if role.reads_pages_secret:
-        service["secrets"] = [{"source": PAGES_SECRET, "target": f"{KEYS_FOLDER}/{PAGES_SECRET}"}]
+        service["secrets"] = [{"source": key, "target": f"{KEYS_FOLDER}/{key}"} for key in (PAGES_SECRET, API_KEY)]
     if role.gpus:
         device = {"driver": "nvidia", "count": role.gpus, "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}

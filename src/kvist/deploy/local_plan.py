@@ -16,7 +16,6 @@ from kvist.deploy.manifest import Manifest
 from kvist.deploy.workloads import POD_ADDRESS, SECRET_VALUE, Container, Json, Workload
 from kvist.errors import ConfigError
 
-FIRST_ADDRESS = "127.77.0."  # of Linux, where all of 127.0.0.0/8 is loopback
 MAX_PODS = 250
 _WILDCARDS = ("0.0.0.0", "::")
 _DISCOVERY = re.compile(r"--discovery=dns:([^:]+):(\d+)")
@@ -70,6 +69,7 @@ class Place:
     memory_folder: Path  # of the cluster, in memory
     secret_values: Mapping[str, str]  # by key of a Secret
     claims: Mapping[str, Path]  # folders that stand for PersistentVolumeClaims
+    network: str = "127.77.0."  # the beginning of the addresses of its pods
 
 
 def plan_local(manifest: Manifest, place: Place) -> LocalCluster:
@@ -82,7 +82,7 @@ def plan_local(manifest: Manifest, place: Place) -> LocalCluster:
         raise ConfigError("no container of the manifest runs kvist serve, router, master or store")
     if len(names) > MAX_PODS:
         raise ConfigError(f"the manifest has {len(names)} pods; this machine stands for at most {MAX_PODS}")
-    addresses = {name: f"{FIRST_ADDRESS}{index + 1}" for index, name in enumerate(names)}
+    addresses = {name: f"{place.network}{index + 1}" for index, name in enumerate(names)}
     services = {
         service.name: tuple(
             addresses[pod]

@@ -8,6 +8,7 @@ surge, the new process is ready before the old one stops, and both have the same
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import shutil
 import socket
@@ -24,7 +25,7 @@ from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.stop_requests import RETIRE, signal_self, stop_with_parent
 from kvist.cluster.up import Screen, interrupt_on_stop_signals
-from kvist.deploy.local_plan import LocalCluster, LocalPod, Place, plan_local, updates
+from kvist.deploy.local_plan import MAX_PODS, LocalCluster, LocalPod, Place, plan_local, updates
 from kvist.deploy.manifest import manifest_text_of, read_manifest
 from kvist.errors import ConfigError, KvistError
 from kvist.supervisor.child import ChildPlan
@@ -32,6 +33,7 @@ from kvist.supervisor.child import ChildPlan
 _CHECK_S = 0.5  # between looks at the file
 _KEYS = ("api-key", "cluster-key", "pages-secret")
 _SHARED_MEMORY = Path("/dev/shm")
+_NUM_NETWORKS, _MARK_PORT = 256, 30000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +57,32 @@ def run_local(run: LocalRun, *, stop_with_stdin: bool = False) -> int:
         in_memory = closing.enter_context(_memory_folder())
         values = {key: secrets.token_hex(32) for key in _KEYS}
         values["api-key"] = run.api_key or values["api-key"]
-        place = Place(folder=folder, memory_folder=in_memory, secret_values=values, claims=run.claims)
+        network = closing.enter_context(_own_network())
+        place = Place(folder=folder, memory_folder=in_memory, secret_values=values, claims=run.claims, network=network)
         cluster = plan_local(read_manifest(manifest_text_of(run.manifest)), place)
         _make_folders(cluster)
         fronts = {
             pod.name: closing.enter_context(bound_socket(pod.address, pod.port)) for pod in cluster.pods if pod.surges
         }
         return _Running(run, place, cluster, fronts).until_stopped(stop_with_stdin)
+
+
+@contextlib.contextmanager
+def _own_network() -> Iterator[str]:
+    """Yield the beginning of loopback addresses that no other `kvist deploy run` of this machine uses meanwhile: of
+    Linux, where all of 127.0.0.0/8 is loopback. Raises `ConfigError`."""
+    for number in range(_NUM_NETWORKS):
+        network = f"127.77.{number}."
+        with socket.socket() as mark:
+            try:
+                mark.bind((f"{network}{MAX_PODS + 1}", _MARK_PORT))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise ConfigError(f"this machine has no loopback address {network}1: {error.strerror}") from error
+            yield network
+            return
+    raise ConfigError(f"{_NUM_NETWORKS} manifests run on this machine already: stop one of them")
 
 
 @contextlib.contextmanager
@@ -188,6 +209,9 @@ class _Running:
         """Replace the pods whose image has changed, one by one. Raises `KvistError` at the first that does not come up:
         those after it keep their old image."""
         todo = updates(self._cluster, wanted)
+        if not todo:
+            self._say("no image has changed")
+            return
         self._say(f"upgrading {len(todo)} pods")
         for pod in todo:
             began_s = time.monotonic()

@@ -137,6 +137,7 @@ def _worker(
             "--hicache-storage-backend=mooncake",
             f"--hicache-mooncake-master-addr={addresses.master}:{MASTER_RPC_PORT}",
             f"--hicache-mooncake-replica-num={container.hicache_mooncake_replica_num}",
+            f"--hicache-mooncake-master-api-key-file={KEYS_FOLDER}/{API_KEY}",  # for its figures of the pool
             f"--hicache-storage-secret-file={KEYS_FOLDER}/{PAGES_SECRET}",
         ]
     return RoleSpec(

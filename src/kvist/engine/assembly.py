@@ -40,7 +40,8 @@ from kvist.kv.cache import PageCache
 from kvist.kv.layout import namespace
 from kvist.kv.tiers.host import HostTier
 from kvist.kv.tiers.storage import StorageTier
-from kvist.memory.device_pool import DevicePool, available_host_bytes
+from kvist.memory.device_pool import DevicePool
+from kvist.memory.host_memory import available_host_bytes
 from kvist.memory.host_pool import HostPool, plan_host_pages
 from kvist.memory.page_copier import PageMover
 from kvist.memory.persistence import PersistentPages, reusable_bytes

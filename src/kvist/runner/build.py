@@ -22,7 +22,8 @@ from kvist.errors import ConfigError
 from kvist.grammar.compiler import GrammarCompiler
 from kvist.kernels.shaping import TableSizes
 from kvist.kv.layout import PageLayout
-from kvist.memory.device_pool import DTYPES, DevicePool, PoolSize, RankPool, Room, available_host_bytes, plan_pool_size
+from kvist.memory.device_pool import DTYPES, DevicePool, PoolSize, RankPool, Room, plan_pool_size
+from kvist.memory.host_memory import available_host_bytes
 from kvist.memory.runtime_dir import allocation_lock, free_bytes
 from kvist.memory.runtime_dir import runtime_dir as user_runtime_dir
 from kvist.models import ModelConfig

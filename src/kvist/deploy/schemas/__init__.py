@@ -68,7 +68,7 @@ def _violations(schema: Json, document: Json) -> Iterator[tuple[str, str]]:
     for problem in jsonschema_rs.validator_for(shape).iter_errors(own):
         found += 1
         if found <= _MAX_PROBLEMS:
-            yield ".".join(map(str, problem.instance_path)), problem.message
+            yield ".".join(map(str, problem.instance_path)), _with_remedy(problem.message)
     if not found:
         yield from _broken_rules(schema["properties"].get("spec", {}), document.get("spec"), "spec")
 
@@ -101,7 +101,13 @@ def _kubernetes_problems(document: Json, kind: str, version: str) -> Iterator[tu
     except kubernetes_validate.SchemaNotFoundError:
         yield "kind", f"is {kind} of {version}, which Kubernetes does not have"
     except kubernetes_validate.ValidationError as error:
-        yield ".".join(map(str, error.path)), str(error.message)
+        yield ".".join(map(str, error.path)), _with_remedy(str(error.message))
+
+
+def _with_remedy(problem: str) -> str:
+    """Return the problem with its remedy; those of types and limits name what is allowed."""
+    unknown = "Additional properties are not allowed" in problem
+    return f"{problem}: correct the name of the field, or remove it" if unknown else problem
 
 
 def _missing() -> ConfigError:
