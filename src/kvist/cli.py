@@ -26,7 +26,7 @@ VERBS = {
     "deploy run": "run the pods of a manifest as local processes, and upgrade them when the images in the file change",
     "up": "start a router, prefill workers and decode workers on this machine",
     "upgrade": "replace the processes of a running kvist up by those of another version, one by one, without a break",
-    "doctor": "check this machine: GPU, libraries, memory, limits, ports, store, model; tell what mends each fault",
+    "doctor": "check this machine: GPU, libraries, memory, limits, ports, store, model; with the remedy of each fault",
     "chat": "chat at the terminal with a running server, or with one that is started for the chat",
     "demo": "start a small cluster, run a short chat, show its handoffs and cache hits, and stop the cluster",
     "lang explain": "show the plan of a program of kvist.lang before it runs",

@@ -92,7 +92,7 @@ class DoctorSettings:
     file: FileConfig = group(FileConfig)
 
     def __post_init__(self) -> None:
-        self.nodes.check_one_tier(self.engine.storage)
+        self.engine.storage.check_one_tier(self.nodes.storage)
 
     def wants(self) -> Wants:
         """Return what the settings need of the machine. Raises `ConfigError`."""

@@ -145,7 +145,7 @@ class UpSettings:
 
     def __post_init__(self) -> None:
         self.cluster_config()
-        self.nodes.check_one_tier(self.engine.storage)
+        self.engine.storage.check_one_tier(self.nodes.storage)
         if self.nodes.storage is None and (self.pool, self.segment) != (PoolOptions(), SegmentOptions()):
             raise ConfigError("the options of a page pool need one: add --storage mooncake", param="storage")
 
@@ -185,7 +185,7 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         self.cluster_config()
-        self.nodes.check_one_tier(self.engine.storage)
+        self.engine.storage.check_one_tier(self.nodes.storage)
 
     def cluster_config(self) -> ClusterConfig:
         return ClusterConfig(

@@ -195,7 +195,7 @@ def test_a_fault_of_a_project_of_compose_is_named(change: Callable[[Json], objec
     assert [line for line in found if words in line], found
 
 
-def test_extensions_of_a_project_are_no_faults() -> None:
+def test_extensions_of_a_project_are_accepted() -> None:
     assert of_project(lambda project: project.update({"x-note": 1})) == []
 
 

@@ -96,7 +96,7 @@ FAULTS: list[tuple[str, dict[str, Any], dict[str, Any], str, str, str]] = [
 @pytest.mark.parametrize(
     ("wants", "facts", "level", "words", "remedy"), [case[1:] for case in FAULTS], ids=[case[0] for case in FAULTS]
 )
-def test_a_fault_is_named_with_what_mends_it(
+def test_a_fault_is_named_with_its_remedy(
     wants: dict[str, Any], facts: dict[str, Any], level: str, words: str, remedy: str
 ) -> None:
     (finding,) = bad(replace(WANTS, **wants), replace(HEALTHY, **facts))

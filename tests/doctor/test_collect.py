@@ -82,7 +82,7 @@ def test_torch_is_asked_in_a_process_of_its_own_that_may_fail(monkeypatch: pytes
     assert "answered something else" in collect._torch().error
 
 
-def test_the_exit_status_tells_whether_a_server_can_start(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_status_is_1_if_a_server_cannot_start(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         status, found = findings([f"--port={port}", "--model-path=/no/such/model"], capsys)

@@ -14,7 +14,6 @@ from kvist.grammar.config import GrammarOptions
 from kvist.request import Role
 from kvist.router.addresses import normal_url
 from kvist.server.config import InstanceOptions, ServerConfig, TlsOptions
-from kvist.store.config import StorageConfig
 from kvist.text import TextConfig
 
 DEFAULT_STORES = 3
@@ -103,23 +102,6 @@ class PoolNodesOptions:
     def __post_init__(self) -> None:
         if self.storage is None and self.stores != DEFAULT_STORES:
             raise ConfigError(f"--stores {self.stores} needs a page pool: add --storage mooncake", param="storage")
-
-    def check_one_tier(self, storage: StorageConfig) -> None:
-        """Raise `ConfigError` for a second storage tier beside a page pool."""
-        if self.storage is None:
-            return
-        if storage.hicache_storage_backend not in (None, self.storage):
-            raise ConfigError(
-                f"--storage {self.storage} and --hicache-storage-backend {storage.hicache_storage_backend} are two "
-                "storage tiers: give one of them",
-                param="storage",
-            )
-        if "mooncake_master_addr" in storage.hicache_storage_options:
-            raise ConfigError(
-                "--storage mooncake starts a master, and --hicache-mooncake-master-addr names another: give one of "
-                "them",
-                param="storage",
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ _GB = 1e9
 
 
 def check(wants: Wants, facts: Facts) -> list[Finding]:
-    """Return the findings, in the order in which they should be mended."""
+    """Return the findings, in the order in which they are best removed."""
     return [finding for each in _CHECKS for finding in each(wants, facts)]
 
 

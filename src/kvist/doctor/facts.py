@@ -11,7 +11,7 @@ UNLIMITED = -1  # of a limit, as `resource.RLIM_INFINITY`
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wants:
-    """What the settings need of the machine."""
+    """The needs of the settings."""
 
     model_path: str | None = None
     has_dummy_weights: bool = False
@@ -40,7 +40,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Torch:
-    """What torch says in a process of its own; `error` if it cannot be imported, or needs too long."""
+    """The answer of torch in a process of its own; `error` if it cannot be imported, or needs too long."""
 
     error: str = ""
     version: str = ""
@@ -91,7 +91,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One result. `remedy` is what mends it: a command, or a change of flags."""
+    """One result. `remedy` is a command, or a change of flags."""
 
     level: str  # ok, warning, error
     subject: str

@@ -68,6 +68,23 @@ class StorageConfig:
                 param="hicache_storage_backend",
             )
 
+    def check_one_tier(self, pool: str | None) -> None:
+        """Raise `ConfigError` for a store beside the page pool that `--storage` starts."""
+        if pool is None:
+            return
+        if self.hicache_storage_backend not in (None, pool):
+            raise ConfigError(
+                f"--storage {pool} and --hicache-storage-backend {self.hicache_storage_backend} are two storage tiers: "
+                "give one of them",
+                param="storage",
+            )
+        if "mooncake_master_addr" in self.hicache_storage_options:
+            raise ConfigError(
+                "--storage mooncake starts a master, and --hicache-mooncake-master-addr names another: give one of "
+                "them",
+                param="storage",
+            )
+
     def prefetch(self) -> PrefetchConfig:
         return PrefetchConfig(
             policy=self.hicache_storage_prefetch_policy,
