@@ -27,6 +27,7 @@ VERBS = {
     "up": "start a router, prefill workers and decode workers on this machine",
     "upgrade": "replace the processes of a running kvist up by those of another version, one by one, without a break",
     "doctor": "check this machine: GPU, libraries, memory, limits, ports, store, model; with the remedy of each fault",
+    "top": "show what a router or worker does now: workers, queues, pages, hit rates, latencies, slowest requests",
     "chat": "chat at the terminal with a running server, or with one that is started for the chat",
     "demo": "start a small cluster, run a short chat, show its handoffs and cache hits, and stop the cluster",
     "lang explain": "show the plan of a program of kvist.lang before it runs",

@@ -17,6 +17,7 @@ from kvist.options import group
 from kvist.server.config import ServerConfig
 from kvist.store.file_options import FileStoreOptions
 from kvist.store.mooncake_options import MooncakeStoreOptions
+from kvist.top.config import TopOptions
 from kvist.upgrade.config import UpgradeOptions
 
 
@@ -129,3 +130,11 @@ class DoctorSettings:
             uses_rdma=pool is not None and pool.mooncake_protocol == "rdma",
             checks_torch=self.doctor.torch,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopSettings:
+    operated: OperatedServer = group(OperatedServer)
+    top: TopOptions = group(TopOptions)
+    log: LogConfig = group(LogConfig)
+    file: FileConfig = group(FileConfig)

@@ -61,6 +61,7 @@ from kvist.operator_settings import (
     DrainSettings,
     RenderSettings,
     RoleSettings,
+    TopSettings,
     UpgradeSettings,
 )
 from kvist.options import ENV_PREFIX, group, options_of, to_argv
@@ -309,6 +310,7 @@ Settings = (
     | DemoSettings
     | ChatSettings
     | DoctorSettings
+    | TopSettings
     | ExplainSettings
     | BenchServerSettings
     | BenchEngineSettings
@@ -330,6 +332,7 @@ _SETTINGS: dict[str, type[Settings]] = {
     "demo": DemoSettings,
     "chat": ChatSettings,
     "doctor": DoctorSettings,
+    "top": TopSettings,
     "lang explain": ExplainSettings,
     **{f"bench {kind}": _bench_settings(load) for kind, load in LOADS.items()},
     "bench custom": _bench_settings(CustomConfig),
@@ -345,6 +348,7 @@ _POSITIONAL: dict[str, tuple[str, ...]] = {
     "store drain": ("store",),
     "role": ("worker", "role"),
     "drain": ("url",),
+    "top": ("url",),
     "chat": ("target",),
     "lang explain": ("program",),
     "bench custom": ("file",),
@@ -384,7 +388,7 @@ _COMMON = {  # shown by `--help`; `--help-all` shows all
     *("rpc_port", "hot_page_replication", "hot_page_replicas", "hicache_mooncake_master_addr", "segment_size"),
     *("ssd_path", "ssd_size", "hicache_mooncake_protocol", "store", "timeout_s"),
     *("format", "name", "image", "device", "hicache_size", "output"),
-    *("python", "order", "json", "torch", "engine_port", "hicache_storage_path"),
+    *("python", "order", "json", "torch", "once", "interval_s", "engine_port", "hicache_storage_path"),
 }
 
 

@@ -28,6 +28,7 @@ from kvist.operator_settings import (
     DrainSettings,
     RenderSettings,
     RoleSettings,
+    TopSettings,
     UpgradeSettings,
 )
 from kvist.options import given_values, to_argv
@@ -111,6 +112,10 @@ def run(settings: Settings) -> int:
         from kvist.upgrade.verb import run_upgrade
 
         return run_upgrade(settings.upgrade, settings.runtime.runtime_dir)
+    if isinstance(settings, TopSettings):
+        from kvist.top.command import run_top
+
+        return run_top(settings.operated, settings.top)
     if isinstance(settings, DoctorSettings):
         from kvist.doctor.command import run_doctor
 

@@ -29,7 +29,7 @@ def test_a_terminal_shows_one_line_with_an_estimate_and_erases_it_at_the_end() -
     assert terminal.getvalue() == ""  # below the interval
     progress.show(10, 5.0)
     progress.close()
-    assert "rate: 10 of 40 requests, 5 s so far, about 15 s left" in terminal.getvalue()
+    assert "[#####...............] rate: 10 of 40 requests, 5 s so far, about 15 s left" in terminal.getvalue()
     assert "\n" not in terminal.getvalue()
     assert terminal.getvalue().endswith("\r\x1b[2K")
 

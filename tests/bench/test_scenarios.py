@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -48,9 +49,13 @@ def test_default_options_equal_the_definitions_in_the_docs() -> None:
     assert TargetConfig().seed == 0
 
 
-def test_single_sends_one_after_another_on_one_connection(server: FakeServer, target: TargetConfig) -> None:
-    status, report = run("single", SingleConfig(requests=3, input_tokens="8", output_tokens="4"), target)
+def test_single_sends_one_after_another_on_one_connection(
+    server: FakeServer, target: TargetConfig, tmp_path: Path
+) -> None:
+    drawn = dataclasses.replace(target, plot=tmp_path / "picture.svg")
+    status, report = run("single", SingleConfig(requests=3, input_tokens="8", output_tokens="4"), drawn)
     assert status == 0
+    assert (tmp_path / "picture.svg").read_text(encoding="utf-8").count("<circle") == 3
     assert server.max_in_flight == 1
     assert server.num_connections == 1
     assert [len(prompt) for prompt in server.prompts] == [8, 8, 8]

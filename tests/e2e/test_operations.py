@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
+import pytest
 
 from kvist import cli
 from kvist.cluster.stop_requests import HURRY
@@ -84,3 +85,12 @@ def test_a_drained_worker_ends_with_0_and_what_is_left_at_the_limit_goes_on_else
     assert expected[0].startswith(completion(cluster.router, PROMPTS[0]))
     assert cluster.metric("kvist:failovers_total") > num_resumed
     cluster.wait_until(lambda: any("exited with status 0" in line for line in cluster.lines), within_s=60)
+
+
+def test_the_fleet_is_shown_in_a_terminal(settled: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    completion(settled.router, PROMPTS[0], 4)
+    assert cli.main(["top", settled.router, "--once"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{settled.router}  ready  router ")
+    shown = [line.split() for line in lines if " ready " in line][1:]
+    assert sorted(words[1] for words in shown) == ["decode", "prefill"]

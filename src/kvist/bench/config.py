@@ -73,11 +73,17 @@ class TargetConfig:
         "first and the second token went",
     )
     json_path: Path | None = option(None, "file for the figures and one row for each request", flag="--json")
+    plot: Path | None = option(None, "SVG file for a picture of the latencies, with those of --baseline in grey")
     baseline: Path | None = option(None, "an earlier --json file; ratios to its figures are printed")
 
     def __post_init__(self) -> None:
         if self.api_key is not None:
             check_api_key(self.api_key)
+        if self.plot is not None and self.plot.suffix != ".svg":
+            raise ConfigError(
+                f"--plot {self.plot} is not the name of an SVG file: end it with .svg (browsers show and convert it)",
+                param="plot",
+            )
         if self.vocab_high < self.vocab_low:
             raise ConfigError("--vocab-high is below --vocab-low", param="vocab_high")
         url = urlsplit(self.base_url)

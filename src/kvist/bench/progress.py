@@ -1,4 +1,4 @@
-"""Shows the progress of a scenario on standard error: one changing line on a terminal, else a log line every 10 s.
+"""Shows the progress of a scenario on standard error: a bar on a terminal, else a log line every 10 s.
 
 The measuring loop writes the line itself, in microseconds. A library's progress bar takes milliseconds for each update,
 which would be measured as a pause of the server.
@@ -11,6 +11,7 @@ import sys
 from typing import TextIO
 
 LINE_INTERVAL_S, LOG_INTERVAL_S = 0.5, 10.0
+_BAR_CHARS = 20
 _CLEAR = "\r\x1b[2K"
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class ProgressLine:
         estimate = _estimate(num_done, self._count, now_s - self._start_s)
         text = f"{self._name}: {num_done} of {self._count} requests, {estimate}"
         if self._on_terminal:
-            self._stream.write(_CLEAR + text)
+            self._stream.write(f"{_CLEAR}{_bar(num_done / max(1, self._count))} {text}")
             self._stream.flush()
         else:
             logger.info("%s", text)
@@ -45,6 +46,11 @@ class ProgressLine:
         if self._on_terminal:
             self._stream.write(_CLEAR)
             self._stream.flush()
+
+
+def _bar(share: float) -> str:
+    done = round(_BAR_CHARS * min(1.0, share))
+    return f"[{'#' * done}{'.' * (_BAR_CHARS - done)}]"
 
 
 def _estimate(num_done: int, count: int, elapsed_s: float) -> str:

@@ -21,6 +21,7 @@ from kvist.bench.config import LOADS, CustomConfig, Load, Scenario, TargetConfig
 from kvist.bench.drive import Driver, Measured
 from kvist.bench.http import HttpClient, HttpFailure, read_whole
 from kvist.bench.load import Source
+from kvist.bench.plot import picture
 from kvist.bench.report import Report, Run
 from kvist.clock import MonotonicClock
 from kvist.errors import UNDECODABLE, ConfigError, Unavailable
@@ -43,8 +44,9 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
     Ctrl-C ends the measurement: the finished requests are shown and written, then `KeyboardInterrupt` is raised.
     """
     baseline = None if target.baseline is None else {run.name: run for run in _read_baseline(target.baseline).runs}
-    if target.json_path is not None:
-        _check_writable(target.json_path)
+    for flag, path in (("json", target.json_path), ("plot", target.plot)):
+        if path is not None:
+            _check_writable(path, flag)
     runs: list[Run] = []
     interrupted = False
 
@@ -88,6 +90,8 @@ def run_scenarios(scenarios: Sequence[Scenario], target: TargetConfig) -> int:
     finally:
         if target.json_path is not None and runs:  # also after a failure: keep the finished scenarios
             target.json_path.write_bytes(reports.encode(_as_report(runs, target)))
+        if target.plot is not None and runs:
+            target.plot.write_text(picture(runs, baseline or {}), encoding="utf-8")
     if interrupted:
         raise KeyboardInterrupt
     return 1 if any(run.summary.failures for run in runs) else 0
@@ -235,10 +239,10 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path, flag: str) -> None:
     """Raise `ConfigError` before the measurement, not after it."""
     if not path.parent.is_dir() or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--json {path} cannot be written", param="json_path")
+        raise ConfigError(f"--{flag} {path} cannot be written", param=flag)
 
 
 # ---------------------------------------------------------------- baselines
