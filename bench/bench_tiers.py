@@ -38,7 +38,7 @@ from pathlib import Path
 from json_report import write_report
 from kvist.cluster.plan import visible_gpus
 from kvist.cores import num_usable_cores
-from kvist.memory.device_pool import available_host_bytes
+from kvist.memory.host_memory import available_host_bytes
 from scaling_fleet import BenchCluster
 from served import BenchFailure, BenchServer, Report
 from tiers_store import PAGE_SIZE, STORAGES, StorePlan, kv_token_bytes, opened_store
