@@ -63,6 +63,14 @@ def test_a_model_without_some_of_its_files_is_seen(tmp_path: Path) -> None:
     assert "model.safetensors.index.json" in model_of(str(tmp_path)).error
 
 
+def test_a_model_of_the_hub_needs_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert model_of("org/no-such-model").error.endswith("pip install 'kvist[hub]'")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
+    found = model_of("org/no-such-model")
+    assert (found.error, found.name, found.num_bytes) == ("", "org/no-such-model", 0)
+
+
 def test_a_folder_that_does_not_exist_has_the_room_of_the_one_above_it(tmp_path: Path) -> None:
     place = place_of(tmp_path / "a" / "b")
     assert not place.error

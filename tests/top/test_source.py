@@ -115,7 +115,7 @@ def test_the_figures_are_shown_until_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> 
         if len(waits) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.time, "sleep", sleep)
+    monkeypatch.setattr("kvist.top.command.time.sleep", sleep)
     output = io.StringIO()
     console = Console(file=output, width=120, height=40, force_terminal=True)
     assert command.run_top(OperatedServer(url=URL), TopOptions(interval_s=0.5), console) == 0

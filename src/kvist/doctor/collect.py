@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from kvist.checkpoint import Checkpoint, CheckpointKind, find_checkpoint, read_j
 from kvist.cores import num_usable_cores
 from kvist.doctor.facts import Facts, Gpu, Model, Place, Torch, Wants
 from kvist.errors import ConfigError, KvistError, StoreUnreachable
+from kvist.hub.name import hub_name, is_local
 from kvist.memory.host_memory import available_host_bytes
 from kvist.memory.runtime_dir import runtime_dir
 from kvist.mooncake.client import check_master
@@ -28,6 +30,7 @@ TORCH_TIMEOUT_S = 120.0
 GPU_TIMEOUT_S = 15.0
 _MIB = 1 << 20
 _GPU_FIELDS = "name,driver_version,memory.total,memory.used"
+_GET_HUB = "pip install 'kvist[hub]'"
 _NEEDED = re.compile(r"([A-Za-z0-9._-]+)([^;]*)(;.*)?")
 _ASK_TORCH = """
 import json, torch
@@ -168,7 +171,11 @@ def _master_error(address: str) -> str:
 
 
 def model_of(model_path: str | None) -> Model:
-    """Return the model's files, without reading its weights."""
+    """Return the model's files, without reading its weights. A model of the Hub is not downloaded."""
+    if model_path is not None and not is_local(model_path) and (name := hub_name(model_path)) is not None:
+        if importlib.util.find_spec("huggingface_hub") is None:
+            return Model(error=f"{name} is a model of the Hugging Face Hub, whose client is missing: {_GET_HUB}")
+        return Model(name=str(name), path="the Hugging Face Hub; it is downloaded at the start")
     try:
         checkpoint = find_checkpoint(model_path)
         files, missing = _weight_files(checkpoint)
