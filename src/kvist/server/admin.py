@@ -36,7 +36,7 @@ _STORAGE_ACTIONS: Mapping[str, Literal["status", "attach", "detach"]] = {
 _ROOT_BODY = {
     "server": "Kvist, which serves a large language model",
     "generate": ["POST /v1/chat/completions", "POST /v1/completions", "POST /generate"],
-    "look": ["GET /v1/models", "GET /ready", "GET /server_info", "GET /metrics"],
+    "look": ["GET /v1/models", "GET /ready", "GET /server_info", "GET /metrics", "GET /dashboard"],
 }
 _TIERS: dict[str, FlushTier] = {"device": "device", "host": "host"}
 _RESET_FLAGS = frozenset({"reset_running_requests", "reset_external", "reset_connector"})  # vLLM's; false only
