@@ -137,7 +137,9 @@ async def test_a_key_is_asked_for_and_a_wrong_one_refused(browser: Browser) -> N
             assert await page.run("Object.values(localStorage)") == []
 
 
-async def test_the_keyboard_reaches_everything_in_order_and_everything_has_a_name(browser: Browser, gateway: Served) -> None:
+async def test_the_keyboard_reaches_everything_in_order_and_everything_has_a_name(
+    browser: Browser, gateway: Served
+) -> None:
     async with shown(browser, gateway) as page:
         reached = []
         for _ in range(6):

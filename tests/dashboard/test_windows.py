@@ -18,7 +18,7 @@ def test_a_rate_is_the_growth_within_the_last_seconds() -> None:
         window.update(float(second), {"tokens": total})
     assert window.rate("tokens", 2) == pytest.approx((200 - 130) / 2)
     assert window.growth("tokens", 60) == 100
-    assert window.rate("unknown", 2) == 0
+    assert window.growth("tokens", 0.1) == 40, "the last interval counts, however short the time"
 
 
 def test_before_two_readings_every_rate_is_zero() -> None:
@@ -33,6 +33,9 @@ def test_a_counter_that_began_again_grew_from_zero() -> None:
     window.update(0.0, {"tokens": 1000})
     window.update(1.0, {"tokens": 40})
     assert window.rate("tokens", 5) == 40
+    window.update(2.0, {"tokens": 70})
+    window.update(3.0, {"tokens": 10})
+    assert window.growth("tokens", 60) == 80
 
 
 def test_a_window_forgets_the_oldest_intervals() -> None:

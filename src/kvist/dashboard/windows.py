@@ -5,54 +5,52 @@ Everything is bounded: a window and a chart keep a fixed number of points, and f
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 class CounterWindow:
-    """The growth of counters in each of the last intervals. Mutable; has one owner."""
+    """Readings of counters, and their growth in the last seconds. Mutable; has one owner."""
 
     def __init__(self, max_intervals: int) -> None:
-        self._last: Mapping[str, float] | None = None
-        self._last_s = 0.0
-        self._intervals: deque[tuple[float, Mapping[str, float]]] = deque(maxlen=max_intervals)  # (seconds, growth)
+        self._totals: Mapping[str, float] = {}  # as read last
+        self._lost: Counter[str] = Counter()  # counted before a counter began again at 0
+        self._readings: deque[tuple[float, Mapping[str, float]]] = deque(maxlen=max_intervals + 1)  # (time, sums)
 
     def update(self, now_s: float, totals: Mapping[str, float]) -> None:
-        """Add the interval since the last call. A counter that is smaller than before began again at 0."""
-        if self._last is not None:
-            before = self._last
-            growth = {name: _growth(before.get(name), value) for name, value in totals.items()}
-            self._intervals.append((max(0.0, now_s - self._last_s), growth))
-        self._last, self._last_s = dict(totals), now_s
+        """Add a reading, which has the same counters each time. A counter that is smaller than before began
+        again at 0."""
+        for name, before in self._totals.items():
+            if totals[name] < before:
+                self._lost[name] += before
+        self._totals = totals
+        lost = self._lost
+        self._readings.append((now_s, {name: value + lost[name] for name, value in totals.items()} if lost else totals))
 
     def growth(self, name: str, over_s: float) -> float:
         """Return by how much the counter grew in the last `over_s` seconds."""
-        return sum(growth.get(name, 0.0) for _, growth in self._within(over_s))
+        if len(self._readings) < 2:
+            return 0.0
+        _, before = self._before(over_s)
+        return self._readings[-1][1][name] - before[name]
 
     def rate(self, name: str, over_s: float) -> float:
-        """Return the growth per second in the last `over_s` seconds; 0 before the first interval."""
-        intervals = list(self._within(over_s))
-        seconds = sum(interval_s for interval_s, _ in intervals)
-        return sum(growth.get(name, 0.0) for _, growth in intervals) / seconds if seconds > 0.0 else 0.0
+        """Return the growth per second in the last `over_s` seconds; 0 before the second reading."""
+        if len(self._readings) < 2:
+            return 0.0
+        (before_s, before), (now_s, now) = self._before(over_s), self._readings[-1]
+        return (now[name] - before[name]) / (now_s - before_s) if now_s > before_s else 0.0
 
-    def _within(self, over_s: float) -> Iterable[tuple[float, Mapping[str, float]]]:
-        """Yield the newest intervals: one at least, and further ones that lie within `over_s` seconds."""
-        sum_s = 0.0
-        for interval_s, growth in reversed(self._intervals):
-            sum_s += interval_s
-            if sum_s > over_s * 1.01 and sum_s > interval_s:  # 1%: intervals of a timer are not exact
-                return
-            yield interval_s, growth
-
-
-def _growth(before: float | None, now: float) -> float:
-    if before is None:
-        return 0.0  # unknown until the counter is read again
-    return now - before if now >= before else now
+    def _before(self, over_s: float) -> tuple[float, Mapping[str, float]]:
+        """Return the oldest reading within `over_s` seconds, and at least the last but one."""
+        since_s = self._readings[-1][0] - over_s * 1.01  # 1%: the intervals of a timer are not exact
+        found = bisect.bisect_left(self._readings, since_s, key=lambda reading: reading[0])
+        return self._readings[min(found, len(self._readings) - 2)]
 
 
 class HistogramWindow:

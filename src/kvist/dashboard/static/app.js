@@ -15,7 +15,7 @@ const THEMES = { auto: "Theme: auto", light: "Theme: light", dark: "Theme: dark"
 const at = (id) => document.getElementById(id);
 const openRequests = new Set();
 let charts = null;
-let lastRequests = [];
+let lastRequests = []; // null: this server does not record requests
 
 function onSnapshot(snapshot, isFirst) {
   const { server } = snapshot;
@@ -55,7 +55,7 @@ function onState(state, reason) {
 }
 
 async function watchRequests() {
-  for (;;) {
+  while (lastRequests !== null) {
     if (!document.hidden && !at("main").hidden) await refreshRequests();
     await new Promise((done) => setTimeout(done, REQUESTS_MS));
   }
@@ -65,7 +65,7 @@ async function refreshRequests() {
   try {
     lastRequests = await readRequests(document.querySelector("input[name=order]:checked").value);
   } catch (error) {
-    if (error instanceof KeyNeeded || lastRequests === null) return; // the stream tells more
+    if (error instanceof KeyNeeded) return; // the stream asks for the key
   }
   showRequests();
 }
