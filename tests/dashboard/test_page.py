@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kvist.dashboard import feed
-from kvist.errors import RequestError
+from kvist.errors import Forbidden, KvistError, RequestError
 from kvist.http.asgi import send_json
 from kvist.request import Role
 from kvist.server.config import ServerConfig
@@ -48,20 +48,20 @@ REQUEST = {
 
 
 class Served:
-    """A gateway over a busy fleet, and its address. `requests` is what /requests answers; None: an unknown path."""
+    """A gateway over a busy fleet, and its address. /requests answers with `requests`, or raises the error there."""
 
     def __init__(self, **settings: Any) -> None:
         self.bench: GatewayBench = gateway_bench(config=replace(ServerConfig(), port=0, **settings))
         self.bench.dispatcher.snapshots = busy_fleet()
-        self.requests: list[dict[str, Any]] | None = [REQUEST]
+        self.requests: list[dict[str, Any]] | KvistError = [REQUEST]
         self.url = ""
         app: Any = self.bench.app
         app._inner._router.routes.insert(0, Route("/requests", RawEndpoint(self._answer)))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
-        if self.requests is None:
-            raise RequestError("unknown path")
+        if isinstance(self.requests, KvistError):
+            raise self.requests
         await send_json(send, {"requests": self.requests})
 
 
@@ -114,10 +114,21 @@ async def test_a_request_is_a_waterfall_that_opens_by_keyboard(browser: Browser,
         await page.press("Enter")
         assert "prefill 200 ms from 300 ms at 10.0.0.1:30001, tokens 400" in await page.run(text_of(".stages"))
         assert await page.run("document.activeElement.getAttribute('aria-expanded')") == "true"
-        gateway.requests = None
-        await page.run("document.querySelector('#order input[value=recent]').click()")
-        await page.until(text_of("#requests"), lambda text: "does not record requests" in text)
-        gateway.requests = [REQUEST]
+
+
+async def test_the_page_says_why_there_are_no_requests(browser: Browser, gateway: Served) -> None:
+    unknown = RequestError("unknown path")
+    unknown.http_status = 404
+    for answer, reason in (
+        ([], "No request"),
+        (Forbidden("only on its host"), "its host"),
+        (unknown, "does not record"),
+    ):
+        gateway.requests = answer
+        async with shown(browser, gateway) as page:
+            await page.until(text_of("#requests"), lambda text: text != "")
+            assert reason in await page.run(text_of("#requests"))
+    gateway.requests = [REQUEST]
 
 
 async def test_a_key_is_asked_for_and_a_wrong_one_refused(browser: Browser) -> None:
@@ -180,7 +191,7 @@ async def test_no_width_needs_sideways_scrolling(browser: Browser, gateway: Serv
         await page.until("document.querySelectorAll('.waterfall i').length === 3")
         for width in (320, 700, 1000, 1700):
             await page.resize(width, 800)
-            await page.until("innerWidth", lambda found, width=width: found == width)
+            await page.until(f"innerWidth === {width}")
             await page.until(
                 "document.querySelector('.uplot').offsetWidth <= document.querySelector('.plot').offsetWidth"
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ class CounterWindow:
 
     def __init__(self, max_intervals: int) -> None:
         self._totals: Mapping[str, float] = {}  # as read last
-        self._lost: Counter[str] = Counter()  # counted before a counter began again at 0
+        self._lost: defaultdict[str, float] = defaultdict(float)  # counted before a counter began again at 0
         self._readings: deque[tuple[float, Mapping[str, float]]] = deque(maxlen=max_intervals + 1)  # (time, sums)
 
     def update(self, now_s: float, totals: Mapping[str, float]) -> None:

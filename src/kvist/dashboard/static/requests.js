@@ -13,20 +13,22 @@ const KINDS = {
 };
 const LEGEND = [["wait", "waiting"], ["prefill", "prefill"], ["handoff", "handoff"], ["decode", "decode"], ["broken", "interrupted"], ["edge", "gateway"]];
 
-// Returns the requests, or null if this server does not record them.
+// Returns the requests; a text that says why the server does not show them; null if it does not record any.
 export async function readRequests(order) {
   try {
     const response = await ask(`requests?limit=${LIMIT}&order=${order}`);
     return (await response.json()).requests;
   } catch (error) {
     if (error instanceof KeyNeeded || error.status === undefined) throw error;
-    return null;
+    return error.status === 404 ? null : error.message;
   }
 }
 
 export function requests(found, open, onToggle) {
-  if (found === null) return [h("p", { class: "empty", "data-key": "none" }, "This server does not record requests.")];
-  if (!found.length) return [h("p", { class: "empty", "data-key": "none" }, "No request has been recorded yet.")];
+  const empty = (text) => [h("p", { class: "empty", "data-key": "none" }, text)];
+  if (found === null) return empty("This server does not record requests.");
+  if (typeof found === "string") return empty(found);
+  if (!found.length) return empty("No request has been recorded yet.");
   const longest = Math.max(...found.map((request) => request.duration_s || 0), 1e-6);
   return [
     h("ul", { class: "legend", "data-key": "legend", "aria-label": "Colours of the stages" }, ...LEGEND.map(([kind, label]) => h("li", null, h("i", { class: `swatch ${kind}` }), label))),
@@ -45,7 +47,7 @@ function rows(request, longest, isOpen, onToggle) {
     "tr",
     { "data-key": request.id, class: request.status },
     h("th", { scope: "row" },
-      h("button", { type: "button", "aria-expanded": String(isOpen), onclick: () => onToggle(request.id) }, request.id),
+      h("button", { type: "button", title: request.id, "aria-expanded": String(isOpen), onclick: () => onToggle(request.id) }, request.id),
       request.status !== "finished" && h("span", { class: `state ${request.status}` }, request.status)),
     h("td", null, `${count(request.prompt_tokens)} → ${count(request.completion_tokens)}`, cached > 0 && h("span", { class: "quiet" }, ` ${count(cached)} cached`)),
     h("td", null, time(request.ttft_s)),
@@ -69,7 +71,7 @@ function waterfall(request, longest) {
 }
 
 function stages(request) {
-  const about = [request.endpoint, request.finish_reason && `ended by ${request.finish_reason}`, request.workers?.length && `at ${request.workers.join(" and ")}`];
+  const about = [request.id, request.endpoint, request.error && `failed with ${request.error}`, request.finish_reason && `ended by ${request.finish_reason}`, request.workers?.length && `at ${request.workers.join(" and ")}`];
   return [
     h("p", { class: "quiet" }, about.filter(Boolean).join(", ")),
     h(
