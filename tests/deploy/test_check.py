@@ -197,6 +197,7 @@ def test_a_fault_of_a_project_of_compose_is_named(change: Callable[[Json], objec
 
 def test_extensions_of_a_project_are_accepted() -> None:
     assert of_project(lambda project: project.update({"x-note": 1})) == []
+    assert of_project(lambda project: project["services"]["decode-0"].update(scale="${DECODE}")) == []
 
 
 def test_a_finding_that_only_costs_something_is_a_warning() -> None:

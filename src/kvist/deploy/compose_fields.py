@@ -33,6 +33,8 @@ def compose_problems(project: Json) -> Iterator[tuple[str, str]]:
             ("scale", service.get("scale", 1)),
             ("deploy.replicas", as_dict(service.get("deploy")).get("replicas", 1)),
         ):
+            if isinstance(count, str) and "${" in count:  # a variable of Compose's own environment
+                continue
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 yield f"{path}.{key}", f"{count!r} is not a number of containers: use 0 or more"
         for port in _published(service):

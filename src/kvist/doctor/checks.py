@@ -11,7 +11,7 @@ from kvist.doctor.facts import UNLIMITED, Facts, Finding, Wants
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 MIN_PYTHON = (3, 11)
-MIN_RUNTIME_BYTES = 10**9  # of one worker: a small page pool
+POOL_BYTES, LEAST_POOL_BYTES = 10**9, 10**8  # of one worker on a CPU: the default page pool of a small model; any pool
 OTHER_FILES = 512  # beside connections: sockets of engines, logs, files of the model
 BUSY_GPU = 0.1  # of a GPU's memory in use by others
 _GB = 1e9
@@ -93,30 +93,34 @@ def _torch(wants: Wants, facts: Facts) -> Iterator[Finding]:
     yield Finding(level=OK, subject="torch", text=f"{torch.version}, {built}")
 
 
+def _on_cpu(wants: Wants, facts: Facts) -> bool:
+    return wants.device == "cpu" or not facts.gpus
+
+
 def _runtime(wants: Wants, facts: Facts) -> Iterator[Finding]:
-    """The page pools of all workers, and on a CPU their host tiers, are files of the runtime directory."""
+    """On a CPU the page pools of all workers are files of the runtime directory."""
     place, subject = facts.runtime, "shared memory"
     if place.error:
         remedy = "name a folder of your own with --runtime-dir"
         yield Finding(level=ERROR, subject=subject, text=f"{place.path}: {place.error}", remedy=remedy)
         return
-    needed = wants.num_workers * (MIN_RUNTIME_BYTES + wants.host_tier_bytes)
+    needed = wants.num_workers * POOL_BYTES if _on_cpu(wants, facts) else 0
     text = f"{place.path} has {place.free_bytes / _GB:.1f} of {place.total_bytes / _GB:.1f} GB free"
     if place.free_bytes < needed:
         size = -(-needed // 10**9) + 1
         remedy = (
             f"mount -o remount,size={size}G /dev/shm (docker run --shm-size={size}g), or --runtime-dir on a larger disk"
         )
-        text = f"{text}; {wants.num_workers} workers need about {needed / _GB:.1f} GB"
-        yield Finding(level=ERROR, subject=subject, text=text, remedy=remedy)
+        text = f"{text}; the page pools of {wants.num_workers} workers need about {needed / _GB:.1f} GB"
+        level = ERROR if place.free_bytes < wants.num_workers * LEAST_POOL_BYTES else WARNING
+        yield Finding(level=level, subject=subject, text=text, remedy=remedy)
     else:
         yield Finding(level=OK, subject=subject, text=text)
 
 
 def _memory(wants: Wants, facts: Facts) -> Iterator[Finding]:
-    on_cpu = wants.device == "cpu" or not facts.gpus
-    weights = 0 if wants.has_dummy_weights else facts.model.num_bytes
-    needed = wants.num_workers * ((weights if on_cpu else 0) + wants.host_tier_bytes)
+    weights = 0 if wants.has_dummy_weights or not _on_cpu(wants, facts) else facts.model.num_bytes
+    needed = wants.num_workers * (weights + wants.host_tier_bytes)
     if needed > facts.free_memory_bytes:
         yield Finding(
             level=ERROR,
