@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, rest = _split(words)
     try:
-        return _run(verb, rest)
+        return _complete(rest) if verb == "completion" else _run(verb, rest)
     except ConfigError as error:
         print(f"kvist {verb}: {error.message}", file=sys.stderr)
         return USAGE_ERROR
@@ -81,6 +81,15 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
     return verb, rest
 
 
+def _complete(words: list[str]) -> int:
+    """Print the script that completes this command in a shell."""
+    from kvist.completion import USAGE, completion
+
+    asked = {"-h", "--help", "--help-all"}.intersection(words)
+    _show(USAGE if asked else completion(words[0] if len(words) == 1 else None, VERBS))
+    return 0
+
+
 def _overview() -> str:
     width = max(len(verb) for verb in VERBS)
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
@@ -89,7 +98,7 @@ def _overview() -> str:
         "Serves large language models with separate prefill and decode workers and a shared prefix cache.\n\n"
         f"{verbs}\n\n"
         "kvist COMMAND --help shows the common options, --help-all shows all options; kvist --version prints the\n"
-        "version."
+        "version; kvist completion SHELL prints a script that completes commands and options in bash, zsh or fish."
     )
 
 

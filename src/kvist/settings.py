@@ -64,7 +64,7 @@ from kvist.operator_settings import (
     TopSettings,
     UpgradeSettings,
 )
-from kvist.options import ENV_PREFIX, group, options_of, to_argv
+from kvist.options import ENV_PREFIX, Option, group, options_of, to_argv
 from kvist.router.config import LinkOptions, RouterConfig, RoutingOptions
 from kvist.runner.config import RunnerOptions
 from kvist.server.config import InstanceOptions, ServerConfig
@@ -390,6 +390,11 @@ _COMMON = {  # shown by `--help`; `--help-all` shows all
     *("format", "name", "image", "device", "hicache_size", "output"),
     *("python", "order", "json", "torch", "once", "interval_s", "engine_port", "hicache_storage_path"),
 }
+
+
+def options_for(verb: str) -> list[Option]:
+    """Return the options of a verb."""
+    return options_of(_SETTINGS[verb])
 
 
 def help_for(verb: str, summary: str, *, everything: bool = True, bold: bool = False) -> str:

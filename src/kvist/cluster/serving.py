@@ -58,6 +58,7 @@ from kvist.server.app import build_app, no_engine
 from kvist.server.config import ServerConfig
 from kvist.server.lifecycle import Lifecycle
 from kvist.server.serve import HttpServer, http_server
+from kvist.service_manager import notify_ready
 from kvist.supervisor.engine_process import EngineSupervisor
 from kvist.text import SamplingDefaults, TextConfig, Tokenizer, load_sampling_defaults, load_tokenizer
 from kvist.text.fingerprint import vocabulary_fingerprint
@@ -258,6 +259,7 @@ def _ready_announcer(url: str, example: str | None) -> Callable[[], None]:
     def announce_ready() -> None:
         logger.info("ready at %s", url)
         if example is not None:
+            notify_ready(url)
             print(f"Ready at {url}    (Ctrl-C stops it). Try:\n{example}", flush=True)
 
     return announce_ready

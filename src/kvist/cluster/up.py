@@ -19,6 +19,7 @@ from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.start_display import StartBlock, start_display
 from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, signal_self, stop_with_parent
 from kvist.output import output_to
+from kvist.service_manager import notify_ready
 
 Beside = Callable[[ClusterShape, Processes, Callable[[str], None]], contextlib.AbstractContextManager[None]]
 
@@ -119,5 +120,6 @@ def _start(processes: Processes, shape: ClusterShape, screen: Screen, stop_with_
     for name, child in processes.children.items():
         if name != ROUTER:
             screen.show("kvist", f"{name} is process {child.pid} at {child.plan.url}")
+    notify_ready(shape.url)
     screen.show("kvist", f"ready at {shape.url}    (Ctrl-C stops everything). Try:")
     screen.show("kvist", curl_example(shape.url, api_key=shown_key(shape.api_keys)))

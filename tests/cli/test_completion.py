@@ -1,0 +1,117 @@
+"""The completion of the shells, tried in the shells themselves; those that are not installed are skipped."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvist.cli import VERBS, main
+from kvist.completion import SHELLS, completion
+from kvist.errors import ConfigError
+from kvist.request import Role
+from kvist.settings import options_for
+
+_ASK_BASH = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_kvist
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("completion")
+    for shell in SHELLS:
+        (folder / shell).write_text(completion(shell, VERBS), encoding="utf-8")
+    (folder / "here").mkdir()
+    (folder / "here" / "manifest.yaml").touch()
+    return folder
+
+
+def asked(command: list[str], scripts: Path) -> list[str]:
+    done = subprocess.run(command, cwd=scripts / "here", capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split("\n")[:-1]
+
+
+def in_bash(scripts: Path, *words: str) -> list[str]:
+    """Return what bash offers for the last word, split as bash splits it: --role=p is three words."""
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    found = asked(["bash", "--norc", "-c", _ASK_BASH, "bash", str(scripts / "bash"), "kvist", *words], scripts)
+    return [word for word in found if word]
+
+
+def in_fish(scripts: Path, line: str) -> list[str]:
+    if shutil.which("fish") is None:
+        pytest.skip("needs fish")
+    ask = f"source {scripts / 'fish'}; complete -C '{line}'"
+    return [offered.split("\t")[0] for offered in asked(["fish", "--no-config", "-c", ask], scripts)]
+
+
+def test_bash_completes_commands(scripts: Path) -> None:
+    assert in_bash(scripts, "") == list(dict.fromkeys(verb.split()[0] for verb in VERBS))
+    assert in_bash(scripts, "up") == ["up", "upgrade"]
+    assert in_bash(scripts, "deploy", "") == ["render", "check", "run"]
+    assert in_bash(scripts, "deploy", "re") == ["render"]
+
+
+def test_bash_completes_the_options_of_each_command(scripts: Path) -> None:
+    for verb in ("serve", "store", "store drain", "bench offline"):
+        offered = in_bash(scripts, *verb.split(), "--max-concurrency", "1", "--")
+        assert {option.flags[0] for option in options_for(verb) if option.flags[0].startswith("--")} <= set(offered)
+        assert "--help-all" in offered
+    assert in_bash(scripts, "serve", "--enable-h") == ["--enable-hierarchical-cache"]
+    assert in_bash(scripts, "serve", "--no-enable-h") == ["--no-enable-hierarchical-cache"]
+    assert "--segment-size" not in in_bash(scripts, "serve", "--")
+
+
+def test_bash_completes_values(scripts: Path) -> None:
+    assert in_bash(scripts, "serve", "--role", "") == [role.value for role in Role]
+    assert in_bash(scripts, "serve", "--role", "=") == [role.value for role in Role]
+    assert in_bash(scripts, "serve", "--role", "=", "p") == ["prefill"]
+    assert in_bash(scripts, "deploy", "render", "--format", "c") == ["compose"]
+    assert in_bash(scripts, "serve", "--port", "") == []
+
+
+def test_bash_completes_files(scripts: Path) -> None:
+    assert in_bash(scripts, "deploy", "check", "m") == ["manifest.yaml"]
+    assert in_bash(scripts, "serve", "--config", "") == ["manifest.yaml"]
+    assert in_bash(scripts, "serve", "--model-path", "man") == ["manifest.yaml"]
+
+
+def test_fish_completes_the_same(scripts: Path) -> None:
+    assert in_fish(scripts, "kvist up") == ["up", "upgrade"]
+    assert set(in_fish(scripts, "kvist deploy ")) == {"render", "check", "run"}
+    assert in_fish(scripts, "kvist serve --role ") == sorted(role.value for role in Role)
+    assert in_fish(scripts, "kvist serve --enable-h") == ["--enable-hierarchical-cache"]
+    assert in_fish(scripts, "kvist deploy check --enable-h") == []
+    assert in_fish(scripts, "kvist deploy render --format c") == ["compose"]
+
+
+def test_zsh_reads_its_script(scripts: Path) -> None:
+    if shutil.which("zsh") is None:
+        pytest.skip("needs zsh")
+    ask = f"source {scripts / 'zsh'}; print ${{_comps[kvist]}}; functions -c _kvist again && print $+functions[again]"
+    assert asked(["zsh", "-f", "-c", ask], scripts) == ["_bash_complete -o filenames -F _kvist", "1"]
+
+
+@pytest.mark.parametrize("argv", [[], ["csh"], ["bash", "more"]])
+def test_another_shell_is_an_error_that_names_the_known_ones(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", *argv]) == 2
+    assert "one of bash, zsh, fish: kvist completion bash" in capsys.readouterr().err
+    with pytest.raises(ConfigError):
+        completion(None, VERBS)
+
+
+def test_the_command_prints_the_script_or_how_to_use_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == completion("bash", VERBS).rstrip("\n")
+    assert main(["completion", "--help"]) == 0
+    assert "source <(kvist completion bash)" in capsys.readouterr().out
