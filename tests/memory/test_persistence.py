@@ -66,6 +66,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
+def test_a_restore_reports_its_progress(folder: Path) -> None:
+    persistent, reported = open_folder(folder), list[tuple[int, int]]()
+    restored = persistent.restore(lambda num_done, num_pages: reported.append((num_done, num_pages)))
+    assert reported == [(number, len(restored)) for number in range(1, 1 + len(restored))]
+    persistent.close()
+
+
 def test_pages_are_restored_with_their_prefixes_in_the_order_of_writing(folder: Path) -> None:
     persistent = open_folder(folder)
     restored = {page.slot: page for page in checked(persistent)}

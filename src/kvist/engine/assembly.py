@@ -139,7 +139,9 @@ def build_engine(config: EngineConfig, *, progress: Callable[[str], None]) -> En
         warm_up(runner, progress)
         freeze_gc()
         fingerprints = fingerprinting.result()
-        return _assemble(config, limits, served, fingerprints, runner, grammars, member, runtime_dir, closing.pop_all())
+        return _assemble(
+            config, limits, served, fingerprints, runner, grammars, member, runtime_dir, progress, closing.pop_all()
+        )
 
 
 def freeze_gc() -> None:
@@ -182,6 +184,19 @@ def compute_fingerprints(checkpoint: Checkpoint, options: RunnerOptions) -> Fing
     )
 
 
+def in_tenths(what: str, progress: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return a function that gets (number done, number of all) and reports every tenth."""
+    last_tenth = -1
+
+    def report(num_done: int, num_all: int) -> None:
+        nonlocal last_tenth
+        if (tenth := 10 * num_done // num_all) > last_tenth:
+            last_tenth = tenth
+            progress(f"{what} {10 * tenth}%")
+
+    return report
+
+
 def load_runner(
     options: RunnerOptions,
     limits: RunnerLimits,
@@ -191,14 +206,6 @@ def load_runner(
     grammars: GrammarCompiler | None = None,
     grammar_backend: str = "llguidance",
 ) -> AnyRunner:
-    last_tenth = -1
-
-    def on_tensor(num_done: int, num_tensors: int) -> None:
-        nonlocal last_tenth
-        if (tenth := 10 * num_done // num_tensors) > last_tenth:
-            last_tenth = tenth
-            progress(f"loading weights {10 * tenth}%")
-
     if not options.num_threads:
         options = dataclasses.replace(options, num_threads=_num_cores_for_us(runtime_dir))
     return build_runner(
@@ -207,7 +214,7 @@ def load_runner(
         options,
         limits,
         runtime_dir=runtime_dir,
-        progress=on_tensor,
+        progress=in_tenths("loading weights", progress),
         grammars=grammars,
         grammar_backend=grammar_backend,
     )
@@ -245,6 +252,7 @@ def _assemble(
     grammars: GrammarCompiler,
     member: Member,
     runtime_dir: Path,
+    progress: Callable[[str], None],
     closing: contextlib.ExitStack,
 ) -> Engine:
     with closing:  # closes every part after an error
@@ -293,7 +301,7 @@ def _assemble(
             host_tier = HostTier(host_pool.tensor.shape[0])
             spec = msgspec.structs.replace(spec, num_host_pages=host_tier.num_pages)
             if host_pool.persistent is not None:
-                host_tier.restore(host_pool.persistent.restore())
+                host_tier.restore(host_pool.persistent.restore(in_tenths("restoring cached pages", progress)))
             mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=clock)
             closing.callback(mover.close)
             context = store_context(options.storage, host_pool, spec.namespace, advertised_host)

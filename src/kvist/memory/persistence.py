@@ -24,7 +24,7 @@ import mmap
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -94,15 +94,17 @@ class PersistentPages:
             fields = _RECORD.pack(digest, parent or _NO_PARENT, self._page_checksum(slot), next(self._numbers))
             self._index[self._range(slot)] = fields + _checksum_of_record(fields, slot)
 
-    def restore(self) -> list[SavedPage]:
-        """Return the undamaged pages, parents before children. Call once, before any `record`."""
+    def restore(self, report: Callable[[int, int], None] = lambda _num_done, _num_pages: None) -> list[SavedPage]:
+        """Return the undamaged pages, parents before children. Call once, before any `record`. `report` gets the
+        number of pages verified so far, and of all pages."""
         clock = MonotonicClock()
         start_s = clock.now_s()
         found: dict[bytes, SavedPage] = {}
         num_bad, gib = 0, self.tensor.shape[1] / 2**30
         slots = [slot for slot in range(self._num_pages) if self._index[self._range(slot)] != _NO_RECORD]
         with ThreadPoolExecutor(min(_MAX_THREADS, num_usable_cores())) as threads:
-            for page in threads.map(self._verified, slots):
+            for num_done, page in enumerate(threads.map(self._verified, slots), start=1):
+                report(num_done, len(slots))
                 if page is None:
                     num_bad += 1
                 else:
