@@ -41,7 +41,7 @@ bud commit --quiet --rm "$base" kvist-base > /dev/null
 seconds 'base'
 
 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/context/dist" .
-"$PYTHON" -m pip download --quiet --no-deps --require-hashes -r deploy/images/requirements-cpu.txt --dest "$work/wheels"
+"$PYTHON" -m pip download --quiet --quiet --quiet --no-deps --require-hashes -r deploy/images/requirements-cpu.txt --dest "$work/wheels"
 mkdir -p "$work/context/deploy"
 cp -r deploy/images "$work/context/deploy/"
 seconds 'wheels'
