@@ -1,6 +1,6 @@
 """Reads the `response_template` of a checkpoint: the vendor's own description of how the model writes its answers.
 
-It names the fields of a message and, for each, the texts around it and the way to read what is between them. Source:
+A template names the fields of a message and, for each, the texts around it and how what is between is read. Source:
 https://huggingface.co/docs/transformers/main/chat_response_parsing. The result is the data of tables.py, so that calls
 are streamed and enforced like those of all other formats:
 
