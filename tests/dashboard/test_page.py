@@ -136,7 +136,7 @@ async def test_a_key_is_asked_for_and_a_wrong_one_refused(browser: Browser) -> N
     async with served(gateway.bench) as server:
         gateway.url = f"http://127.0.0.1:{port_of(server)}/dashboard"
         async with browser.open(gateway.url, width=1280, height=800) as page:
-            await page.until("document.activeElement.id === 'key-input'")
+            await page.until("document.activeElement?.id === 'key-input'")
             assert await page.run("document.getElementById('main').hidden")
             await page.write("wrong")
             await page.press("Enter")
