@@ -20,7 +20,7 @@ work=$(mktemp -d "${TMPDIR:-/var/tmp}/kvist-image-XXXXXX")
 server=
 bud() { buildah --root "$work/storage" --runroot "$work/run" "$@"; }
 clean_up() {
-	if [ -n "$server" ]; then kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; fi
+	if [ -n "$server" ]; then kill -- "-$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; fi
 	bud rm --all > /dev/null 2>&1 || true
 	bud rmi --all --force > /dev/null 2>&1 || true
 	umount "$work/storage/overlay" 2> /dev/null || true
@@ -55,7 +55,9 @@ bud images --format '{{.Name}}:{{.Tag}} {{.Size}}'
 
 box=$(bud from --pull-never "$NAME")
 bud run --isolation chroot --user 10001:10001 "$box" kvist --version
-bud run --isolation chroot --user 10001:10001 "$box" kvist serve --host 127.0.0.1 --port "$PORT" --max-total-tokens 4096 &
+# in a process group of its own: buildah does not pass signals on to the container
+setsid buildah --root "$work/storage" --runroot "$work/run" run --isolation chroot --user 10001:10001 "$box" \
+	kvist serve --host 127.0.0.1 --port "$PORT" --max-total-tokens 4096 &
 server=$!
 for _ in $(seq 300); do
 	curl --silent --fail "http://127.0.0.1:$PORT/ready" > /dev/null && break
