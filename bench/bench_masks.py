@@ -1,11 +1,12 @@
 """What does the host do for a step of many constrained streams, and how long does it take?
 
-    python bench/bench_masks.py --model-path M [--streams 64] [--vocabulary 151936] [--steps 200] [--json out.json]
+    python bench/bench_masks.py --model-path M [--streams 64] [--vocabulary 151936] [--threads 1 8] [--json out.json]
 
 The code of the runner (runner/answers.py and runner/shaping.py) follows answers to the schema of bench_constrained.py,
 without a model: each token is drawn from the mask, all equally likely. The vocabulary is that of M, filled up with
-synthetic tokens, which answers never need but masks must judge. Microseconds a step: of the thread that also plans and
-launches steps, and of this thread and those of the library together, which is the work that cores share.
+synthetic tokens, which answers never need but masks must judge. Microseconds a step: the time that passes, which means
+something on an idle machine only; CPU time of the thread that also plans and launches steps; CPU time of all threads.
+With one thread, a grammar has one copy, and its masks are computed one after the other.
 
     accept    the tokens of a step enter their matchers
     masks     the masks of the rows, and their way to the table of bans
@@ -31,6 +32,7 @@ import torch
 from bench_constrained import twelve_fields
 from json_report import write_report
 from kvist.checkpoint import find_checkpoint
+from kvist.grammar import llguidance
 from kvist.grammar.backend import TokenTable, Vocabulary
 from kvist.grammar.backends import GRAMMAR_BACKENDS
 from kvist.grammar.compiler import GrammarCompiler
@@ -72,13 +74,14 @@ class LargerTokens:
 
 class Stopwatch:
     def __init__(self) -> None:
-        self.times_us: dict[str, list[tuple[float, float]]] = defaultdict(list)  # of this thread, of the process
+        self.times_us: dict[str, list[tuple[float, ...]]] = defaultdict(list)  # passed, of this thread, of the process
 
     @contextmanager
     def __call__(self, *parts: str) -> Iterator[None]:
-        thread_s, process_s = time.thread_time(), time.process_time()
+        clocks = (time.perf_counter, time.thread_time, time.process_time)
+        starts_s = [clock() for clock in clocks]
         yield
-        took = (1e6 * (time.thread_time() - thread_s), 1e6 * (time.process_time() - process_s))
+        took = tuple(1e6 * (clock() - start_s) for clock, start_s in zip(clocks, starts_s, strict=True))
         for part in parts:
             self.times_us[part].append(took)
 
@@ -140,12 +143,16 @@ class Streams:
         self._ends.update(dict.fromkeys(slots, len(PROMPT)))
 
 
-def measure(args: argparse.Namespace) -> tuple[Stopwatch, float]:
+def read_vocabulary(args: argparse.Namespace) -> Vocabulary:
     checkpoint = find_checkpoint(args.model_path)
     tokens = load_tokenizer(checkpoint)
     end_token_ids = load_model_config(checkpoint).eos_token_ids
     larger = LargerTokens(tokens, args.vocabulary) if args.vocabulary > tokens.vocab_size else tokens
-    vocabulary = Vocabulary(tokens=larger, size=max(args.vocabulary, tokens.vocab_size), end_token_ids=end_token_ids)
+    return Vocabulary(tokens=larger, size=max(args.vocabulary, tokens.vocab_size), end_token_ids=end_token_ids)
+
+
+def measure(args: argparse.Namespace, vocabulary: Vocabulary, num_threads: int) -> tuple[Stopwatch, float]:
+    llguidance._NUM_MASK_THREADS = num_threads
     compiler = GrammarCompiler(lambda: GRAMMAR_BACKENDS[args.backend].make({}, vocabulary))
     constraint = Constraint(kind="json_schema", text=json.dumps(twelve_fields()), whitespace="")
     compiler.start(constraint).result(COMPILE_TIMEOUT_S)
@@ -171,25 +178,29 @@ def main() -> None:
     parser.add_argument("--backend", default="llguidance")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=151_936, help="tokens; not fewer than the model has")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, llguidance._NUM_MASK_THREADS])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warm-up", type=int, default=20, help="steps before the measured ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    watch, tokens_per_step = measure(args)
-    print(f"{args.streams} streams, {tokens_per_step:.0f} tokens a step; microseconds a step: this thread, all threads")
-    sums = {part: np.array(times).sum(axis=0) / args.steps for part, times in watch.times_us.items()}
-    for part in PARTS:
-        thread_us, process_us = sums[part].tolist()
-        print(f"{part:>7}: {thread_us:9.0f} {process_us:9.0f}   a token {process_us / tokens_per_step:7.1f}")
-    if args.json:
-        rows = [
-            {"part": part, "thread_us": thread_us, "process_us": process_us}
-            for part, times in watch.times_us.items()
-            for thread_us, process_us in times
+    vocabulary, rows = read_vocabulary(args), []
+    for num_threads in args.threads:
+        watch, tokens_per_step = measure(args, vocabulary, num_threads)
+        what = f"{args.streams} streams, {tokens_per_step:.0f} tokens a step, {num_threads} mask threads"
+        print(f"{what}; microseconds a step:")
+        for part in PARTS:
+            passed_us, thread_us, process_us = (np.array(watch.times_us[part]).sum(axis=0) / args.steps).tolist()
+            print(f"{part:>7}: passed {passed_us:9.0f}   CPU of this thread {thread_us:9.0f}, of all {process_us:9.0f}")
+        names = ("passed_us", "thread_us", "process_us")
+        rows += [
+            {"num_threads": num_threads, "part": part, **dict(zip(names, times, strict=True))}
+            for part, all_times in watch.times_us.items()
+            for times in all_times
         ]
-        write_report(args.json, args, rows=rows, tokens_per_step=tokens_per_step)
+    if args.json:
+        write_report(args.json, args, rows=rows)
 
 
 if __name__ == "__main__":

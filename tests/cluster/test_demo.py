@@ -10,6 +10,7 @@ import pytest
 
 from kvist.cluster.chat_turn import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.demo import FROM_HOST, FROM_STORE, cache_summary, process_summary, table, unmet_expectations
+from kvist.demo_schema import SCHEMA, ask_for_json
 from kvist.errors import EngineError
 from kvist.supervisor.child import Child, ChildPlan
 from kvist.testing.clocks import FakeClock
@@ -112,3 +113,28 @@ def test_the_demo_fails_without_the_expected_word_or_without_pages_from_a_tier()
     rows[1:] = [(FROM_HOST.name, stored), (FROM_STORE.name, stored)]
     (line,) = unmet_expectations(rows, [FROM_HOST, FROM_STORE], question="Where?", expect="")
     assert "device pools were flushed, but no page was loaded from the host tier" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"plant": "sunflower", "full_sun": true, "litres_a_week": 5}', None),
+        ('{"plant": "sunflower"', "not JSON"),
+        ('{"plant": "sunflower", "full_sun": true, "litres_a_week": "5"}', "form"),
+        ("[]", "form"),
+    ],
+)
+def test_an_answer_with_a_schema_is_shown_and_its_form_is_checked(text: str, problem: str | None) -> None:
+    sent: dict[str, object] = {}
+    shown: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.update(json.loads(request.content))
+        return httpx.Response(200, json={"choices": [{"message": {"content": text}}]})
+
+    with httpx.Client(base_url="http://router", transport=httpx.MockTransport(answer)) as client:
+        found = ask_for_json(client, shown.append)
+    assert (problem in found) if problem and found else found is problem
+    assert text in shown[0]
+    form = {"name": "plant", "strict": True, "schema": dict(SCHEMA)}
+    assert sent["response_format"] == {"type": "json_schema", "json_schema": form}

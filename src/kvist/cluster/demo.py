@@ -1,8 +1,10 @@
 """`kvist demo`: a cluster of separate processes answers a question and a chat; then a table of the figures is printed.
 
-The demo starts a cluster, streams the answers, runs a small program of kvist.lang, and stops the cluster. Before the
+The demo starts a cluster, streams the answers, shows one answer with the form of a JSON schema, runs a small program of
+kvist.lang, and stops the cluster. Before the
 last turns, the upper cache tiers are flushed, so that these turns load their pages from the tier below. The demo fails
-if the first answer lacks the expected word, or if no page was loaded from a tier.
+if the first answer lacks the expected word, if no page was loaded from a tier, or if the answer with a schema does not
+have its form.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from kvist.cluster.processes import Processes
 from kvist.cluster.start_display import StartLines
 from kvist.cluster.up import interrupt_on_stop_signals
 from kvist.demo_program import run_demo_program
+from kvist.demo_schema import ask_for_json
 from kvist.errors import KvistError
 from kvist.supervisor.child import Child
 
@@ -99,10 +102,13 @@ def run_demo(shape: ClusterShape, *, question: str, expect: str) -> int:
         for check, (_name, report) in zip(checks, rows[-len(checks) :], strict=True):
             show_line(cache_summary(check, report))
         show_line("")
+        with httpx.Client(base_url=router.plan.url, timeout=TURN_TIMEOUT_S, trust_env=False) as client:
+            wrong_form = ask_for_json(client, show_line)
         run_demo_program(router.plan.url, show_line)
         show_line("")
     show_line("All processes are stopped.")
     failures = unmet_expectations(rows, checks, question=question, expect=expect)
+    failures += [] if wrong_form is None else [wrong_form]
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0

@@ -148,13 +148,9 @@ class LlguidanceMatcher:
         """Keep a token that the library's matcher has accepted."""
         self._token_ids.append(token_id)
 
-    @property
-    def copy_id(self) -> int:
-        """Equal for matchers whose work is not done at the same time."""
-        return id(self._copy)
-
     def _enter(self, copy: _Copy) -> None:
         self._copy = copy
+        self.copy_id = id(copy)  # equal for matchers whose work is not done at the same time
         copy.num_answers += 1
         copy.answers.add(self)
         self.replay()

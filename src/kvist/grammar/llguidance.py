@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import llguidance
 import numpy as np
@@ -70,17 +70,18 @@ class LlguidanceBackend:
         return self._compilers[constraint.kind](constraint)
 
     def accept(self, matchers: Sequence[Matcher], token_ids: Sequence[int]) -> dict[int, InvalidConstraint]:
-        places = [place for place in _by_copy(matchers) if not matchers[place].is_terminated]
+        own = _own(matchers)
+        places = [place for place in _by_copy(own) if not own[place].is_terminated]
         if len(places) < _MIN_PARALLEL or _NUM_MASK_THREADS == 1:  # the library refuses an empty list
             return accept_one_by_one(matchers, token_ids)
-        own = [(_own(matchers[place]), token_ids[place]) for place in places]
-        taken = self._executor.consume_token_par([(matcher.library_matcher, token_id) for matcher, token_id in own])
+        pairs = [(own[place].library_matcher, token_ids[place]) for place in places]
+        taken = self._executor.consume_token_par(pairs)
         left = set(range(len(matchers))).difference(places)  # terminated: an end token may follow
-        for place, (matcher, token_id), is_taken in zip(places, own, taken, strict=True):
+        for place, is_taken in zip(places, taken, strict=True):
             if is_taken:
-                matcher.note_accepted(token_id)
+                own[place].note_accepted(token_ids[place])
             else:
-                matcher.replay()
+                own[place].replay()
                 left.add(place)
         one_by_one = sorted(left)
         errors = accept_one_by_one([matchers[each] for each in one_by_one], [token_ids[each] for each in one_by_one])
@@ -89,9 +90,10 @@ class LlguidanceBackend:
     def fill(self, matchers: Sequence[Matcher], allowed: Words) -> dict[int, InvalidConstraint]:
         if len(matchers) < _MIN_PARALLEL or _NUM_MASK_THREADS == 1:
             return fill_one_by_one(matchers, allowed)
-        own = [(_own(matchers[place]).library_matcher, place) for place in _by_copy(matchers)]
-        self._executor.unsafe_compute_mask_ptr(own, allowed.ctypes.data, allowed[0].nbytes, len(own))
-        failed = sorted(place for matcher, place in own if matcher.is_error())
+        own = _own(matchers)
+        pairs = [(own[place].library_matcher, place) for place in _by_copy(own)]
+        self._executor.unsafe_compute_mask_ptr(pairs, allowed.ctypes.data, allowed[0].nbytes, len(pairs))
+        failed = sorted(place for matcher, place in pairs if matcher.is_error())
         if not failed:
             return {}
         masks = np.empty((len(failed), allowed.shape[1]), dtype=np.int32)
@@ -148,15 +150,16 @@ class LlguidanceBackend:
         return llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
 
 
-def _own(matcher: Matcher) -> LlguidanceMatcher:
-    assert isinstance(matcher, LlguidanceMatcher), "these are matchers of this backend"
-    return matcher
+def _own(matchers: Sequence[Matcher]) -> Sequence[LlguidanceMatcher]:
+    assert all(isinstance(matcher, LlguidanceMatcher) for matcher in matchers[:1]), "these are matchers of this backend"
+    return cast("Sequence[LlguidanceMatcher]", matchers)
 
 
-def _by_copy(matchers: Sequence[Matcher]) -> list[int]:
+def _by_copy(matchers: Sequence[LlguidanceMatcher]) -> list[int]:
     """Return the places of the matchers, those of one copy together: the library gives each thread a part of the list,
     and would let threads wait for each other if they shared a copy."""
-    return sorted(range(len(matchers)), key=lambda place: _own(matchers[place]).copy_id)
+    copies = [matcher.copy_id for matcher in matchers]
+    return sorted(range(len(matchers)), key=copies.__getitem__)
 
 
 class _Wrapped:

@@ -247,9 +247,8 @@ def _only_tokens(masks: Words) -> list[int | None]:
     words = masks.view(np.uint32)
     only: list[int | None] = [None] * len(masks)
     # If one word alone is not 0, it is the largest and the sum. Sums that overflow may be equal, too.
-    for place in np.flatnonzero(words.max(axis=1) == words.sum(axis=1, dtype=np.uint32)).tolist():
-        [number, *more] = np.flatnonzero(words[place]).tolist() or [0]
-        word = int(words[place, number])
-        if word and not more and not word & (word - 1):
-            only[place] = number * 32 + word.bit_length() - 1
+    largest, sums = words.max(axis=1), words.sum(axis=1, dtype=np.uint32)
+    for place in np.flatnonzero((largest == sums) & (largest & (largest - 1) == 0)).tolist():
+        if np.count_nonzero(words[place]) == 1:  # is not zero
+            only[place] = int(words[place].argmax()) * 32 + int(largest[place]).bit_length() - 1
     return only
