@@ -104,7 +104,22 @@ async def test_a_failed_request_has_the_stages_that_its_worker_reports_at_its_en
     assert shown(timeline) == [("other", "a", 1.0), ("queued", "a", 59.0)]
 
 
-async def test_a_request_whose_worker_died_before_its_token_has_waited_for_another() -> None:
+async def test_a_failure_of_prefill_after_decode_began_adds_no_stage() -> None:
+    bench = RouterBench()
+    prefill, decode = bench.engines.join("p", role=Role.PREFILL), bench.engines.join("d", role=Role.DECODE)
+    timeline = Timeline(bench.clock.now_s())
+    task = await bench.begin(REQUEST, timeline)
+    bench.engines.emit(prefill, 0, 7)
+    bench.engines.emit(decode, 1, 8)
+    bench.clock.advance(5.0)
+    bench.engines.end(prefill, Outcome.FAILED, error_code="handoff_failed", stages=(StageTime("handoff", 4.0),))
+    bench.engines.emit(decode, 2, 9, finish=FinishReason.STOP)
+    assert await task == [7, 8, 9]
+    timeline.on_last_token()
+    assert shown(timeline) == [("decode", "d", 5.0)]
+
+
+async def test_a_request_whose_worker_died_before_a_token_waits_for_another() -> None:
     bench = RouterBench()
     worker = bench.engines.join("a", role=Role.UNIFIED)
     timeline = Timeline(bench.clock.now_s())

@@ -82,7 +82,6 @@ def handed_over(log: FlightLog, traceparent: bytes | None = None) -> Flight:
     timeline.token_s = 2.0
     timeline.lay([StageTime("handoff", 1.0)], 3.0, "d")
     timeline.token_s = 4.0
-    timeline.on_last_token()
     flight.reached("sent")
     log.end(flight)
     return flight

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvist.flight.records import CachedTokens, RequestRecord, Status
+from kvist.flight.stages import OTHER, SENT
 from kvist.flight.timeline import Timeline
 from kvist.flight.trace_context import TraceContext
 
@@ -54,9 +55,16 @@ class Flight:
         self._forks: list[Timeline] = []
 
     def reached(self, stage: str, at_s: float | None = None) -> None:
-        """Count the time since the stage before, up to `at_s` or now, to this stage: of the answer that is last by
-        now."""
-        self._newest().advance(stage, self._clock() if at_s is None else at_s)
+        """Count the time since the newest token, or the stage before, up to `at_s` or now, to this stage: of the answer
+        that is last by now."""
+        timeline = self._newest()
+        timeline.on_last_token()
+        timeline.advance(stage, self._clock() if at_s is None else at_s)
+
+    def ends(self) -> None:
+        """Count the rest of the time: the response is sent, or the client has left before its end."""
+        is_sent = self.error_code is not None or self._progress().is_complete
+        self.reached(SENT if is_sent else OTHER)
 
     def open_answer(self) -> Timeline:
         """Return the timeline of the next answer, from here on."""
@@ -92,7 +100,7 @@ class Flight:
         )
 
     def _newest(self) -> Timeline:
-        return max(self._forks, key=lambda each: each.end_s, default=self._timeline)
+        return max(self._forks, key=lambda each: each.latest_s, default=self._timeline)
 
     def _status(self, progress: Progress) -> Status:
         if progress.is_complete and self.error_code is None:

@@ -70,6 +70,11 @@ class Timeline:
         self.on_last_token()
         self.advance(HANDOFF, now_s, where, "pages are stored")
 
+    @property
+    def latest_s(self) -> float:
+        """The end, or the newest token after it."""
+        return self.end_s if self.token_s is None else max(self.end_s, self.token_s)
+
     def on_last_token(self) -> None:
         """Count the time up to the newest token as decoding."""
         if self.token_s is not None:

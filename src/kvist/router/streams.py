@@ -246,11 +246,11 @@ class Streams:
         stream = attempt.stream
         stream.stored = ended.stored or stream.stored
         is_over = attempt.over or stream.settled
-        if ended.stages and stream.timeline is not None and not is_over:
-            stream.timeline.lay(ended.stages, now_s, worker.worker_id)
         if is_over or (ended.outcome is not Outcome.FINISHED and not attempt.needs(worker)):
             pass
         elif ended.outcome is Outcome.FAILED:
+            if ended.stages and stream.timeline is not None:
+                stream.timeline.lay(ended.stages, now_s, worker.worker_id)
             error = error_from_wire(ended.error_code or EngineError.code, ended.message)
             error.retry_after_s = checked_retry_after_s(ended.retry_after_s)
             has_run, avoided = not isinstance(error, Overloaded), _avoided(attempt, worker, error)

@@ -16,7 +16,7 @@ from starlette.types import Scope
 from kvist.errors import EngineError, KvistError
 from kvist.flight.flight import Flight, Progress
 from kvist.flight.records import CachedTokens
-from kvist.flight.stages import RECEIVED, SENT, TOKENISED
+from kvist.flight.stages import RECEIVED, TOKENISED
 from kvist.http.arrival import arrival_of
 from kvist.http.asgi import ClientDisconnected
 from kvist.http.traffic import exchange_of
@@ -46,7 +46,7 @@ def recorded(gateway: GatewayContext, choices: Sequence[ChoiceState], scope: Sco
         flight.error_code = error.code if isinstance(error, KvistError) else EngineError.code
         raise
     finally:
-        flight.reached(SENT)
+        flight.ends()
         gateway.flights.end(flight)
 
 

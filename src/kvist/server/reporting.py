@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvist.flight.handoff_report import HandoffReport
-from kvist.flight.stages import DETOKENISED
 from kvist.server.generation import ChoiceState
 
 
@@ -42,7 +41,6 @@ def kvist_field(choices: Sequence[ChoiceState], *, include_report: bool) -> dict
     found = report(choices) if include_report else {}
     flight = choices[0].flight
     if flight is not None and flight.arrival.wants_trace:
-        flight.reached(DETOKENISED)
         found["trace"] = flight.record()
     return {"kvist": found} if found else {}
 
