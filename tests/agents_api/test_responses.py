@@ -153,7 +153,7 @@ async def test_an_answer_that_is_cut_is_incomplete(bench: GatewayBench) -> None:
     assert full.status == "completed"
 
 
-async def test_a_conversation_continues_a_stored_response(bench: GatewayBench) -> None:
+async def test_vllm_33089_a_conversation_continues_a_stored_response(bench: GatewayBench) -> None:
     first = response_of(await bench.post(PATH, {**ASKED, "instructions": "be brief"}))
     assert "kvist:stored_responses 1.0" in (await bench.client.get("/metrics")).text
     calls = [item for item in first.output if isinstance(item, FunctionCall)]

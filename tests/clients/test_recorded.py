@@ -31,6 +31,7 @@ def test_every_client_is_recorded() -> None:
 
 @pytest.mark.parametrize("name", CLIENTS)
 async def test_the_requests_of_a_client_are_answered_as_the_schemas_say(name: str, document: dict[str, Any]) -> None:
+    """The reports vLLM #33089, #30439, #44775 and codex #12669: turns of Responses, streamed calls, cache usage."""
     record = json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
     assert record["client"].startswith(f"{name} ")
     ids: dict[str, str] = {}  # recorded → given now

@@ -139,7 +139,7 @@ def test_errors_are_kept_and_each_waiter_gets_its_own(compiler: GrammarCompiler)
     assert compiler.totals()["grammar_failures"] == 1
 
 
-def test_a_bug_of_the_library_is_an_error_of_this_constraint_alone(
+def test_vllm_47312_a_bug_of_the_library_is_an_error_of_this_constraint_alone(
     compiler: GrammarCompiler, backend: SteppedBackend
 ) -> None:
     backend.go_on.set()
