@@ -8,7 +8,6 @@ async with Browser.started() as browser:
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import itertools
 import os
@@ -176,10 +175,6 @@ class Page:
         nodes = (await self.call("Accessibility.getFullAXTree"))["nodes"]
         shown = [node for node in nodes if not node.get("ignored")]
         return {(node["role"]["value"], node.get("name", {}).get("value", "")) for node in shown}
-
-    async def picture(self, *, whole: bool = True, kind: str = "png") -> bytes:
-        answer = await self.call("Page.captureScreenshot", format=kind, captureBeyondViewport=whole)
-        return base64.b64decode(answer["data"])
 
     def problems(self) -> list[str]:
         """Return the errors that the page has logged: exceptions, refused by its policy, files that are missing."""
