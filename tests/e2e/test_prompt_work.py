@@ -82,7 +82,7 @@ def test_a_prompt_is_prefilled_leased_and_kept_while_the_lease_lasts(settled: Cl
     prompt = "Leases keep the pages of a prompt in the memory of one worker for a limited time. " * 4
     answer = ask(settled.router, "POST", "/v1/prefill", {"prompt": prompt})
     num_tokens = answer["usage"]["prompt_tokens"]
-    assert answer["computed_tokens"] == num_tokens
+    assert answer["computed_tokens"] == num_tokens // 16 * 16 + 1  # no request finds tokens after the last whole page
     lease = ask(settled.router, "POST", "/v1/leases", {"prompt": prompt, "ttl_s": 30})
     assert lease["worker"] == answer["worker"]
     assert lease["num_tokens"] == num_tokens // 16 * 16 == 16 * lease["num_pages"]

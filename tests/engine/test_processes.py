@@ -26,6 +26,7 @@ from kvist.engine.config import (
     HostTierConfig,
     ModelOptions,
     RuntimeOptions,
+    WatchOptions,
 )
 from kvist.engine.messages import DRAIN, STOP, Ready, StartFailed, decode_line
 from kvist.kv.keys import page_digests
@@ -133,6 +134,7 @@ class Cluster:
         host_tier: HostTierConfig | None = None,
         storage: StorageConfig | None = None,
         transfer: TransferConfig | None = None,
+        watch: WatchOptions | None = None,
         tp: int = 1,
         **runner: Any,
     ) -> list[Engine]:
@@ -146,6 +148,7 @@ class Cluster:
             host_tier=host_tier or HostTierConfig(),
             storage=storage or StorageConfig(),
             transfer=transfer or TransferConfig(),
+            watch=watch or WatchOptions(),
         )
         endpoints = [EndpointOptions(role=Role(role)) for role in roles]
         started = [Engine(EngineConfig(options=options, endpoint=endpoint)) for endpoint in endpoints]

@@ -15,6 +15,7 @@ import pytest
 
 from kvist import wire
 from kvist.errors import KvistError
+from kvist.flight.flight_log import FlightLog
 from kvist.request import FinishReason, Outcome, Role
 from kvist.router.registry import Worker
 from kvist.testing.gateway_bench import GatewayBench, gateway_bench
@@ -94,7 +95,7 @@ async def ask(bench: GatewayBench, number: int) -> None:
 
 
 async def test_the_http_server_keeps_no_object_of_requests_that_have_ended() -> None:
-    bench = gateway_bench()
+    bench = gateway_bench(flights=FlightLog(10))  # the last 1,000 requests are kept otherwise
     bench.dispatcher.answer = "Paris"
     numbers, counts = itertools.count(1), list[int]()
     async with bench.client:

@@ -14,6 +14,7 @@ from kvist.errors import KvistError, Overloaded
 from kvist.execution.fake_server import FAKE_PAIR, FakeServer
 from kvist.planning.fleet import Native
 from kvist.planning.prompt import Prompt
+from kvist.testing.rounds import check_time, in_rounds
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def test_refused_requests_are_sent_again_and_give_the_same_texts(programs: list[
     assert flaky == _run(FakeServer(), programs, plan=False, seed=seed)
 
 
+@in_rounds(3)
 def test_a_plan_computes_a_shared_prompt_once_and_no_plan_sends_one_request_at_a_time() -> None:
     @kv.function
     def few_shot(s: kv.State, question: str) -> None:
@@ -136,7 +138,9 @@ def test_a_plan_computes_a_shared_prompt_once_and_no_plan_sends_one_request_at_a
     assert texts[0] == texts[1]
     assert one_by_one.text() == texts[0][0]
     ideal = 60 * 29 / 4 + 30 * 12
-    assert planned.seen.num_computed_tokens <= 1.1 * ideal < plain.seen.num_computed_tokens
+    assert plain.seen.num_computed_tokens > 1.1 * ideal
+    num_computed = planned.seen.num_computed_tokens  # more, if the threads are too slow to be planned together
+    check_time(num_computed <= 1.1 * ideal, f"{num_computed} tokens were computed, {ideal} are needed")
     assert planned.seen.most_at_once == 8
 
 
