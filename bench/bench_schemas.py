@@ -172,12 +172,12 @@ def walk(case: Case, grammar: Grammar, walker: Walker, vocabulary: Vocabulary, s
     )
 
 
-async def ask(cases: Sequence[Case], server: BenchServer, count: int) -> list[Row]:
-    """Let the model answer `count` pairs, eight at a time."""
-    places = asyncio.Semaphore(8)
+async def ask(cases: Sequence[Case], server: BenchServer, count: int, num_at_once: int) -> list[Row]:
+    """Let the model answer `count` pairs of a schema and a seed, `num_at_once` at a time."""
+    places = asyncio.Semaphore(num_at_once)
 
     async def one(http: httpx.AsyncClient, number: int) -> Row:
-        case, seed = cases[(number * 7) % len(cases)], number
+        case, seed = cases[(number * 7) % len(cases)], number  # 7: near ones are of one file
         fields = {"structured_outputs": {"json": case.schema}, "temperature": 1.5, "seed": seed, "max_tokens": 200}
         message = {"role": "user", "content": "Write a JSON document, as short as you can."}
         async with places:
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--model-path", required=True, help="a model with a tokenizer")
     parser.add_argument("--seeds", type=int, default=12, help="documents of each schema")
     parser.add_argument("--served", type=int, default=0, help="pairs that a worker with the model answers")
+    parser.add_argument("--at-once", type=int, default=8, help="requests that are open at a time, with --served")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     checkpoint = find_checkpoint(args.model_path)
@@ -237,7 +238,7 @@ def main() -> None:
             with BenchServer("served", [f"--model-path={args.model_path}"], Path(folder)) as server:
                 try:
                     server.start(TIMEOUT_S)
-                    answered = asyncio.run(ask(cases, server, args.served))
+                    answered = asyncio.run(ask(cases, server, args.served, args.at_once))
                 except BenchFailure as failure:
                     sys.exit(str(failure))
             print_rows("model", answered)

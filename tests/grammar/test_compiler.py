@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 
@@ -147,6 +148,30 @@ def test_vllm_47312_a_bug_of_the_library_is_an_error_of_this_constraint_alone(
     assert isinstance(error, InvalidConstraint)
     assert "a bug of the library" in error.message
     assert compiler.start(regex("a")).result(WAIT_S)
+
+
+@pytest.mark.parametrize(("name", "takes_old_drafts"), [("llguidance", True), ("xgrammar", False)])
+def test_vllm_43920_no_constraint_decides_which_later_ones_can_be_compiled(name: str, takes_old_drafts: bool) -> None:
+    pytest.importorskip(name)
+    tuple_of_old_drafts = {"type": "array", "items": [{"type": "string"}]}
+    constraints = [
+        Constraint(kind="json_schema", text='{"type": "object", "properties": {"a": {"type": "null"}}}'),
+        Constraint(kind="json_schema", text=json.dumps(tuple_of_old_drafts)),
+        Constraint(kind="grammar", text='root ::= "a" | "b"'),
+        choice('["x", "y"]'),
+        regex("[0-9]+"),
+    ]
+
+    def outcomes(order: Sequence[Constraint]) -> dict[Constraint, str | None]:
+        compiler = GrammarCompiler(lambda: GRAMMAR_BACKENDS[name].make({}, VOCABULARY))
+        errors = {constraint: waits(compiler.start(constraint)) for constraint in order}
+        assert all(error is None or isinstance(error, InvalidConstraint) for error in errors.values())
+        return {constraint: error.message if error else None for constraint, error in errors.items()}
+
+    forwards = outcomes(constraints)
+    assert forwards == outcomes(constraints[::-1])
+    refused = [constraint.text for constraint, error in forwards.items() if error]
+    assert refused == ([] if takes_old_drafts else [json.dumps(tuple_of_old_drafts)])
 
 
 @pytest.mark.parametrize(
