@@ -52,7 +52,7 @@ from kvist.page_readers.reads import read_by_processes
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.plan.compat import peer_spec
 from kvist.request import EpochId, RequestId, SamplingParams, SlotId, WorkerId
-from kvist.runner.build import build_runner
+from kvist.runner.build import BuildProgress, build_runner
 from kvist.runner.config import RunnerLimits, RunnerOptions
 from kvist.runner.grammars import grammar_compiler
 from kvist.runner.resolve import device_type
@@ -184,15 +184,16 @@ def compute_fingerprints(checkpoint: Checkpoint, options: RunnerOptions) -> Fing
     )
 
 
-def in_tenths(what: str, progress: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Return a function that gets (number done, number of all) and reports every tenth."""
-    last_tenth = -1
+def in_tenths(progress: Callable[[str], None]) -> BuildProgress:
+    """Return a function that gets (stage, number done, number of all) and reports every tenth of a stage."""
+    last = ("", -1)
 
-    def report(num_done: int, num_all: int) -> None:
-        nonlocal last_tenth
-        if (tenth := 10 * num_done // num_all) > last_tenth:
-            last_tenth = tenth
-            progress(f"{what} {10 * tenth}%")
+    def report(stage: str, num_done: int, num_all: int) -> None:
+        nonlocal last
+        tenth = 10 * num_done // num_all
+        if stage != last[0] or tenth > last[1]:
+            last = (stage, tenth)
+            progress(f"{stage} {10 * tenth}%")
 
     return report
 
@@ -214,7 +215,7 @@ def load_runner(
         options,
         limits,
         runtime_dir=runtime_dir,
-        progress=in_tenths("loading weights", progress),
+        progress=in_tenths(progress),
         grammars=grammars,
         grammar_backend=grammar_backend,
     )
@@ -223,7 +224,7 @@ def load_runner(
 def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
     """Run one prompt chunk and one decode step, so that the first request does not wait for torch's setup on first use.
     Both write to page 0, which no request owns yet."""
-    progress("warming up")
+    report = in_tenths(progress)
     slot, page_size = SlotId(0), runner.pool.layout.page_size
     start = StartRequest(
         slot=slot,
@@ -232,12 +233,20 @@ def warm_up(runner: AnyRunner, progress: Callable[[str], None]) -> None:
         token_ids=(0,) * page_size,
         num_prompt_tokens=page_size,
     )
-    runner.launch(Batch(step_id=0, started=(start,), items=())).result()
-    for first, num_tokens in ((0, page_size - 1), (page_size - 1, 1)):
-        if num_tokens:
-            item = BatchItem(slot=slot, token_ids=(0,) * num_tokens, start=first, page_ids=(0,), samples=True)
-            runner.launch(Batch(step_id=0, items=(item,))).result()
-    runner.launch(Batch(step_id=0, ended=(slot,), items=())).result()
+    items = [
+        BatchItem(slot=slot, token_ids=(0,) * num_tokens, start=first, page_ids=(0,), samples=True)
+        for first, num_tokens in ((0, page_size - 1), (page_size - 1, 1))
+        if num_tokens
+    ]
+    batches = [
+        Batch(step_id=0, started=(start,), items=()),
+        *(Batch(step_id=0, items=(item,)) for item in items),
+        Batch(step_id=0, ended=(slot,), items=()),
+    ]
+    for num_done, batch in enumerate(batches):
+        report("warming up", num_done, len(batches))
+        runner.launch(batch).result()
+    report("warming up", len(batches), len(batches))
 
 
 # ---------------------------------------------------------------- assembly
@@ -301,7 +310,8 @@ def _assemble(
             host_tier = HostTier(host_pool.tensor.shape[0])
             spec = msgspec.structs.replace(spec, num_host_pages=host_tier.num_pages)
             if host_pool.persistent is not None:
-                host_tier.restore(host_pool.persistent.restore(in_tenths("restoring cached pages", progress)))
+                restored = partial(in_tenths(progress), "restoring cached pages")
+                host_tier.restore(host_pool.persistent.restore(restored))
             mover = PageMover(pool, host_pool, wakeup=channel.wakeup, clock=clock)
             closing.callback(mover.close)
             context = store_context(options.storage, host_pool, spec.namespace, advertised_host)

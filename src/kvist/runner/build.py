@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -46,7 +47,8 @@ COLLECTIVES_BYTES = 512 << 20  # NCCL's buffers on a GPU, approximately
 CPU_CAP_TOKENS, CPU_CAP_SHARE = 32_768, 1 / 8
 DEFAULT_LIMITS = RunnerLimits()
 
-LoadProgress = Callable[[int, int], None]  # (tensors loaded, tensors in total)
+BuildProgress = Callable[[str, int, int], None]
+"""Gets (stage, number done, number of all): "loading weights", in tensors, and "capturing CUDA graphs"."""
 
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +75,7 @@ def build_runner(
     limits: RunnerLimits = DEFAULT_LIMITS,
     *,
     runtime_dir: Path | None = None,
-    progress: LoadProgress | None = None,
+    progress: BuildProgress | None = None,
     grammars: GrammarCompiler | None = None,
     grammar_backend: str = "llguidance",
 ) -> AnyRunner:
@@ -127,7 +129,7 @@ def build_rank(
     spec: RankSpec,
     pool: DevicePool,
     rendezvous: Rendezvous | None,
-    progress: LoadProgress | None = None,
+    progress: BuildProgress | None = None,
     pool_reason: str = "",
     grammars: GrammarCompiler | None = None,
 ) -> RankRunner:
@@ -146,7 +148,7 @@ def build_rank(
         tp=tp,
         load_format="dummy" if config.has_dummy_weights else "auto",
         seed=config.random_seed,
-        progress=progress,
+        progress=None if progress is None else partial(progress, "loading weights"),
     )
     holds_all_heads = pool.layout.num_kv_heads == model_config.num_kv_heads
     attention.bind(pool.tensor[:, tp.kv_heads(model_config.num_kv_heads)] if holds_all_heads else pool.tensor)
@@ -165,7 +167,7 @@ def build_rank(
     if rendezvous is not None and spec.rank == 0:
         others = [_pool_of(rank, rendezvous, model_config, config) for rank in range(1, config.tp)]
         pool.join_ranks(model_config.num_kv_heads, others)
-    return _on_gpu(model, pool, attention, table, config, pool_reason)
+    return _on_gpu(model, pool, attention, table, config, pool_reason, progress)
 
 
 def slot_table_sizes(model_config: ModelConfig, config: RunnerConfig) -> TableSizes:
@@ -192,6 +194,7 @@ def _on_gpu(
     table: SlotTable,
     config: RunnerConfig,
     pool_reason: str,
+    progress: BuildProgress | None,
 ) -> RankRunner:
     from kvist.runner.cuda_runner import CudaRunner, StepLimits
 
@@ -210,6 +213,7 @@ def _on_gpu(
         table=table,
         use_graphs=config.uses_graphs,
         pool_reason=pool_reason,
+        on_captured=None if progress is None else partial(progress, "capturing CUDA graphs"),
     )
 
 

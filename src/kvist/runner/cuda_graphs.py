@@ -50,9 +50,9 @@ class StepGraphs(Generic[Result]):
         self._sizes: list[int] = []
         self._captured: dict[int, _Captured[Result]] = {}
 
-    def capture(self, sizes: Sequence[int], what: str) -> None:
-        """Capture a graph for each of `sizes`, which are in ascending order. Takes a few seconds; no page is
-        written."""
+    def capture(self, sizes: Sequence[int], what: str, captured: Callable[[], None]) -> None:
+        """Capture a graph for each of `sizes`, which are in ascending order; call `captured` after each. Takes a few
+        seconds; no page is written."""
         start_s, free_bytes = time.perf_counter(), torch.cuda.mem_get_info()[0]
         if self._plan is not None:
             self._plan.fill([])
@@ -66,6 +66,7 @@ class StepGraphs(Generic[Result]):
                 result = self._step(size)
                 graph.capture_end()
                 self._captured[size] = _Captured(graph, result)
+                captured()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # of the side stream

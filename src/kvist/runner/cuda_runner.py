@@ -22,6 +22,7 @@ All work is queued on one stream, so the pages of a step are written before thos
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -178,8 +179,10 @@ class CudaRunner:
         table: SlotTable,
         use_graphs: bool = True,
         pool_reason: str = "",
+        on_captured: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`attention` must be bound to the pool; `table` must have `limits.max_requests` slots."""
+        """`attention` must be bound to the pool; `table` must have `limits.max_requests` slots. `on_captured` gets the
+        numbers of graphs that are captured, and of all."""
         self.pool = pool
         self.pool_reason = pool_reason
         self.attention_name = attention.name
@@ -199,7 +202,7 @@ class CudaRunner:
         self._mixed: StepGraphs[PartialForward] | None = None
         if use_graphs:
             with torch.inference_mode():
-                self._capture(limits)
+                self._capture(limits, on_captured or (lambda _num_done, _num_all: None))
 
     def launch(self, batch: Batch) -> LaunchedBatch:
         """Launch a batch; a batch without items only ends and starts requests. Raises if the launch fails; `result`
@@ -254,20 +257,27 @@ class CudaRunner:
         self._decodes = self._choices = self._mixed = None
         self.pool.close()
 
-    def _capture(self, limits: StepLimits) -> None:
+    def _capture(self, limits: StepLimits, on_captured: Callable[[int, int], None]) -> None:
         decodes = self._attention.plan_decode_graph(limits.max_requests, limits.max_pages)
         if decodes is None:
             return
         pool = torch.cuda.graph_pool_handle()
         mixed = self._attention.plan_mixed_graph(limits.max_requests, limits.max_pages, limits.max_tokens)
+        of_mixed = [] if mixed is None else mixed_sizes(limits.max_tokens)
+        sizes = decode_sizes(limits.max_requests)
+        num_all, numbers = len(of_mixed) + 2 * len(sizes), itertools.count(1)
+
+        def captured() -> None:
+            on_captured(next(numbers), num_all)
+
+        on_captured(0, num_all)
         if mixed is not None:  # the family with the largest graphs first: the others reuse its memory
             self._mixed = StepGraphs(mixed, partial(self._begin, mixed), pool)
-            self._mixed.capture(mixed_sizes(limits.max_tokens), "steps with prompt chunks")
-        sizes = decode_sizes(limits.max_requests)
+            self._mixed.capture(of_mixed, "steps with prompt chunks", captured)
         self._decodes = StepGraphs(decodes, partial(self._decode, decodes), pool)
-        self._decodes.capture(sizes, "decodes")
+        self._decodes.capture(sizes, "decodes", captured)
         self._choices = StepGraphs(None, partial(self._choose_decoded, self._decodes), pool)
-        self._choices.capture(sizes, "the choice of their tokens")
+        self._choices.capture(sizes, "the choice of their tokens", captured)
 
     def _begin(self, plan: GraphPlan, size: int) -> PartialForward:
         inputs = self._staging.views(size, 0)
