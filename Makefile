@@ -14,13 +14,14 @@ MOONCAKE_STAMP := $(VENV)/.kvist-mooncake
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help setup demo demo-mooncake test test-fast test-gpu check format bench chaos clean
+.PHONY: help setup demo demo-mooncake test test-fast test-long test-gpu check format bench chaos clean
 
 help:
 	@echo 'make demo       set up, start a small cluster, show its answers, stop the cluster'
 	@echo 'make demo-mooncake  the same, with a page pool of Mooncake: a master and three stores'
 	@echo 'make setup      install everything that development needs into $(VENV)'
 	@echo 'make test       all tests; make test-fast: only those without a model or processes'
+	@echo 'make test-long  all tests, with long random runs: hours'
 	@echo 'make test-gpu   the tests that need a CUDA device; fails without one'
 	@echo 'make check      check format, lint, types, import layers, sizes, pins, licences and plain English; make format reformats'
 	@echo 'make bench      the benchmarks, with quick settings'
@@ -69,6 +70,9 @@ test: $(DEV_STAMP)
 
 test-fast: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not model and not e2e and not gpu' $(PYTEST_ARGS)
+
+test-long: $(DEV_STAMP)
+	@KVIST_TEST_PROFILE=long $(BIN)/python -m pytest -n 3 --dist loadfile --timeout 3600 $(PYTEST_ARGS)
 
 test-gpu: $(DEV_STAMP)
 	@$(BIN)/python scripts/gpu_tests.py $(PYTEST_ARGS)

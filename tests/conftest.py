@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,18 @@ from hypothesis import HealthCheck, settings
 from kvist.checkpoint import find_checkpoint
 from kvist.mooncake.requirements import library_obstacle
 from kvist.testing.mooncake_pool import MooncakePool
+from tests.budget import budget
 
 # No deadline: the time of one example depends on the machine and on its load.
-settings.register_profile("kvist", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "kvist", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=budget(40, long=1000)
+)
 settings.load_profile("kvist")
+
+# Images of Python often set PYTHONDONTWRITEBYTECODE. Then, each of pytest-xdist's workers would rewrite the asserts of
+# all files (11 s), and each engine process would compile Kvist (0.6 s of its 2.4 s).
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 SHARED_CLUSTER, OWN_PROCESSES = "tests/e2e/ of the shared cluster", "tests/e2e/ of processes of their own"
