@@ -13,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kvist.dashboard import feed
+from kvist.dashboard.recorder import LINES
 from kvist.errors import Forbidden, KvistError, RequestError
 from kvist.http.asgi import send_json
 from kvist.request import Role
@@ -100,7 +101,13 @@ async def test_figures_appear_and_move_and_nothing_is_refused(browser: Browser, 
         await page.until(text_of(".gateway"), lambda text: "31 in flight" in text)
         gateway.bench.dispatcher.snapshots = busy_fleet(second=50)
         await page.until(text_of(".reasons"), lambda text: "490" in text)
-        assert await page.run("document.querySelectorAll('.plot canvas').length") == 4
+        modules = "import('/dashboard/static/charts.js').then((found) => found.CHARTS.flatMap(({ lines }) => lines"
+        charted = await page.run(f"{modules}.map(([name]) => name)))")
+        assert sorted(charted) == sorted(LINES), "a chart shows each line that the server sends"
+        assert await page.run("document.querySelectorAll('.plot canvas').length") == 7
+        values = "[...document.querySelectorAll('.plot')].map((each) => each.ariaLabel).join('; ')"
+        await page.until(values, lambda text: "Cache hits, of all prompt tokens: cached 6" in text)
+        assert "Requests at workers: running 52, waiting 6" in await page.run(values)
         assert "Mooncake pool 3 stores" in await page.run(text_of(".pool"))
         assert page.problems() == []
 

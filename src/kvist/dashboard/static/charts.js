@@ -1,17 +1,20 @@
-// Four charts over one time axis, drawn by uPlot. The text beside a chart has the newest values, or those under the
+// Charts over one time axis, drawn by uPlot. The text beside a chart has the newest values, or those under the
 // cursor; the left and right keys move the cursor of a focused chart.
 
 import { h, show } from "./dom.js";
-import { rate, time } from "./format.js";
+import { count, rate, share, time } from "./format.js";
 
 const uPlot = window.uPlot;
 const LATENCY = [["p50", "50%", "--line-1"], ["p90", "90%", "--line-2"], ["p99", "99%", "--line-3"]];
 const TIERS = [["device", "device", "--tier-1"], ["host", "host", "--tier-2"], ["storage", "storage", "--tier-3"], ["computed", "computed", "--tier-0"]];
-const CHARTS = [
+export const CHARTS = [
   { id: "ttft", title: "Time to first token", unit: time, lines: LATENCY.map(([part, label, color]) => [`ttft_${part}_s`, label, color]) },
   { id: "itl", title: "Time between tokens", unit: time, lines: LATENCY.map(([part, label, color]) => [`itl_${part}_s`, label, color]) },
   { id: "output", title: "Output tokens per second", unit: rate, lines: [["output_tokens_per_s", "tokens/s", "--line-1"]], fill: true },
   { id: "tiers", title: "Prompt tokens per second, by source", unit: rate, stacked: true, lines: TIERS.map(([tier, label, color]) => [`${tier}_tokens_per_s`, label, color]) },
+  { id: "hits", title: "Cache hits, of all prompt tokens", unit: share, lines: [["hit_rate", "cached", "--line-1"], ["hit_ceiling", "possible", "--line-2"]] },
+  { id: "queues", title: "Requests at workers", unit: (value) => (value % 1 ? "" : count(value)), lines: [["num_running", "running", "--line-1"], ["num_waiting", "waiting", "--line-3"]] },
+  { id: "handoffs", title: "Handoffs per second", unit: rate, lines: [["handoffs_per_s", "received", "--line-1"]], fill: true },
 ];
 const HEIGHT = 150;
 
