@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,6 +35,7 @@ from kvist.scheduler.config import SchedulerOptions
 from kvist.store.config import StorageConfig
 from kvist.testing.specs import submit_full
 from kvist.transfer.config import TransferConfig
+from tests.engine.preloaded import start_engine
 
 pytestmark = pytest.mark.e2e
 
@@ -46,14 +45,11 @@ SLOW = SchedulerOptions(chunked_prefill_size=1)  # one token per step: a long pr
 
 
 class Engine:
-    """One `python -m kvist.engine` with this process as its parent, and a gateway's socket to the engine."""
+    """One engine process with this process as its parent, and a gateway's socket to the engine."""
 
-    def __init__(self, config: EngineConfig, within: Sequence[str] = ()) -> None:
-        """`within`: a command that executes another one, such as `ip netns exec`."""
-        self.process = subprocess.Popen(
-            [*within, sys.executable, "-m", "kvist.engine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self.process.stdin is not None
+    def __init__(self, config: EngineConfig, network: str | None = None) -> None:
+        """`network`: the name of the engine's network namespace, else that of this process."""
+        self.process = start_engine(num_followers=config.options.runner.tp - 1, network=network)
         self.process.stdin.write(msgspec.json.encode(config) + b"\n")
         self.process.stdin.flush()
         self.chunks: list[wire.TokenChunk] = []
@@ -84,7 +80,6 @@ class Engine:
         self.socket.send(wire.encode(message))
 
     def tell(self, word: bytes) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(word + b"\n")
         self.process.stdin.flush()
 
@@ -106,9 +101,7 @@ class Engine:
 
     def close(self) -> None:
         self.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+        self.process.close()
 
 
 class Cluster:
@@ -392,7 +385,6 @@ def test_two_tensor_parallel_ranks_give_the_tokens_of_one_and_end_together(clust
         engine.send(submit_full(request))
     until(lambda: one.ended and two.ended, one, two)
     assert tokens(one) == tokens(two)
-    assert two.process.stdin is not None
     two.process.stdin.close()
     assert two.process.wait(timeout=60) == 0, "it waits for its ranks to end"
 
@@ -439,8 +431,7 @@ def test_two_gpus_load_their_slices_of_the_pages_from_the_host_tier(
 def test_a_killed_rank_ends_its_engine_and_fails_the_open_requests(cluster: Cluster, tmp_path: Path) -> None:
     [engine] = cluster.start("unified", tp=2)
     children = Path(f"/proc/{engine.process.pid}/task/{engine.process.pid}/children").read_text().split()
-    followers = [pid for pid in children if b"kvist.runner.follower" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(int(followers[0]), signal.SIGKILL)
+    os.kill(int(children[0]), signal.SIGKILL)
     engine.send(submit_full(make_request("r", 100)))
     until(lambda: engine.ended, engine)
     assert [(ended.outcome, ended.error_code) for ended in engine.ended] == [(Outcome.FAILED, "unavailable")]
@@ -499,7 +490,6 @@ def test_an_engine_with_a_parent_ignores_signals_and_drains_on_a_line_of_stdin(
 
 def test_an_engine_ends_when_its_parent_dies(cluster: Cluster) -> None:
     [engine] = cluster.start("unified")
-    assert engine.process.stdin is not None
     engine.process.stdin.close()
     assert engine.process.wait(timeout=60) == 0
 
@@ -545,21 +535,16 @@ def test_an_unreadable_message_is_dropped_and_counted(cluster: Cluster) -> None:
     ],
 )
 def test_a_failed_start_logs_one_line_with_the_reason_and_exits_with_1(settings: bytes, code: str, says: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvist.engine"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdin is not None
+    process = start_engine()
+    process.stdin.write(settings)
+    if settings:
+        process.stdin.flush()  # the pipe stays open: its end would end the engine without a report
+    else:
+        process.stdin.close()
     assert process.stdout is not None
-    with process:
-        process.stdin.write(settings)
-        if settings:
-            process.stdin.flush()  # the pipe stays open: its end would end the engine without a report
-        else:
-            process.stdin.close()
-        failed = [each for line in process.stdout if isinstance(each := decode_line(line), StartFailed)]
-        assert process.wait(timeout=60) == 1
+    failed = [each for line in process.stdout if isinstance(each := decode_line(line), StartFailed)]
+    assert process.wait(timeout=60) == 1
+    process.close()
     assert [each.code for each in failed] == [code]
     assert says in failed[0].message
 

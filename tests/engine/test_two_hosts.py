@@ -64,8 +64,7 @@ class TwoHosts:
             engine = Engine(EngineConfig(options=options, endpoint=EndpointOptions(role=Role(role))))
         else:
             endpoint = EndpointOptions(role=Role(role), engine_host="0.0.0.0", engine_advertise_host=LINK[network])
-            within = ("ip", "netns", "exec", self.networks.names[network])
-            engine = Engine(EngineConfig(options=options, endpoint=endpoint), within)
+            engine = Engine(EngineConfig(options=options, endpoint=endpoint), self.networks.names[network])
         self._engines.append(engine)
         return engine
 
