@@ -3,7 +3,7 @@
     test ──(one message: arguments, environment, three pipes)──► python -m tests.engine.preloaded ──fork──► engine
 
 Everything but the import is as with `python -m kvist.engine`, which tests/e2e starts: the engine is a process and a
-child of this one, its standard input and output are pipes, and it ends as it always ends. The ranks of a tensor-parallel
+child of this one, its standard input and output are pipes, and it ends as always. The ranks of a tensor-parallel
 engine are forked before the engine starts, and wait for their first frame.
 """
 
