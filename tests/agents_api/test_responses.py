@@ -8,8 +8,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from openai import AsyncOpenAI
-from openai.types.responses import Response
 from pydantic import BaseModel
 
 from kvist.api.response_objects import (
@@ -39,6 +37,8 @@ ITEMS = [
 
 def response_of(response: httpx.Response) -> ResponseObject:
     """Decode a response, check that it has no other fields than its schema, and that OpenAI's library accepts it."""
+    from openai.types.responses import Response  # half a second, which a collection saves
+
     assert response.status_code == 200, response.text
     found = msgspec.json.decode(response.content, type=ResponseObject)
     assert msgspec.json.decode(msgspec.json.encode(found)) == response.json()
@@ -375,6 +375,8 @@ class Weather(BaseModel):
 
 
 async def test_openais_client_streams_parses_and_continues(bench: GatewayBench) -> None:
+    from openai import AsyncOpenAI  # half a second, which a collection saves
+
     http_client: Any = bench.client  # of another httpx than the library declares
     client = AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=http_client)
     tools: Any = [WEATHER, NOW]

@@ -107,14 +107,14 @@ class Cluster:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.timeout(480))
-            if item.nodeid.startswith(FILES_WITH_OWN_PROCESSES) and "cluster" in getattr(item, "fixturenames", ()):
-                raise pytest.UsageError(f"{item.nodeid} uses `cluster`: take its file out of FILES_WITH_OWN_PROCESSES")
-    items.sort(key=lambda item: here in item.path.parents and "cluster" in getattr(item, "fixturenames", ()))
+    ours = [item for item in items if item.nodeid.startswith("tests/e2e/")]
+    for item in ours:
+        item.add_marker(pytest.mark.e2e)
+        item.add_marker(pytest.mark.timeout(480))
+        if item.nodeid.startswith(FILES_WITH_OWN_PROCESSES) and "cluster" in getattr(item, "fixturenames", ()):
+            raise pytest.UsageError(f"{item.nodeid} uses `cluster`: take its file out of FILES_WITH_OWN_PROCESSES")
+    shared = {item for item in ours if "cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item in shared)
 
 
 @pytest.fixture(scope="package")

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use the pool, and skip them where Mooncake cannot run."""
     reason = library_obstacle()
     for item in items:
-        if Path(__file__).parent in item.path.parents and "pool" in getattr(item, "fixturenames", ()):
+        if item.nodeid.startswith("tests/nodes/") and "pool" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.e2e)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))

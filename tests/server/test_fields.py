@@ -6,14 +6,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from openai.types import completion_create_params as completion_params
-from openai.types.chat import (
-    ChatCompletionAssistantMessageParam,
-    ChatCompletionContentPartTextParam,
-    ChatCompletionStreamOptionsParam,
-)
-from openai.types.chat import completion_create_params as chat_params
-from openai.types.responses import response_create_params as responses_params
 
 from kvist.api import messages, responses, schemas
 from kvist.api.fields import Advisory, Honoured, KnownFields, Refused, classes_of
@@ -117,12 +109,16 @@ async def test_null_inside_an_object_equals_absent(bench: GatewayBench) -> None:
 
 
 def test_every_field_of_openais_library_is_known() -> None:
-    params = [chat_params.CompletionCreateParamsBase, completion_params.CompletionCreateParamsBase]
+    from openai.types import chat  # half a second, which a collection saves
+    from openai.types import completion_create_params as completion_params
+    from openai.types.responses import response_create_params as responses_params
+
+    params = [chat.completion_create_params.CompletionCreateParamsBase, completion_params.CompletionCreateParamsBase]
     params.append(responses_params.ResponseCreateParamsBase)
     assert {name for kind in params for name in kind.__annotations__} <= set(KnownFields.__struct_fields__)
-    assert set(ChatCompletionAssistantMessageParam.__annotations__) <= set(schemas.ChatMessage.__struct_fields__)
-    assert set(ChatCompletionContentPartTextParam.__annotations__) <= set(schemas.ContentPart.__struct_fields__)
-    assert set(ChatCompletionStreamOptionsParam.__annotations__) <= set(schemas.StreamOptions.__struct_fields__)
+    assert set(chat.ChatCompletionAssistantMessageParam.__annotations__) <= set(schemas.ChatMessage.__struct_fields__)
+    assert set(chat.ChatCompletionContentPartTextParam.__annotations__) <= set(schemas.ContentPart.__struct_fields__)
+    assert set(chat.ChatCompletionStreamOptionsParam.__annotations__) <= set(schemas.StreamOptions.__struct_fields__)
 
 
 def test_every_field_has_a_class() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import jsonschema_rs
 import msgspec
 import pytest
-from openai import AsyncOpenAI
 
 from kvist import settings
 from kvist.errors import ConfigError
@@ -523,6 +522,8 @@ async def test_special_tokens_of_the_format_are_shown_to_the_parser_only(bench: 
 
 
 async def test_openais_client_adds_up_the_stream_and_sends_the_call_back(bench: GatewayBench) -> None:
+    from openai import AsyncOpenAI  # half a second, which a collection saves
+
     http_client: Any = bench.client  # of another httpx than the library declares
     client = AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=http_client)
     tools: Any = [WEATHER, TOOL]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Generic, TypeVar
 
@@ -31,8 +31,8 @@ class BodyDecoder(Generic[T]):
     """Decodes the bodies of one endpoint."""
 
     def __init__(self, struct: type[T]) -> None:
+        self._struct = struct
         self._decoder = msgspec.json.Decoder(struct)
-        self._known = _known_names(struct)
 
     def decode(self, body: bytes) -> tuple[T, Sequence[tuple[bytes, bytes]]]:
         """Return the request, and the response header that names its fields without effect, if any."""
@@ -63,8 +63,9 @@ class BodyDecoder(Generic[T]):
         return RequestError(f"unknown field `{name}`{self._hint(unknown['name'])}", param=name)
 
     def _hint(self, name: str) -> str:
-        near = difflib.get_close_matches(name[:_MAX_NAME_CHARS], list(self._known), n=1)
-        return f"; did you mean `{self._known[near[0]]}`?" if near else ""
+        known = _known_names(self._struct)
+        near = difflib.get_close_matches(name[:_MAX_NAME_CHARS], list(known), n=1)
+        return f"; did you mean `{known[near[0]]}`?" if near else ""
 
 
 def _without_effect(value: msgspec.Struct, where: str, kind: str) -> Iterator[str]:
@@ -101,7 +102,8 @@ def _param(path: str) -> str | None:
     return path.removeprefix("$").removeprefix(".") or None
 
 
-def _known_names(struct: type[msgspec.Struct]) -> dict[str, str]:
+@cache
+def _known_names(struct: type[msgspec.Struct]) -> Mapping[str, str]:
     """Map field names of `struct` and of the structs inside it to their paths. Where several fields have one name, an
     honoured field wins, then the outermost one."""
     names: dict[str, str] = {}
