@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kvist.lang as kv
-from kvist.execution.fake_server import FakeServer
+from kvist.execution.fake_server import FAKE_PAIR, FakeServer
+from kvist.planning.fleet import Role, Worker
+from kvist.planning.prompt import common_length
 
 FOLDER = Path(__file__).parents[2] / "examples" / "lang"
 PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "texts")
@@ -41,3 +44,20 @@ def test_an_example_gives_the_same_with_and_without_a_plan(example: Any, monkeyp
         outcomes.append([(state.text(), state.ret_value) for state in states])
         endpoint.close()
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("num_prefill", [1, 2])
+@pytest.mark.parametrize("example", PROGRAMS, indirect=True)
+def test_a_plan_of_an_example_computes_each_distinct_prefix_about_once(
+    example: Any, num_prefill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example, "TOOL_S", 0.0, raising=False)
+    more = [Worker(name=f"prefill-{n}", role=Role.PREFILL, max_answer_tokens=16) for n in range(1, num_prefill)]
+    server = FakeServer(workers=(*FAKE_PAIR, *more))
+    endpoint = kv.Endpoint(lambda: server, name="fake")
+    states = getattr(example, example.__name__).run_batch(example.arguments(2), backend=endpoint, seed=1)
+    endpoint.close()
+    prompts = sorted(each.operation.prompt.outline for each in states[0].report.requests)
+    num_chars = sum(len(text) - common_length(before, text) for before, text in pairwise(["", *prompts]))
+    assert server.seen.num_computed_tokens <= 1.1 * num_chars / 4  # a token has four characters there
+    assert len(server.seen.leased) <= 2, "requests that follow one another need no lease"

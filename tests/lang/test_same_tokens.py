@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import kvist.lang as kv
 from kvist.errors import KvistError, Overloaded
 from kvist.execution.fake_server import FAKE_PAIR, FakeServer
-from kvist.planning.fleet import Native
+from kvist.planning.fleet import Native, Role, Worker
 from kvist.planning.prompt import Prompt
 from kvist.testing.rounds import check_time, in_rounds
 
@@ -126,7 +126,8 @@ def test_a_plan_computes_a_shared_prompt_once_and_no_plan_sends_one_request_at_a
         s += kv.assistant(kv.gen("answer", max_tokens=4))
 
     batch = [{"question": f"Number {index}?"} for index in range(30)]
-    planned, plain = FakeServer(workers=FAKE_PAIR), FakeServer(workers=FAKE_PAIR)
+    workers = (*FAKE_PAIR, Worker(name="prefill-1", role=Role.PREFILL))  # without a plan, each computes the prompt
+    planned, plain = FakeServer(workers=workers), FakeServer(workers=workers)
     endpoints = [kv.Endpoint(lambda: planned, name="planned"), kv.Endpoint(lambda: plain, name="plain")]
     texts = [
         [state.text() for state in few_shot.run_batch(batch, backend=endpoint, plan=index == 0, num_threads=8)]

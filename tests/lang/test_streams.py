@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_an_explanation_after_a_run_shows_what_happened(endpoint_for: MakeEndpoi
         s += kv.user("shared words " * 60)
         forks = s.fork(3)
         for index, branch in enumerate(forks):
-            branch += kv.user(f"branch {index}") + kv.assistant(kv.gen("x", max_tokens=8))
+            branch += kv.user(f"branch {index}") + kv.assistant(kv.gen("x", max_tokens=32))
         forks.join()
 
     state = branches.run(backend=endpoint_for(FakeServer()))
@@ -144,4 +145,7 @@ def test_an_explanation_after_a_run_shows_what_happened(endpoint_for: MakeEndpoi
     assert sum(row.num_cached_tokens or 0 for row in generated) > 3 * 180
     assert state.report.num_computed_tokens < 1.2 * 195
     assert "planning took" in str(explanation)
+    (said,) = re.findall(r"(\d+) prompt tokens were computed; the plan expected (\d+)", str(explanation))
+    assert int(said[0]) == state.report.num_computed_tokens
+    assert int(said[1]) == pytest.approx(int(said[0]), rel=0.2)
     assert "took ms" in explanation.html()

@@ -71,7 +71,6 @@ def test_a_shared_prefix_is_computed_once_ahead_and_kept_until_its_last_use() ->
     assert warm.users == tuple(range(8))
     (pin,) = made.pin
     assert (pin.prompt, pin.until) == (warm.prompt, tuple(range(8)))
-    assert all(each.after_warm == warm.prompt.outline for each in made.placements)
     assert {(each.work, each.prefill_worker) for each in made.placements} == {(Work.SPLIT, "p")}
     assert max(each.num_computed_tokens for each in made.placements) <= 1
     assert len({each.session for each in made.placements}) == 1
@@ -97,12 +96,54 @@ def test_an_outer_prefix_is_computed_before_the_inner_ones() -> None:
     questions = [_score(10 * n + m, f"{essay}Criterion {m}") for n, essay in enumerate(essays) for m in range(4)]
     made = plan(_graph(*questions), PAIR, Running())
     outer, first, second = made.warm
-    assert outer.after_warm is None
-    assert first.after_warm == second.after_warm == outer.prompt.outline
     assert first.num_tokens < 350  # beyond the outer prefix
+    assert [outer.is_awaited, first.is_awaited, second.is_awaited] == [False, True, True]
     gates = {each.operation_id: each.after_warm for each in made.placements}
     assert gates[0] == first.prompt.outline
     assert gates[13] == second.prompt.outline
+    busy = plan(_graph(*questions), PAIR, Running(num_in_flight=1))
+    assert [each.after_warm for each in busy.warm] == [None, *[outer.prompt.outline] * 2]
+
+
+def test_requests_wait_for_a_prefix_only_where_the_server_would_compute_it_several_times() -> None:
+    short, long = ([_generate(n, f"{SHARED * times}Question {n}") for n in range(8)] for times in (1, 4))
+    for requests, running, are_waiting in (
+        (short, Running(), False),  # alone in its step: the others find it cached
+        (short, Running(num_in_flight=1), True),  # in one step with the others
+        (long, Running(num_in_flight=1), False),  # the server lets the others wait
+    ):
+        made = plan(_graph(*requests), PAIR, running)
+        (warm,) = made.warm
+        gate = warm.prompt.outline if are_waiting else None
+        assert {each.after_warm for each in made.placements} == {gate}
+
+
+def test_branches_stay_with_their_parent_unless_its_queue_is_longer_than_computing_the_prefix_again() -> None:
+    other = Worker(name="q", role=Role.PREFILL)
+    branches = _graph(*(_generate(n, f"{SHARED}{n}") for n in range(8)))
+    for queue_s, workers in ((0.0, {"p"}), (0.3, {"p"}), (0.5, {"q"})):  # computing it again costs 4 * 0.0875 s
+        parent = Worker(name="p", role=Role.PREFILL, queue_s=queue_s)
+        fleet = Fleet(workers=(parent, other, DECODE), native=frozenset(Native))
+        made = plan(branches, fleet, Running(cached={"p": (SHARED,)}))
+        assert {each.prefill_worker for each in made.placements} == workers
+
+
+def test_a_prefill_worker_writes_a_short_answer_itself() -> None:
+    alone = Worker(name="p", role=Role.PREFILL, max_answer_tokens=16)
+    fleet = Fleet(workers=(alone, DECODE), native=frozenset(Native))
+    short, long = plan(
+        _graph(_generate(1, SHARED, max_tokens=16), _generate(2, SHARED, max_tokens=17)), fleet, Running()
+    ).placements
+    assert (short.work, short.prefill_worker, short.decode_worker) == (Work.PREFILL, "p", "p")
+    assert (long.work, long.prefill_worker, long.decode_worker) == (Work.SPLIT, "p", "d")
+
+
+def test_a_request_that_waits_for_a_result_keeps_no_worker_from_other_work() -> None:
+    waiting = _generate(2, f"{SHARED}{hole(1)} And now?", max_tokens=64)
+    made = plan(_graph(_generate(1, SHARED, max_tokens=64), waiting, _generate(3, SHARED + "x")), PAIR, Running())
+    starts = {each.operation_id: each.start_ms for each in made.placements}
+    assert starts[2] > 1000  # 32 tokens at 25 a second
+    assert starts[3] < 100
 
 
 def test_a_batch_runs_depth_first_over_its_prefix_tree() -> None:
@@ -132,12 +173,23 @@ def test_branches_on_several_workers_keep_their_prefix_on_each_of_them() -> None
     workers = (PREFILL, Worker(name="q", role=Role.PREFILL), DECODE)
     fleet = Fleet(workers=workers, native=frozenset(Native), num_lease_tokens=10_000)
     branches = _graph(*(_score(n, f"{SHARED}{n} {'word ' * 400}") for n in range(8)))
-    made = plan(branches, fleet, Running(cached={"p": (SHARED,), "q": (SHARED,)}))
+    made = plan(branches, fleet, Running(cached={"p": (SHARED,), "q": (SHARED,)}, width=2))
     users = {pin.worker: set(pin.until) for pin in made.pin}
     assert users == {
         name: {each.operation_id for each in made.placements if each.prefill_worker == name} for name in ("p", "q")
     }
     assert all(len(each) > 1 for each in users.values())
+    assert not plan(branches, fleet, Running(cached={"p": (SHARED,), "q": (SHARED,)})).pin, "requests hold their pages"
+
+
+def test_a_prefix_is_kept_for_a_use_that_waits_for_another_prompt_and_not_for_the_next_turn() -> None:
+    later = f"{SHARED}Question 1{hole(1)} And now?"
+    cached = Running(cached={"p": (SHARED,)})
+    follows = _graph(_score(1, SHARED + "Question 1"), _score(2, later))
+    assert not plan(follows, PAIR, cached).pin
+    waits = _graph(_score(0, "Other"), _score(1, SHARED + "Question 1"), _score(2, f"{later}{hole(0)}"))
+    (pin,) = plan(waits, PAIR, cached).pin
+    assert pin.until == (1, 2)
 
 
 def test_the_known_part_of_the_next_turn_is_computed_while_a_tool_runs_if_prefill_is_idle() -> None:

@@ -41,6 +41,7 @@ async def test_server_info_has_the_capacity_of_each_worker(bench: GatewayBench) 
         "max_model_len": 160,
         "max_running_requests": 4,
         "max_queued_requests": 4,
+        "max_answer_tokens": 16,
         "prefill_tokens_per_s": 1000.0,
         "decode_step_ms": 12.5,
         "handoff_bytes_per_s": 1000000000,

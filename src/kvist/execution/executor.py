@@ -199,7 +199,8 @@ class Executor:
             self._admit()
             return
         placements: dict[int, Placement] = {}
-        operations: list[Operation] = [*(job.operation for job in (*jobs, *waiting)), *tools]
+        known = (self._filled(job) for job in waiting)  # with the results that are there
+        operations: list[Operation] = [*(job.operation for job in (*jobs, *known)), *tools]
         if operations:
             try:
                 placements = {each.operation_id: each for each in self._plan(operations).placements}
@@ -226,24 +227,25 @@ class Executor:
             pinned=self._leases.outlines,
             num_pinned_tokens=self._leases.num_tokens,
         )
-        made = plan(Graph(operations=tuple(ordered)), self._fleet, running)
+        made = plan(Graph(operations=tuple(ordered)), self._fleet.after(start_s - self._fleet_s), running)
         pins = {(pin.prompt.outline, pin.worker): pin for pin in made.pin}
         for warm in made.warm:
             pin = pins.pop((warm.prompt.outline, warm.worker), None)
-            leased = None if pin is None else self._hold(pin, after=warm.after_warm)
+            leased = None if pin is None else self._hold(pin, ahead=True, after=warm.after_warm)
             self._warms[warm.prompt.outline] = asyncio.create_task(self._warm(warm, leased))
         for pin in pins.values():
-            self._hold(pin, after=pin.prompt.outline)
+            self._hold(pin, ahead=False)
         self.report.notes |= dict.fromkeys(made.notes)
         self.report.num_planned += len(ordered)
         self.report.planning_s += self._clock.now_s() - start_s
         return made
 
-    def _hold(self, pin: Pin, *, after: str | None) -> asyncio.Future[Served | None]:
+    def _hold(self, pin: Pin, *, ahead: bool, after: str | None = None) -> asyncio.Future[Served | None]:
         """Lease a prefix for its uses that are not done, once the prefix `after`, if any, is computed ahead."""
         self.report.pins.append(pin)
         unfinished = [each for each in pin.until if each not in self._texts and each not in self._failed]
-        return self._leases.hold(pin, unfinished=unfinished, after=None if after is None else self._warms.get(after))
+        warm = None if after is None else self._warms.get(after)
+        return self._leases.hold(pin, unfinished=unfinished, ahead=ahead, after=warm)
 
     def _admit(self) -> None:
         width = self._width.requests if self._config.planned else self._config.width or _MAX_WIDTH
@@ -269,7 +271,7 @@ class Executor:
         try:
             await self._computed(None if placement is None else placement.after_warm)
             start_s = self._now_s()
-            carried = await self._carrier.carry(job, _hints(placement))
+            carried = await self._carrier.carry(job, _hints(placement, separate=self._fleet.separates))
         except KvistError as error:
             problem = error.message
             self._fail(job, error)
@@ -399,9 +401,11 @@ class Executor:
         return self._clock.now_s() - self._start_s
 
 
-def _hints(placement: Placement | None) -> Hints:
+def _hints(placement: Placement | None, *, separate: bool) -> Hints:
     if placement is None:
         return Hints()
+    if not separate:
+        return Hints(worker=placement.prefill_worker, session=placement.session)
     role = {Work.PREFILL: Role.PREFILL, Work.DECODE: Role.DECODE, Work.SPLIT: Role.PREFILL}.get(placement.work)
     return Hints(worker=placement.prefill_worker, role=role, session=placement.session)
 

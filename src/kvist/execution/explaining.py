@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvist.execution.report import Done, DoneWarm, Report
 from kvist.planning.explanation import Explanation, Row, plain_row
 from kvist.planning.graph import Graph, Operation, describe, state_name
@@ -11,7 +13,8 @@ def explained(graph: Graph, report: Report) -> Explanation:
     """Return the operations of the graph with their requests, and the prefixes that were computed ahead for them."""
     done = {each.operation.operation_id: each for each in report.of_graph(graph)}
     ids = {each.operation_id for each in graph.operations}
-    rows = [_warm_row(each) for each in report.warms if not each.warm.users or ids & set(each.warm.users)]
+    warms = [each for each in report.warms if not each.warm.users or ids & set(each.warm.users)]
+    rows = [_warm_row(each) for each in warms]
     requests = [_row(operation, done.get(operation.operation_id)) for operation in graph.operations]
     notes = list(report.notes)
     for pin in report.pins:
@@ -21,10 +24,23 @@ def explained(graph: Graph, report: Report) -> Explanation:
         notes.append(
             f"the server refused {report.num_refusals} requests as overloaded; fewer were sent at once after that"
         )
+    if expected := _token_note(done.values(), warms):
+        notes.append(expected)
     if report.num_planned:
         per_operation = 1000 * report.planning_s / report.num_planned
         notes.append(f"planning took {per_operation:.2f} ms an operation")
     return Explanation(rows=(*rows, *requests), notes=tuple(notes), happened=True)
+
+
+def _token_note(requests: Iterable[Done], warms: Iterable[DoneWarm]) -> str:
+    """Return the prompt tokens that the plan expected to compute beside those that were; "" without a plan."""
+    pairs = [(each.placement.num_computed_tokens, each.served) for each in requests if each.placement is not None]
+    pairs += [(each.warm.num_tokens, each.served) for each in warms]
+    served = [(expected, each.num_computed_tokens) for expected, each in pairs if each is not None]
+    if not served:
+        return ""
+    expected, computed = map(sum, zip(*served, strict=True))
+    return f"{computed} prompt tokens were computed; the plan expected {expected}"
 
 
 def _warm_row(done: DoneWarm) -> Row:

@@ -30,8 +30,12 @@ _WORDS = (
 _CHARS_PER_TOKEN = 4
 _PREFILL_TOKENS_PER_S, _DECODE_TOKENS_PER_S = 4000.0, 50.0
 _MAX_CACHED = 4096
+_MAX_ANSWER_TOKENS = 16  # that a prefill worker writes itself
 
-FAKE_PAIR = (Worker(name="prefill-0", role=Role.PREFILL), Worker(name="decode-0", role=Role.DECODE))
+FAKE_PAIR = (
+    Worker(name="prefill-0", role=Role.PREFILL, max_answer_tokens=_MAX_ANSWER_TOKENS),
+    Worker(name="decode-0", role=Role.DECODE),
+)
 
 
 @dataclass(slots=True)
@@ -67,6 +71,8 @@ class FakeServer:
         self._cached = RememberedPrefixes(_MAX_CACHED)
         self._num_now = 0
         self._lease_ids = itertools.count()
+        self._turns = itertools.count()  # of requests without a hint
+        self._steps = {each.name: asyncio.Lock() for each in self._workers}
 
     async def fleet(self) -> Fleet:
         room = self._num_lease_tokens - sum(
@@ -99,8 +105,8 @@ class FakeServer:
         }
         if request.sampling.return_logprob:
             meta["logprobs"] = [-1.0] * num_output
-        self._cached.add(served.prefill_worker or "", Prompt(request.prompt.outline + texts[0]))
-        decode = next((each.name for each in self._workers if each.decodes), None)
+        decode = self._decode_worker(request, served)
+        self._cached.add(decode, Prompt(request.prompt.outline + texts[0]))
         figures = Served(
             num_prompt_tokens=served.num_prompt_tokens,
             num_cached_tokens=served.num_cached_tokens,
@@ -162,16 +168,25 @@ class FakeServer:
         prompt_fields(prompt)  # raises for a prompt that cannot be sent
 
     async def _prefilled(self, prompt: Prompt, hints: Hints) -> Served:
-        """Compute what no worker has cached."""
-        names = [each.name for each in self._workers if each.prefills]
-        worker = hints.worker if hints.worker in names else names[0]
-        cached = max((common_length(one, prompt.outline) for one in self._cached.snapshot().get(worker, ())), default=0)
+        """Compute what the worker has not cached. A decode worker computes prompts if it is asked to."""
+        names = [each.name for each in self._workers if each.prefills or hints.role is Role.DECODE]
+        worker = hints.worker if hints.worker in names else names[next(self._turns) % len(names)]
         num_tokens = -(-len(prompt.outline) // _CHARS_PER_TOKEN)
-        num_cached = min(cached // _CHARS_PER_TOKEN, num_tokens - 1)
-        self.seen.num_computed_tokens += num_tokens - num_cached
-        await asyncio.sleep(self._time_scale * (num_tokens - num_cached) / _PREFILL_TOKENS_PER_S)
-        self._cached.add(worker, prompt)
+        async with self._steps[worker]:  # one prompt after the other, so a common prefix is computed once
+            known = self._cached.snapshot().get(worker, ())
+            cached = max((common_length(one, prompt.outline) for one in known), default=0)
+            num_cached = min(cached // _CHARS_PER_TOKEN, num_tokens - 1)
+            self.seen.num_computed_tokens += num_tokens - num_cached
+            await asyncio.sleep(self._time_scale * (num_tokens - num_cached) / _PREFILL_TOKENS_PER_S)
+            self._cached.add(worker, prompt)
         return Served(num_prompt_tokens=num_tokens, num_cached_tokens=num_cached, prefill_worker=worker)
+
+    def _decode_worker(self, request: GenerateRequest, served: Served) -> str:
+        """Return the worker that writes the answer: the one that computed the prompt, if it may."""
+        found = next(each for each in self._workers if each.name == served.prefill_worker)
+        if found.decodes or (request.sampling.max_tokens or 0) <= found.max_answer_tokens:
+            return found.name
+        return next((each.name for each in self._workers if each.decodes), found.name)
 
     def count(self, change: int) -> None:
         self._num_now += change

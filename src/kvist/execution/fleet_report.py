@@ -54,6 +54,7 @@ def _worker(described: Any) -> Worker:
         num_running=(described.get("load") or {}).get("num_running") or 0,
         max_running=capacity.get("max_running_requests") or usual.max_running,
         num_cache_tokens=_pages(described, "total") * capacity["page_size"],
+        max_answer_tokens=capacity.get("max_answer_tokens") or 0,
         handoff_s=handoff_s / num_handoffs if num_handoffs and handoff_s > _LEAST_MEASURED_S else _HANDOFF_S,
     )
 

@@ -37,6 +37,7 @@ class Worker:
     max_running: int = 64
     num_cache_tokens: int = 1 << 17  # of its page pool
     handoff_s: float = 0.01  # from the end of a prefill until decode has the pages
+    max_answer_tokens: int = 0  # of a prefill worker: the longest answer that it writes itself, without a handoff
 
     @property
     def prefills(self) -> bool:
@@ -66,6 +67,13 @@ class Fleet:
 
     def measured(self, *, chars_per_token: float, answer_fraction: float) -> Fleet:
         return replace(self, chars_per_token=chars_per_token, answer_fraction=answer_fraction)
+
+    def after(self, seconds: float) -> Fleet:
+        """Return the fleet as expected that long after its report: its queues are shorter then."""
+        workers = tuple(
+            replace(one, queue_s=max(one.queue_s - seconds, 0.0)) if one.queue_s else one for one in self.workers
+        )
+        return replace(self, workers=workers)
 
 
 def unknown_fleet(name: str) -> Fleet:

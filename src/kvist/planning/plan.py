@@ -32,7 +32,7 @@ class Placement:
     duration_ms: float = 0.0
     reason: str = ""
     session: str = ""  # requests with one session are best served by one worker
-    after_warm: str | None = None  # outline of the prefix that must be computed first
+    after_warm: str | None = None  # outline of the prefix that must be computed first; None: the server sees to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,7 @@ class Warm:
     after_warm: str | None  # outline of the shorter prefix that must be computed first
     duration_ms: float
     reason: str
+    is_awaited: bool = False  # its users are sent after it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,13 +152,17 @@ class Prompt:
         """The number of characters of text, without marks and roles."""
         return len(plain_text(self.outline))
 
+    def num_chars_after(self, beginning: Prompt) -> int:
+        """Return the number of characters of text that follow a beginning of this prompt."""
+        return len(plain_text(self.outline[len(beginning.outline) :]))
 
-def common_length(first: str, second: str) -> int:
-    """Return the length of the common beginning of two texts."""
+
+def common_length(first: str, second: str, *, known: int = 0) -> int:
+    """Return the length of the common beginning of two texts, of which `known` characters are known to be common."""
     shorter = min(len(first), len(second))
-    if first[:shorter] == second[:shorter]:
+    if first[known:shorter] == second[known:shorter]:
         return shorter
-    low, high = 0, shorter  # first[:low] is common, first[:high] is not
+    low, high = known, shorter  # first[:low] is common, first[:high] is not
     while high - low > 1:
         middle = (low + high) // 2
         if first[low:middle] == second[low:middle]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvist.request import MAX_SHORT_ANSWER, Role
 from kvist.router.stream import WorkerSnapshot
 
 
@@ -18,6 +19,7 @@ def capacity_of(worker: WorkerSnapshot) -> dict[str, object] | None:
         "max_model_len": spec.max_model_len,
         "max_running_requests": spec.max_running_requests,
         "max_queued_requests": spec.max_queued_requests,
+        "max_answer_tokens": MAX_SHORT_ANSWER if worker.role is Role.PREFILL else None,
         "prefill_tokens_per_s": round(rates.prompt_tokens_per_s, 1),
         "decode_step_ms": None if rates.decode_step_s is None else round(1000 * rates.decode_step_s, 3),
         "handoff_bytes_per_s": round(rates.handoff_bytes_per_s),
