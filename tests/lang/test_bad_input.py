@@ -158,6 +158,26 @@ def test_a_mistake_in_a_program_is_an_error_with_its_line(
     assert not server.leases
 
 
+def test_a_reference_to_a_result_of_another_program_is_an_error_with_its_line(endpoint: kv.Endpoint) -> None:
+    seen: list[str] = []
+
+    @kv.function
+    def give(s: kv.State) -> None:
+        s += "Q" + kv.gen("x")
+        seen.append(s.ref("x"))
+
+    @kv.function
+    def take(s: kv.State, text: str) -> None:
+        s += "Q" + kv.gen("x")
+        s += f"I heard {text}."  # of another run
+
+    give.run(backend=endpoint)
+    with pytest.raises(ProgramError, match="refers to a result that this program does not have") as raised:
+        take.run(backend=endpoint, text=seen[0])
+    assert str(raised.value).startswith(_line_of("of another run"))
+    assert take.trace(text="nothing").operations, "the program itself is in order"
+
+
 def test_wrong_arguments_are_errors_that_name_them(endpoint: kv.Endpoint) -> None:
     @kv.function
     def ask(s: kv.State, question: str) -> None:

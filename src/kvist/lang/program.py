@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -92,6 +92,10 @@ class Program:
 
     def check_open(self, position: Position) -> None:
         """Raise `ProgramError` if the program cannot add operations any more."""
+
+    def knows(self, operation_ids: Iterable[int]) -> bool:
+        """Return whether all results are those of operations of this program: so no operation waits for a later one."""
+        return all(each in self.variables for each in operation_ids)
 
     def forked(self, forks: Forks) -> None:
         self._forks.append(forks)

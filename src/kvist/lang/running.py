@@ -28,6 +28,7 @@ _MAX_THREADS = 256  # programs that run at once
 _OPEN_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 60.0
 _SEED_BITS = 62
+_RUN_BITS, _ID_BITS = 40, 32  # of operation ids: of the run, and of an operation in it
 _WAITS = 10  # a result may wait for others; each of them is bounded, and this is the bound of the chain
 
 
@@ -71,7 +72,7 @@ class Batch:
         self._thread, backend = endpoint.open()
         self._executor = Executor(backend, config, loop=self._thread.loop, clock=MonotonicClock())
         first = secrets.randbits(_SEED_BITS) if seed is None else seed
-        ids = itertools.count()
+        ids = itertools.count(secrets.randbits(_RUN_BITS) << _ID_BITS)  # so that a result of another run is noticed
         self.states = [
             ProgramState(
                 LiveProgram(

@@ -18,7 +18,7 @@ from kvist.lang.expressions import Expression, Gen, Part, RoleBegin, RoleEnd, Se
 from kvist.lang.positions import here
 from kvist.lang.program import DecodedValue, Program, ScopeText, Stored, Variable
 from kvist.planning.graph import Constrain, Extend, Fork, Generate, Join, Operation, Place, Position, Score
-from kvist.planning.prompt import Prompt, PromptError, hole, unsendable
+from kvist.planning.prompt import Prompt, PromptError, hole, holes_of, unsendable
 
 
 class State:
@@ -74,6 +74,11 @@ class State:
     def _extend(self, text: str, prompt: Prompt, position: Position) -> None:
         if bad := unsendable(text):
             raise ProgramError(f"{position}: the text contains {bad!r}, which UTF-8 cannot encode: remove it")
+        if not self._program.knows(holes_of(text)):
+            raise ProgramError(
+                f"{position}: the text refers to a result that this program does not have: a ref() of another run, or "
+                "of another program of the batch. Read its value with state[name] there, and add that"
+            )
         self._prompt = prompt
         if text:
             self._record(Extend(text=text, place=self._place(position)))

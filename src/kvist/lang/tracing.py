@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from kvist.errors import ProgramError
@@ -58,6 +58,7 @@ class TracedProgram(Program):
     def __init__(self, *, index: int = 0, sampling: Sampling, ids: Any) -> None:
         super().__init__(index=index, seed=0, sampling=sampling, ids=ids, timeout_s=0.0, streams=False)
         self.num_unknown = 0  # results that the program has
+        self._tools: set[int] = set()
 
     def value(self, stored: Stored) -> object:
         match stored:
@@ -75,6 +76,9 @@ class TracedProgram(Program):
     async def value_async(self, stored: Stored) -> object:
         return self.value(stored)
 
+    def knows(self, operation_ids: Iterable[int]) -> bool:
+        return super().knows(each for each in operation_ids if each not in self._tools)
+
     def text(self, outline: str) -> str:
         self.num_unknown += 1
         return Unknown(outline)
@@ -90,7 +94,8 @@ class TracedProgram(Program):
             prompt=Prompt() if state is None else state.prompt,
         )
         self.num_unknown += 1
-        return Unknown(hole(self.record(operation)))
+        self._tools.add(self.record(operation))
+        return Unknown(hole(operation.operation_id))
 
 
 def trace_calls(

@@ -71,6 +71,7 @@ class _Planner:
         self._shared = common_beginning(prompts)
         self._num_shared_chars = self._shared.num_chars
         self._workers = [_Worker(one, running.cached.get(one.name, ()), self._shared) for one in fleet.workers]
+        self._ids = frozenset(each.operation_id for each in graph.operations)
         self._answered_s: dict[int, float] = {}  # when the result of each placed request is there
         self._warm_s: dict[str, float] = {}  # when each prefix that is computed ahead is there
 
@@ -289,13 +290,17 @@ class _Planner:
                 if node.prompt.outline in running.pinned or num_tokens > room or len(users) < 2:
                     continue
                 is_always_used = len(users) <= running.width and all(
-                    set(operations[user].needs) <= set(users) for user in users
+                    self._follows_at_once(operations[user], users) for user in users
                 )
                 if is_always_used and node.prompt.outline not in warmed:
                     continue
                 room -= num_tokens
                 found.append(Pin(prompt=node.prompt, worker=worker, num_tokens=num_tokens, until=users))
         return found
+
+    def _follows_at_once(self, operation: Operation, users: Sequence[int]) -> bool:
+        """Return whether a request can be sent as soon as some of `users`, and requests of earlier plans, are done."""
+        return self._ids.intersection(operation.needs) <= set(users)
 
     def _width(self, placements: Sequence[Placement]) -> int:
         """Return how many requests fit: into the client's width, and with their own tokens into the page pools."""
