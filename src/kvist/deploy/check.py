@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from kvist.deploy.compose_fields import compose_problems
 from kvist.deploy.description import MAX_POD_NAME, STOP_MARGIN_S
 from kvist.deploy.manifest import Manifest, read_manifest
+from kvist.deploy.problem import Problem
 from kvist.deploy.schemas import schema_problems
 from kvist.deploy.workloads import Container, Workload
 from kvist.errors import ConfigError
@@ -27,16 +28,30 @@ _LOOPBACK = ("127.", "localhost", "::1")
 _RELEASE = re.compile(r"v?(\d+)\.(\d+)(?:\.\d+)?\b.*")
 
 
+_OF_COMPOSE = {
+    "args": "command",
+    "env": "environment",
+    "livenessProbe": "healthcheck",
+    "metadata.name": "the name of the service",
+    "readinessProbe": "healthcheck",
+    "resources.limits.memory": "mem_limit",
+    "terminationGracePeriodSeconds": "stop_grace_period",
+    "volumeMounts": "volumes",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """An error keeps the cluster from working or loses data; a warning costs users something."""
 
     where: str
-    text: str
+    problem: Problem
     is_error: bool = True
 
     def __str__(self) -> str:
-        return f"{'error' if self.is_error else 'warning'}: {self.where}: {self.text}"
+        problem = self.problem
+        field = f"{problem.field}: " if problem.field else ""
+        return f"{'error' if self.is_error else 'warning'}: {self.where}: {field}{problem.text}: {problem.remedy}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +61,19 @@ class _Running:
     workload: Workload
     container: Container
     options: Mapping[str, object]
+    is_compose: bool
 
     @property
     def where(self) -> str:
         return self.container.where
+
+    def field(self, name: str) -> str:
+        """Return the name of a field of Kubernetes in this kind of manifest."""
+        return _OF_COMPOSE.get(name, name) if self.is_compose else name
+
+    def finding(self, field: str, text: str, remedy: str, *, is_error: bool = True) -> Finding:
+        """Return a finding about an option, or a field by its name in Kubernetes."""
+        return Finding(where=self.where, problem=Problem(self.field(field), text, remedy), is_error=is_error)
 
     def number(self, key: str) -> float:
         value = self.options.get(key)
@@ -65,17 +89,22 @@ def check_manifest(text: str, read_options: ReadOptions) -> list[Finding]:
     manifest = read_manifest(text)
     findings = list(_schema_findings(manifest))
     running = []
+    arguments = _OF_COMPOSE["args"] if manifest.is_compose else "args"
     for workload in manifest.workloads:
         for container in workload.containers:
             try:
                 environ = {name: value for name, value in container.env.items() if name.startswith("KVIST_")}
                 options = read_options(container.verb, container.args, environ)
             except ConfigError as error:
-                findings.append(Finding(where=container.where, text=error.message))
+                remedy = f"`kvist {container.verb} --help-all` shows what is allowed"
+                findings.append(
+                    Finding(where=container.where, problem=Problem(arguments, error.message.rstrip("."), remedy))
+                )
                 continue
-            running.append(_Running(workload, container, options))
+            running.append(_Running(workload, container, options, manifest.is_compose))
     if not any(workload.containers for workload in manifest.workloads):
-        findings.append(Finding(where="the manifest", text="no container runs kvist serve, router, master or store"))
+        problem = Problem(arguments, "no container runs Kvist", "let one run kvist serve, router, master or store")
+        findings.append(Finding(where="the manifest", problem=problem))
     for one in running:
         for check in _CHECKS:
             findings += check(one)
@@ -86,14 +115,14 @@ def check_manifest(text: str, read_options: ReadOptions) -> list[Finding]:
 
 def _schema_findings(manifest: Manifest) -> Iterator[Finding]:
     if manifest.is_compose:
-        for path, problem in compose_problems(manifest.documents[0]):
-            yield Finding(where=path, text=problem)
+        for problem in compose_problems(manifest.documents[0]):
+            yield Finding(where="the project", problem=problem)
         return
     for document in manifest.documents:
         metadata = document.get("metadata")
         name = metadata.get("name") if isinstance(metadata, dict) else None
-        for path, problem in schema_problems(document):
-            yield Finding(where=f"{document.get('kind')} {name}{f', {path}' if path else ''}", text=problem)
+        for problem in schema_problems(document):
+            yield Finding(where=f"{document.get('kind')} {name}", problem=problem)
 
 
 # ---------------------------------------------------------------- one container
@@ -107,11 +136,8 @@ def _grace(one: _Running) -> Iterator[Finding]:
     else:
         return
     if one.workload.grace_s < needs:
-        yield Finding(
-            where=one.where,
-            text=f"is killed after {one.workload.grace_s:g} s, during {why}: terminationGracePeriodSeconds "
-            f"(stop_grace_period of Compose) must be at least {needs:g}",
-        )
+        text = f"the container is killed after {one.workload.grace_s:g} s, during {why}"
+        yield one.finding("terminationGracePeriodSeconds", text, f"set it to {needs:g} or more")
 
 
 def _folders(one: _Running) -> Iterator[Finding]:
@@ -121,20 +147,20 @@ def _folders(one: _Running) -> Iterator[Finding]:
         ("ssd_path", "--ssd-path", "the store's pages"),
     ):
         if (folder := one.text(key)) and _volume_at(one, folder) is None:
-            yield Finding(
-                where=one.where,
-                text=f"{flag} {folder} is in no volume: {what} would be lost at each restart of the container. Mount "
-                f"an emptyDir there",
+            yield one.finding(
+                "volumeMounts",
+                f"{flag} {folder} is in no volume, and {what} would be lost at each restart of the container",
+                f"mount {'a volume' if one.is_compose else 'an emptyDir'} at {folder}",
             )
     if (
         one.container.verb == "serve"
         and one.options.get("enable_hierarchical_cache")
         and not one.text("hicache_persist")
     ):
-        yield Finding(
-            where=one.where,
-            text="has a host tier without --hicache-persist: an upgrade in place would lose it. Add --hicache-persist "
-            "and its volume",
+        yield one.finding(
+            "args",
+            "a host tier without --hicache-persist: an upgrade in place would lose it",
+            "add --hicache-persist and its volume",
             is_error=False,
         )
 
@@ -151,29 +177,22 @@ def _memory(one: _Running) -> Iterator[Finding]:
     needs_gb = one.number("hicache_size") if one.container.verb == "serve" else one.number("segment_size")
     if limit is not None and 1000 * needs_gb >= limit:
         flag = "--hicache-size" if one.container.verb == "serve" else "--segment-size"
-        yield Finding(
-            where=one.where,
-            text=f"{flag} {needs_gb:g} GB does not fit into its memory limit of {limit:g} MB: "
-            "raise the limit, or lower the size",
-        )
+        text = f"{flag} {needs_gb:g} GB does not fit into the memory limit of {limit:g} MB"
+        yield one.finding("resources.limits.memory", text, "raise the limit, or lower the size")
 
 
 def _keys(one: _Running) -> Iterator[Finding]:
     if _is_loopback(one.text("host")):
         return
     if not one.options.get("api_key"):
-        yield Finding(
-            where=one.where,
-            text=f"listens on {one.text('host')} without an API key: set KVIST_API_KEY from a Secret",
-        )
+        text = f"the container listens on {one.text('host')} without an API key"
+        yield one.finding("env", text, "set KVIST_API_KEY from a Secret")
     needs_key = one.container.verb == "router" or (
         one.container.verb == "serve" and not _is_loopback(one.text("engine_host"))
     )
     if needs_key and not (one.text("cluster_key") or one.text("cluster_key_file")):
-        yield Finding(
-            where=one.where,
-            text="has no cluster key, and cannot talk to the other pods: set KVIST_CLUSTER_KEY from a Secret",
-        )
+        text = "the container has no cluster key, and cannot talk to the other pods"
+        yield one.finding("env", text, "set KVIST_CLUSTER_KEY from a Secret")
 
 
 def _is_loopback(host: str) -> bool:
@@ -183,25 +202,18 @@ def _is_loopback(host: str) -> bool:
 def _probes(one: _Running) -> Iterator[Finding]:
     probes = one.container.probes
     if "readinessProbe" not in probes:
-        yield Finding(
-            where=one.where,
-            text="has no readiness probe: it gets requests before it can answer. Probe /ready",
-            is_error=False,
-        )
+        text = "is missing: the container gets requests before it can answer"
+        yield one.finding("readinessProbe", text, "probe /ready", is_error=False)
     if probes.get("livenessProbe") == "/ready":
-        yield Finding(
-            where=one.where,
-            text="has /ready as its liveness probe, which would kill it while it loads or drains. Probe /health",
-        )
+        text = "/ready would kill the container while it loads or drains"
+        yield one.finding("livenessProbe", text, "probe /health")
 
 
 def _names(one: _Running) -> Iterator[Finding]:
     if len(one.workload.pod_name) > MAX_POD_NAME:
-        yield Finding(
-            where=one.workload.where,
-            text=f"the name {one.workload.pod_name} has {len(one.workload.pod_name)} characters; DNS allows "
-            f"{MAX_POD_NAME}: use a shorter `metadata.name`, or a shorter name of the role",
-        )
+        name = one.workload.pod_name
+        text = f"makes the name {name} with {len(name)} characters; DNS allows {MAX_POD_NAME}"
+        yield one.finding("metadata.name", text, "use a shorter one, or a shorter name of the role")
 
 
 _CHECKS = (_grace, _folders, _memory, _keys, _probes, _names)
@@ -215,10 +227,10 @@ def _replicas(running: list[_Running]) -> Iterator[Finding]:
     for one in running:
         copies = one.number("hicache_storage_mooncake_replica_num")
         if one.container.verb == "serve" and stores and copies > stores:
-            yield Finding(
-                where=one.where,
-                text=f"wants {copies:g} copies of each page from {stores} stores: each copy needs a store of its own. "
-                "Raise the replicas of the stores, or lower --hicache-mooncake-replica-num",
+            yield one.finding(
+                "--hicache-mooncake-replica-num",
+                f"the container wants {copies:g} copies of each page, each in a store of its own, from {stores} stores",
+                "lower it, or raise the number of stores",
             )
 
 
@@ -229,10 +241,9 @@ def _releases(running: list[_Running]) -> Iterator[Finding]:
     known = sorted({release for release in found.values() if release is not None})
     if len(known) > 1 and (known[-1][0] != known[0][0] or known[-1][1] - known[0][1] > 1):
         low, high = (".".join(map(str, release)) for release in (known[0], known[-1]))
-        yield Finding(
-            where="the workers",
-            text=f"run releases {low} and {high}, which do not hand over to each other: at most one release apart",
-        )
+        text = f"the workers run releases {low} and {high}, which do not hand over to each other"
+        problem = Problem("image", text, "use images that are at most one release apart")
+        yield Finding(where="the workers", problem=problem)
 
 
 def _release_of(image: str) -> tuple[int, int] | None:
@@ -253,11 +264,10 @@ def _ports(running: list[_Running]) -> Iterator[Finding]:
             for key in ("port", "engine_port", "rpc_port"):
                 if port := int(one.number(key)):
                     if port in used:
-                        yield Finding(
-                            where=where,
-                            text=f"{one.where} and {used[port]} both use the port {port}: give one of them another "
-                            f"--{key.replace('_', '-')}",
-                        )
+                        flag = f"--{key.replace('_', '-')}"
+                        text = f"{one.where} and {used[port]} both use the port {port}"
+                        problem = Problem(one.field("args"), text, f"give one of them another {flag}")
+                        yield Finding(where=where, problem=problem)
                     used[port] = one.where
 
 
@@ -267,11 +277,9 @@ def _can_answer(running: list[_Running]) -> Iterator[Finding]:
         one.text("role") or "unified" for one in running if one.container.verb == "serve" and one.workload.replicas
     }
     if roles and "unified" not in roles and not {"prefill", "decode"} <= roles:
-        yield Finding(
-            where="the workers",
-            text=f"are all of the role {', '.join(roles)}: no request can be answered. Add workers of "
-            "the role that is missing",
-        )
+        text = f"all have the role {', '.join(roles)}, and no request can be answered"
+        problem = Problem("--role", text, "add workers of the role that is missing")
+        yield Finding(where="the workers", problem=problem)
 
 
 _CHECKS_OF_ALL = (_replicas, _releases, _ports, _can_answer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvist.deploy.problem import Problem
 from kvist.deploy.workloads import Json, as_dict, as_list
 from kvist.flags import nearest
 
@@ -22,8 +23,8 @@ _FIELDS_OF_SERVICE = (
 _SERVICE = frozenset(_FIELDS_OF_SERVICE.split())
 
 
-def compose_problems(project: Json) -> Iterator[tuple[str, str]]:
-    """Yield (path, problem) of each unknown field, of each impossible count, and of ports published twice."""
+def compose_problems(project: Json) -> Iterator[Problem]:
+    """Yield each unknown field, each impossible count, and each port that is published twice."""
     yield from _unknown("", project, _PROJECT)
     published: dict[str, str] = {}
     for name, value in as_dict(project.get("services")).items():
@@ -36,21 +37,19 @@ def compose_problems(project: Json) -> Iterator[tuple[str, str]]:
             if isinstance(count, str) and "${" in count:  # a variable of Compose's own environment
                 continue
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                yield f"{path}.{key}", f"{count!r} is not a number of containers: use 0 or more"
+                yield Problem(f"{path}.{key}", f"{count!r} is not a number of containers", "use 0 or more")
         for port in _published(service):
             if port in published:
-                yield (
-                    f"{path}.ports",
-                    f"publishes {port}, which {published[port]} publishes, too: give one of them another port",
-                )
+                text = f"publishes {port}, which {published[port]} publishes, too"
+                yield Problem(f"{path}.ports", text, "give one of them another port")
             published.setdefault(port, f"services.{name}")
 
 
-def _unknown(path: str, fields: Json, known: frozenset[str]) -> Iterator[tuple[str, str]]:
+def _unknown(path: str, fields: Json, known: frozenset[str]) -> Iterator[Problem]:
     for name in fields:
         if name not in known and not str(name).startswith("x-"):
-            remedy = nearest(str(name), sorted(known)) or ": remove it, or begin its name with x-"
-            yield ".".join(filter(None, (path, str(name)))), f"is a field that Compose does not have{remedy}"
+            remedy = nearest(str(name), sorted(known)).removeprefix("; ") or "remove it, or begin its name with x-"
+            yield Problem(".".join(filter(None, (path, str(name)))), "is a field that Compose does not have", remedy)
 
 
 def _published(service: Json) -> Iterator[str]:

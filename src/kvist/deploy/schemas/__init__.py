@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import resources
+from itertools import islice
 from typing import Any
 
+from kvist.deploy.problem import Problem
 from kvist.errors import ConfigError
+from kvist.flags import nearest
 
 Json = dict[str, Any]
 _MAX_PROBLEMS = 20  # of one document
 _UNTYPED = frozenset({"monitoring.coreos.com/v1"})  # API groups of operators whose schemas are not here
 
 
-def schema_problems(document: Json) -> Iterator[tuple[str, str]]:
-    """Yield (path, problem) of each violation: of a type, an unknown field, or a rule between fields.
+def schema_problems(document: Json) -> Iterator[Problem]:
+    """Yield each violation: of a type, an unknown field, or a rule between fields.
 
     Raises `ConfigError` if the libraries of the extra `deploy` are missing."""
     version, kind = document.get("apiVersion"), document.get("kind")
-    if not isinstance(version, str) or not isinstance(kind, str):
-        yield "", "has no `apiVersion` or no `kind`"
-    elif version in _UNTYPED:
+    for field, value in (("apiVersion", version), ("kind", kind)):
+        if not isinstance(value, str):
+            yield Problem(field, f"is not a text but {value!r}", "name the version and the kind of the object")
+            return
+    assert isinstance(version, str)
+    assert isinstance(kind, str)
+    if version in _UNTYPED:
         return
-    elif (schema := _rbg_schemas().get((version, kind))) is not None:
+    if (schema := _rbg_schemas().get((version, kind))) is not None:
         yield from _violations(schema, document)
     elif version.startswith("workloads.x-k8s.io/"):
-        known = sorted(kind for _, kind in _rbg_schemas())
-        yield "kind", f"is {kind}, unknown in {version}: the known kinds are {', '.join(dict.fromkeys(known))}"
+        known = ", ".join(sorted({kind for _, kind in _rbg_schemas()}))
+        yield Problem("kind", f"is {kind}, unknown in {version}", f"use one of {known}, and a version that has it")
     else:
         yield from _kubernetes_problems(document, kind, version)
 
@@ -57,23 +64,30 @@ def _strict(schema: Any) -> Any:
     return strict
 
 
-def _violations(schema: Json, document: Json) -> Iterator[tuple[str, str]]:
+def _violations(schema: Json, document: Json) -> Iterator[Problem]:
     try:
         import jsonschema_rs
     except ImportError as error:
         raise _missing() from error
     own = {key: value for key, value in document.items() if key not in ("apiVersion", "kind", "metadata")}
     shape = {**schema, "properties": {key: value for key, value in schema["properties"].items() if key in ("spec",)}}
-    found = 0
-    for problem in jsonschema_rs.validator_for(shape).iter_errors(own):
-        found += 1
-        if found <= _MAX_PROBLEMS:
-            yield ".".join(map(str, problem.instance_path)), _with_remedy(problem.message)
-    if not found:
+    is_valid = True
+    for found in islice(jsonschema_rs.validator_for(shape).iter_errors(own), _MAX_PROBLEMS):
+        is_valid = False
+        keyword, parent = str(found.schema_path[-1]), _at(shape, found.schema_path[:-1])
+        yield from _problems(found.instance_path, keyword, parent, found.instance, found.message)
+    if is_valid:
         yield from _broken_rules(schema["properties"].get("spec", {}), document.get("spec"), "spec")
 
 
-def _broken_rules(schema: Json, value: Any, path: str) -> Iterator[tuple[str, str]]:
+def _at(schema: Any, path: Sequence[str | int]) -> Json:
+    """Return the part of a schema at a path."""
+    for step in path:
+        schema = schema[step]
+    return dict(schema)
+
+
+def _broken_rules(schema: Json, value: Any, path: str) -> Iterator[Problem]:
     """Yield the rules (CEL) of the schema that the value breaks. The value has the schema's types."""
     try:
         import cel
@@ -81,7 +95,7 @@ def _broken_rules(schema: Json, value: Any, path: str) -> Iterator[tuple[str, st
         raise _missing() from error
     for rule in schema.get("x-kubernetes-validations", ()):
         if cel.evaluate(rule["rule"], {"self": value}) is not True:
-            yield path, str(rule["message"])
+            yield Problem(path, str(rule["message"]), "change the fields below it so that this holds")
     if isinstance(value, dict):
         for key, inner in schema.get("properties", {}).items():
             if key in value:
@@ -91,7 +105,7 @@ def _broken_rules(schema: Json, value: Any, path: str) -> Iterator[tuple[str, st
             yield from _broken_rules(schema["items"], item, f"{path}.{index}")
 
 
-def _kubernetes_problems(document: Json, kind: str, version: str) -> Iterator[tuple[str, str]]:
+def _kubernetes_problems(document: Json, kind: str, version: str) -> Iterator[Problem]:
     try:
         import kubernetes_validate
     except ImportError as error:
@@ -99,15 +113,63 @@ def _kubernetes_problems(document: Json, kind: str, version: str) -> Iterator[tu
     try:
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
     except kubernetes_validate.SchemaNotFoundError:
-        yield "kind", f"is {kind} of {version}, which Kubernetes does not have"
+        yield Problem("kind", f"is {kind} of {version}, which Kubernetes does not have", "correct kind or apiVersion")
     except kubernetes_validate.ValidationError as error:
-        yield ".".join(map(str, error.path)), _with_remedy(str(error.message))
+        yield from _problems(list(error.path), error.validator, error.schema, error.instance, error.message)
 
 
-def _with_remedy(problem: str) -> str:
-    """Return the problem with its remedy; those of types and limits name what is allowed."""
-    unknown = "Additional properties are not allowed" in problem
-    return f"{problem}: correct the name of the field, or remove it" if unknown else problem
+def _problems(path: Sequence[str | int], keyword: str, schema: Json, instance: Any, message: str) -> Iterator[Problem]:
+    """Yield what is wrong with the value at a path. `schema`: of this value; it has the keyword."""
+    if keyword == "additionalProperties":
+        known = sorted(schema.get("properties", {}))
+        for name in instance:
+            if name not in known:
+                similar = nearest(str(name), known).removeprefix("; ")
+                yield Problem(_dotted(*path, name), "is an unknown field", similar or "correct its name, or remove it")
+    elif keyword == "required":
+        missing = next(name for name in schema["required"] if name not in instance and name in message)
+        yield Problem(_dotted(*path, missing), "is missing", "add it")
+    else:
+        text = f"{instance!r} has none of the allowed types" if keyword in ("anyOf", "oneOf") else message
+        yield Problem(_dotted(*path), text, _remedy(keyword, schema[keyword]))
+
+
+def _dotted(*path: str | int) -> str:
+    return ".".join(map(str, path))
+
+
+_HOW_TO_WRITE = {
+    "integer": "a whole number without quotes",
+    "number": "a number without quotes",
+    "boolean": "true or false, without quotes",
+    "string": "a text; numbers, yes and no in quotes",
+    "array": "a list, each item after a dash",
+    "object": "fields with values, each NAME: VALUE",
+}
+_REMEDIES = {
+    "minimum": "use {} or more",
+    "maximum": "use {} or less",
+    "minLength": "use at least {} characters",
+    "maxLength": "use at most {} characters",
+    "minItems": "list at least {}",
+    "maxItems": "list at most {}",
+    "minProperties": "set at least {} of its fields",
+    "maxProperties": "set at most {} of its fields",
+    "pattern": "use a text of the form {}",
+    "format": "use a value of the format {}",
+}
+
+
+def _remedy(keyword: str, limit: Any) -> str:
+    """Return what to do about a value that breaks a keyword of JSON Schema."""
+    if keyword in ("enum", "const"):
+        return f"use {' or '.join(map(str, limit if keyword == 'enum' else [limit]))}"
+    if keyword in ("type", "anyOf", "oneOf"):
+        types = (
+            [limit] if isinstance(limit, str) else [one.get("type") if isinstance(one, dict) else one for one in limit]
+        )
+        return f"write {', or '.join(_HOW_TO_WRITE[one] for one in types if one in _HOW_TO_WRITE) or 'another value'}"
+    return _REMEDIES.get(keyword, "write a value that the schema allows").format(limit)
 
 
 def _missing() -> ConfigError:
