@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -113,6 +114,15 @@ def configuration_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     """Set a temporary configuration folder: processes of tests must not use the developer's cluster key."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tls_context() -> Iterator[None]:
+    """Read the certificates once: each call of `httpx.get`, to http:// too, takes 23 ms of CPU for them otherwise, and
+    a test that waits for a server makes many."""
+    once = functools.cache(httpx.create_ssl_context)
+    with mock.patch("httpx._transports.default.create_ssl_context", once):
         yield
 
 

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.e2e
 
 DEADLINE_S = 60.0
 KEY = "the key of this cluster"
+PATIENT = WatchOptions(gateway_timeout_s=300)  # a test sends nothing while it waits for an answer
 SLOW = SchedulerOptions(chunked_prefill_size=1)  # one token per step: a long prompt takes seconds
 
 
@@ -127,7 +128,6 @@ class Cluster:
         host_tier: HostTierConfig | None = None,
         storage: StorageConfig | None = None,
         transfer: TransferConfig | None = None,
-        watch: WatchOptions | None = None,
         tp: int = 1,
         **runner: Any,
     ) -> list[Engine]:
@@ -141,7 +141,7 @@ class Cluster:
             host_tier=host_tier or HostTierConfig(),
             storage=storage or StorageConfig(),
             transfer=transfer or TransferConfig(),
-            watch=watch or WatchOptions(),
+            watch=PATIENT,
         )
         endpoints = [EndpointOptions(role=Role(role)) for role in roles]
         started = [Engine(EngineConfig(options=options, endpoint=endpoint)) for endpoint in endpoints]

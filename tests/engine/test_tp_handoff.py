@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from kvist import wire
-from kvist.engine.config import WatchOptions
 from kvist.mooncake.requirements import library_obstacle
 from kvist.request import EngineRequest, Outcome, RequestId
 from kvist.testing.specs import submit_full
@@ -94,8 +93,7 @@ def start(cluster: Cluster, **settings: Any) -> Engines:
     def launch(role: str, tp: int, **more: Any) -> Engine:
         backend = "auto" if "device" in settings else backend_of((tp, tp))
         transfer = TransferConfig(disaggregation_transfer_backend=backend)
-        watch = WatchOptions(gateway_timeout_s=120)  # the test sends nothing while it waits for long answers
-        [engine] = cluster.launch(role, tp=tp, transfer=transfer, watch=watch, **{**settings, **more})
+        [engine] = cluster.launch(role, tp=tp, transfer=transfer, **{**settings, **more})
         return engine
 
     engines = Engines(

@@ -7,14 +7,19 @@ import time
 from collections.abc import Callable
 
 WITHIN_S = 60.0
-_NAP_S = 0.005
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 0.005, 0.05  # longer after a long wait: a condition may cost more than the nap
+
+
+def _nap_s(waited_s: float) -> float:
+    return min(max(waited_s / 20, _SHORTEST_NAP_S), _LONGEST_NAP_S)
 
 
 async def until(condition: Callable[[], object], *, within_s: float = WITHIN_S) -> None:
     """Wait until the condition holds, while the event loop runs. Raises `TimeoutError`."""
+    began_s = time.monotonic()
     async with asyncio.timeout(within_s):
         while not condition():
-            await asyncio.sleep(_NAP_S)
+            await asyncio.sleep(_nap_s(time.monotonic() - began_s))
 
 
 def wait_until(
@@ -27,5 +32,5 @@ def wait_until(
         waited_s = time.monotonic() - began_s
         if waited_s > within_s:
             raise AssertionError(f"not within {within_s:g} s: {what if isinstance(what, str) else what()}")
-        time.sleep(_NAP_S)
+        time.sleep(_nap_s(waited_s))
     return time.monotonic() - began_s
