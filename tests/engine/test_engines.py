@@ -15,6 +15,7 @@ from kvist.request import Constraint, FinishReason, Outcome, RequestId, Role
 from kvist.testing.memory_cluster import MemoryCluster
 from kvist.testing.memory_engine import MemoryEngine
 from kvist.testing.specs import RequestFields
+from tests.budget import budget
 from tests.engine.conftest import request_of
 
 GREEDY: RequestFields = {"temperature": 0.0}
@@ -56,7 +57,7 @@ SAMPLING = pytest.mark.parametrize(
     ids=["greedy", "seeded", "shaped", "long word", "constrained", "forced"],
 )
 # page size 4, prompt chunks of 8: lengths on both sides of each edge
-LENGTHS = (1, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 32, 33)
+LENGTHS = (1, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 32, 33)[:: budget(3, long=1)]
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -120,7 +121,7 @@ def test_concurrent_requests_get_the_tokens_of_each_alone(world: MemoryCluster, 
 def test_a_prompt_found_in_the_cache_gives_the_same_tokens(world: MemoryCluster, sampling: RequestFields) -> None:
     prefill, decode = world.start(role=Role.PREFILL, num_pages=256), world.start(role=Role.DECODE, num_pages=256)
     unified = world.start(num_pages=256)
-    for length in (5, 8, 9, 17, 33):
+    for length in (5, 8, 9, 17, 33)[1 :: budget(2, long=1)]:
         each = prompt(length, seed=2)
         cold = world.answer(unified, request_of(f"cold-{length}", each, **sampling))
         warm = world.answer(unified, request_of(f"warm-{length}", each, **sampling))
@@ -163,17 +164,17 @@ def test_a_second_turn_transfers_only_the_pages_that_decode_lacks(
 def test_preempted_requests_resume_with_the_same_tokens(
     world: MemoryCluster, sampling: RequestFields, apart: bool
 ) -> None:
-    sampling = {**sampling, "max_tokens": 30}
+    sampling = {**sampling, "max_tokens": 16}
     prompts = [prompt(length, seed=5) for length in (9, 12, 14, 17, 20)]
     answers = expected(world, sampling, prompts)
     if apart:
-        prefill, small = world.start(role=Role.PREFILL, num_pages=64), world.start(role=Role.DECODE, num_pages=26)
+        prefill, small = world.start(role=Role.PREFILL, num_pages=64), world.start(role=Role.DECODE, num_pages=20)
         streams = [
             world.submit_pair(prefill, small, request_of(f"r{number}", each, **sampling))
             for number, each in enumerate(prompts)
         ]
     else:
-        small = world.start(num_pages=20)
+        small = world.start(num_pages=16)
         streams = [
             world.submit_full(small, request_of(f"r{number}", each, **sampling)) for number, each in enumerate(prompts)
         ]
@@ -200,7 +201,7 @@ def test_a_request_whose_bans_leave_no_token_fails_alone(world: MemoryCluster) -
 def test_a_stream_resumes_in_a_fresh_engine_from_any_token(world: MemoryCluster, sampling: RequestFields) -> None:
     request = request_of("whole", prompt(10, seed=6), **sampling)
     whole = world.answer(world.start(), request).token_ids
-    for num_known in range(1, len(whole)):
+    for num_known in range(1, len(whole), budget(3, long=1)):
         fresh = world.start()
         rest = msgspec.structs.replace(
             request, request_id=RequestId(f"rest-{num_known}"), output_token_ids=tuple(whole[:num_known])
@@ -293,7 +294,7 @@ def test_engines_that_die_and_restart_leave_no_page_held_at_their_peers(world: M
     world.check_ledgers()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(budget(2, long=20)))
 def test_aborts_at_any_moment_end_each_request_once_and_leak_no_page(world: MemoryCluster, seed: int) -> None:
     draw = random.Random(seed)
     prefill, decode = world.start(role=Role.PREFILL, num_pages=40), world.start(role=Role.DECODE, num_pages=40)
@@ -346,8 +347,9 @@ def test_a_decode_engine_that_dies_leaves_prefill_without_held_pages(world: Memo
 
 def fill(world: MemoryCluster, engine: MemoryEngine, seed: int) -> None:
     """Evict all pages from the device pool by other requests."""
-    for number in range(3):
-        world.answer(engine, request_of(f"{engine.channel.epoch}-fill-{seed}-{number}", prompt(44, 10 * seed + number)))
+    for number in range(2):
+        each = prompt(44, 10 * seed + number)
+        world.answer(engine, request_of(f"{engine.channel.epoch}-fill-{seed}-{number}", each, max_tokens=1))
 
 
 @SAMPLING
@@ -355,14 +357,15 @@ def test_pages_from_the_host_tier_give_the_tokens_of_recomputing(world: MemoryCl
     prompts = [prompt(length, seed=4) for length in (8, 17, 32, 33)]
     answers = expected(world, sampling, prompts)
     engine = world.start(num_pages=16, num_host_pages=400)
-    for turn in range(3):
+    num_turns = budget(2, long=3)
+    for turn in range(num_turns):
         for number, each in enumerate(prompts):
             stream = world.answer(engine, request_of(f"{turn}-{number}", each, **sampling))
             assert stream.token_ids == answers[number], f"prompt of {len(each)} tokens, turn {turn}"
             assert stream.cached == (0 if turn == 0 else (len(each) - 1) // 4 * 4)
         fill(world, engine, seed=20 + turn)
     world.check_ledgers()
-    assert engine.scheduler.status().totals["host_loaded_pages"] == 2 * (1 + 4 + 7 + 8)
+    assert engine.scheduler.status().totals["host_loaded_pages"] == (num_turns - 1) * (1 + 4 + 7 + 8)
 
 
 @SAMPLING
@@ -374,7 +377,7 @@ def test_a_pair_whose_pages_come_from_both_host_tiers_gives_the_same_tokens(
     prefill = world.start(role=Role.PREFILL, num_pages=16, num_host_pages=400)
     decode = world.start(role=Role.DECODE, num_pages=16, num_host_pages=400)
     for turn in range(2):
-        for number, each in enumerate([*prompts, *(prompt(44, seed=30 + turn) for _ in range(1))]):
+        for number, each in enumerate([*prompts, prompt(44, seed=30 + turn)]):
             stream = world.submit_pair(prefill, decode, request_of(f"{turn}-{number}", each, **sampling))
             world.run()
             if number < len(prompts):

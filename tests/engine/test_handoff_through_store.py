@@ -19,10 +19,11 @@ from kvist.testing.memory_cluster import MemoryCluster, Stream
 from kvist.testing.memory_engine import MemoryEngine
 from kvist.testing.memory_store import MemoryStore
 from kvist.testing.specs import RequestFields
+from tests.budget import budget
 from tests.engine.conftest import request_of
 from tests.engine.test_storage_tier import file_of, file_store, flip, prompt, start, truncate
 
-LENGTHS = (1, 3, 4, 5, 8, 9, 17, 33, 60)  # around whole pages of 4 tokens
+LENGTHS = (1, 3, 4, 5, 8, 9, 17, 33, 60)[budget(1, long=0) :: budget(3, long=1)]  # around whole pages of 4 tokens
 SAMPLING: dict[str, RequestFields] = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.001, "seed": 12345},

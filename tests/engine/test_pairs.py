@@ -44,7 +44,7 @@ def test_engines_without_a_common_transport_refuse_the_handoff_on_both_sides(wor
     prefill = world.start(role=Role.PREFILL, transports="shm")
     decode = world.start(role=Role.DECODE, transports="host-staged")
     stream = world.submit_pair(prefill, decode, request_of("pair", PROMPT, **SEEDED))
-    world.run()
+    world.run(step_s=1.0)  # until prefill has waited for a Grant long enough
     assert [ended.outcome for ended in stream.ended] == [Outcome.FAILED] * 2
     assert "shm: worker" in "".join(ended.message for ended in stream.ended)
     world.check_ledgers()
