@@ -92,6 +92,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
+    gc.unfreeze = lambda: (
+        None
+    )  # `kvist bench` would thaw these objects too, and every collection after it would be slow
     gc.enable()
 
 

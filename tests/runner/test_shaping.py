@@ -16,6 +16,7 @@ from kvist.plan.batch import BatchItem, StartRequest
 from kvist.request import TABLE_BAD_WORD_TOKENS, SamplingParams, SlotId
 from kvist.runner.sampler import SamplingRow, choose, sample
 from kvist.runner.shaping import SlotShaping, table_sizes
+from tests.budget import budget
 from tests.runner.reference_sampler import next_token
 
 VOCAB_SIZE = 40
@@ -102,7 +103,7 @@ def step(shaping: SlotShaping, requests: dict[int, Request], logits: Tensor) -> 
     return chosen.tolist()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=budget(60, long=3000), deadline=None)
 @given(
     all_params=st.lists(sampling_params(), min_size=1, max_size=NUM_SLOTS),
     prompts=st.lists(tokens_of, min_size=NUM_SLOTS, max_size=NUM_SLOTS),

@@ -33,6 +33,7 @@ from kvist.scheduler import SchedulerConfig, build_scheduler
 from kvist.testing.specs import make_peer_spec, submit_full
 from kvist.testing.tokenizers import byte_tokenizer
 from kvist.wire import Abort, PoolAddress
+from tests.budget import budget
 from tests.runner.cuda_on_cpu import make_cuda_runner, without_a_gpu
 from tests.runner.hand_driven import byte_grammars, make_plain_runner
 
@@ -230,7 +231,7 @@ def make_requests(drawn: list[tuple[int, SamplingParams]]) -> list[EngineRequest
     ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=budget(10, long=300))
 @given(REQUESTS, st.booleans(), st.dictionaries(st.integers(0, 30), st.integers(0, 8).map("r{}".format), max_size=3))
 def test_requests_that_share_slots_sample_the_tokens_that_each_samples_alone(
     ranks: Ranks, drawn: list[tuple[int, SamplingParams]], overlap: bool, aborts: dict[int, str]
