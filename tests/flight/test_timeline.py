@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 
 from kvist.flight.records import Stage
 from kvist.flight.stages import MAX_PARTS, STAGES, StageClock, StageTime
-from kvist.flight.timeline import MAX_STAGES, Timeline
+from kvist.flight.timeline import MAX_STAGES, SentTo, Timeline
+
+
+def alone(worker: str) -> SentTo:
+    return SentTo(prefill=worker, decode=worker)
 
 
 def shown(timeline: Timeline) -> list[tuple[str, str, float]]:
@@ -29,7 +33,7 @@ def check_cover(stages: tuple[Stage, ...], duration_s: float) -> None:
 def test_parts_of_a_worker_end_with_the_token_that_brings_them() -> None:
     timeline = Timeline(10.0)
     timeline.advance("received", 10.5)
-    timeline.on_submit(11.0, "w")
+    timeline.on_submit(11.0, alone("w"))
     timeline.lay([StageTime("queued", 1.0), StageTime("prefill", 2.0, "tokens 0 to 7")], 14.25, "w")
     timeline.token_s = 14.25
     timeline.token_s = 16.0
@@ -46,7 +50,7 @@ def test_parts_of_a_worker_end_with_the_token_that_brings_them() -> None:
 
 def test_stages_of_decode_before_the_first_token_of_prefill_are_left_out() -> None:
     timeline = Timeline(0.0)
-    timeline.on_submit(0.0, "d")
+    timeline.on_submit(0.0, alone("d"))
     timeline.lay([StageTime("prefill", 5.0)], 5.0, "p")
     timeline.token_s = 5.0
     timeline.lay([StageTime("queued", 1.0), StageTime("handoff", 5.0, "written"), StageTime("decode", 1.0)], 7.0, "d")
@@ -56,10 +60,10 @@ def test_stages_of_decode_before_the_first_token_of_prefill_are_left_out() -> No
 
 def test_a_failover_lasts_from_the_last_token_until_another_worker_has_the_request() -> None:
     timeline = Timeline(0.0)
-    timeline.on_submit(0.0, "a")
+    timeline.on_submit(0.0, alone("a"))
     timeline.lay([StageTime("prefill", 1.0)], 1.0, "a")
     timeline.token_s = 3.0
-    timeline.on_submit(5.0, "b", "worker a was lost")
+    timeline.on_submit(5.0, alone("b"), "worker a was lost")
     timeline.lay([StageTime("prefill", 0.5)], 6.0, "b")
     timeline.token_s = 6.0
     assert shown(timeline) == [
@@ -91,11 +95,33 @@ def test_the_number_of_stages_is_bounded() -> None:
     check_cover(timeline.stages(), 1000.0)
 
 
-def test_a_request_that_is_under_way_is_covered_until_now() -> None:
-    timeline = Timeline(0.0)
-    timeline.on_submit(1.0, "w")
-    check_cover(timeline.so_far(5.0).stages(), 5.0)
-    assert timeline.end_s == 1.0
+def test_a_request_under_way_is_covered_until_now_by_the_stage_in_which_it_is() -> None:
+    timeline, is_queued = Timeline(0.0), True
+
+    def last(now_s: float, *, has_all_tokens: bool = False) -> tuple[str, str, float]:
+        stages = timeline.so_far(now_s, has_all_tokens=has_all_tokens).stages()
+        check_cover(stages, now_s)
+        return stages[-1].name, stages[-1].where, stages[-1].duration_s
+
+    assert last(0.5) == ("other", "gateway", 0.5)
+    timeline.on_submit(1.0, SentTo(prefill="p", decode="d", is_queued=lambda: is_queued))
+    assert last(5.0) == ("queued", "p", 4.0)
+    is_queued = False
+    assert last(6.0) == ("prefill", "p", 5.0)
+    timeline.on_failure()
+    assert last(7.0) == ("failover", "gateway", 6.0)
+    timeline.on_submit(8.0, SentTo(prefill="p2", decode="d"), "p was lost")
+    assert last(9.0) == ("prefill", "p2", 1.0)
+    timeline.lay([StageTime("prefill", 2.0)], 10.0, "p2")
+    timeline.token_s = 10.0
+    assert last(11.0) == ("handoff", "d", 1.0)
+    timeline.lay([StageTime("handoff", 1.5)], 12.0, "d")
+    timeline.token_s = 13.0
+    assert last(16.0) == ("decode", "d", 4.0)
+    assert last(16.0, has_all_tokens=True) == ("sent", "gateway", 3.0)
+    assert timeline.end_s == 12.0, "reading changes nothing"
+    timeline.ends_early(14.0)
+    assert last(14.0) == ("decode", "d", 2.0)
 
 
 def test_a_clock_reports_what_happened_since_the_last_report() -> None:
@@ -157,7 +183,7 @@ def test_stages_cover_the_time_of_every_journey(data: st.DataObject) -> None:
         data.draw(st.lists(st.sampled_from(["full", "pair", "stored"]), min_size=1, max_size=4))
     ):
         journey.pass_time()
-        timeline.on_submit(journey.now_s, f"d{number}", "it died" if number else None)
+        timeline.on_submit(journey.now_s, alone(f"d{number}"), "it died" if number else None)
         if way == "pair":
             decode = StageClock(journey.now_s)
             journey.run_at(f"p{number}")

@@ -9,7 +9,7 @@ from kvist.flight.stages import StageTime
 from kvist.flight.timeline import Timeline
 from kvist.request import FinishReason, Outcome, Role
 from kvist.testing.router_bench import RouterBench, settle
-from kvist.testing.specs import make_request
+from kvist.testing.specs import make_load, make_request
 
 REQUEST = make_request("r", range(100))
 PREFILL = (StageTime("queued", 0.5), StageTime("prefill", 1.0))
@@ -40,6 +40,21 @@ async def test_a_pair_of_workers() -> None:
         ("handoff", "d", 0.75),
         ("decode", "d", 3.25),
     ]
+
+
+async def test_a_request_without_tokens_is_queued_or_in_prefill_as_its_worker_reports() -> None:
+    bench = RouterBench()
+    prefill, _ = bench.engines.join("p", role=Role.PREFILL), bench.engines.join("d", role=Role.DECODE)
+    timelines = [Timeline(bench.clock.now_s()) for _ in range(3)]
+    tasks = [
+        await bench.begin(make_request(f"r{number}", range(100)), timeline) for number, timeline in enumerate(timelines)
+    ]
+    bench.clock.advance(1.0)
+    prefill.load = make_load(num_running=1, num_waiting=2)
+    shown_now = [shown(timeline.so_far(bench.clock.now_s())) for timeline in timelines]
+    assert shown_now == [[("prefill", "p", 1.0)], [("queued", "p", 1.0)], [("queued", "p", 1.0)]]
+    for task in tasks:
+        task.cancel()
 
 
 async def test_a_stream_that_goes_on_at_another_worker() -> None:

@@ -20,6 +20,7 @@ from kvist.flight.flight import Arrival, Flight, Progress
 from kvist.flight.flight_log import FlightLog
 from kvist.flight.records import CachedTokens
 from kvist.flight.stages import StageTime
+from kvist.flight.timeline import SentTo
 from kvist.flight.trace_context import trace_context
 from kvist.testing.gateway_bench import GatewayBench, gateway_bench
 from kvist.tracing.spans import SpanExporter, flight_log, otlp_exporter
@@ -77,7 +78,7 @@ def handed_over(log: FlightLog, traceparent: bytes | None = None) -> Flight:
     log.begin(flight)
     flight.reached("received", 0.5)
     timeline = flight.open_answer()
-    timeline.on_submit(0.5, "d")
+    timeline.on_submit(0.5, SentTo(prefill="p", decode="d"))
     timeline.lay([StageTime("queued", 0.5), StageTime("prefill", 1.0, "tokens 0 to 7")], 2.0, "p")
     timeline.token_s = 2.0
     timeline.lay([StageTime("handoff", 1.0)], 3.0, "d")

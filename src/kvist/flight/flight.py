@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvist.flight.records import CachedTokens, RequestRecord, Status
-from kvist.flight.stages import OTHER, SENT
+from kvist.flight.stages import SENT
 from kvist.flight.timeline import Timeline
 from kvist.flight.trace_context import TraceContext
 
@@ -63,8 +63,10 @@ class Flight:
 
     def ends(self) -> None:
         """Count the rest of the time: the response is sent, or the client has left before its end."""
-        is_sent = self.error_code is not None or self._progress().is_complete
-        self.reached(SENT if is_sent else OTHER)
+        if self.error_code is not None or self._progress().is_complete:
+            self.reached(SENT)
+        else:
+            self._newest().ends_early(self._clock())
 
     def open_answer(self) -> Timeline:
         """Return the timeline of the next answer, from here on."""
@@ -77,7 +79,7 @@ class Flight:
         """Return the record up to now."""
         arrival, progress, timeline = self.arrival, self._progress(), self._newest()
         if not self.has_ended:
-            timeline = timeline.so_far(self._clock())
+            timeline = timeline.so_far(self._clock(), has_all_tokens=progress.is_complete)
         first_s = progress.first_token_s
         return RequestRecord(
             id=arrival.request_id,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvist.flight.records import Stage
 from kvist.flight.stages import (
@@ -12,6 +13,7 @@ from kvist.flight.stages import (
     MAX_DETAIL_CHARS,
     MAX_PARTS,
     OTHER,
+    PREFILL,
     QUEUED,
     SENT,
     STAGES,
@@ -25,23 +27,36 @@ _KNOWN = frozenset(STAGES)
 _LATE_S = 0.001
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentTo:
+    """The workers that have the request."""
+
+    prefill: str
+    decode: str  # that generates the answer; the same as `prefill` if one worker does both
+    is_queued: Callable[[], bool] = lambda: False  # whether the request waits for its turn at `prefill`, by its reports
+
+
 class Timeline:
     """Stages from `start_s` to `end_s` in order, without gaps: each call moves the end. Mutable; one owner at a time,
     the task of the request or the dispatcher. Times are of one monotonic clock."""
 
-    __slots__ = ("_stages", "_worker", "end_s", "start_s", "token_s")
+    __slots__ = ("_has_failed", "_sent_s", "_sent_to", "_stages", "_worker", "end_s", "start_s", "token_s")
 
     def __init__(self, start_s: float) -> None:
         self.start_s = self.end_s = start_s
         self._stages: list[tuple[str, str, float, str]] = []  # name, where, end, detail
         self.token_s: float | None = None  # when the newest token arrived; set by the dispatcher, for every chunk
         self._worker = GATEWAY  # that sends the tokens
+        self._sent_to: SentTo | None = None  # None before the first `on_submit`
+        self._sent_s = start_s
+        self._has_failed = False  # since the last `on_submit`
 
     def fork(self) -> Timeline:
         """Return a timeline that goes on from here by itself."""
         other = Timeline(self.start_s)
         other.end_s, other._stages = self.end_s, self._stages.copy()
         other.token_s, other._worker = self.token_s, self._worker
+        other._sent_to, other._sent_s, other._has_failed = self._sent_to, self._sent_s, self._has_failed
         return other
 
     def advance(self, stage: str, until_s: float, where: str = GATEWAY, detail: str = "") -> None:
@@ -58,12 +73,16 @@ class Timeline:
 
     # ---------------------------------------------------------------- events of the dispatcher
 
-    def on_submit(self, now_s: float, worker: str, problem: str | None = None) -> None:
-        """Note that the request has been sent to a worker, or to a pair. `worker` generates the answer; `problem`: the
-        failure before, if the request goes on elsewhere."""
+    def on_submit(self, now_s: float, sent_to: SentTo, problem: str | None = None) -> None:
+        """Note that the request has been sent to a worker, or to a pair. `problem`: the failure before, if the request
+        goes on elsewhere."""
         self.on_last_token()
         self.advance(QUEUED if problem is None else FAILOVER, now_s, detail=(problem or "")[:MAX_DETAIL_CHARS])
-        self._worker = worker
+        self._worker, self._sent_to, self._sent_s, self._has_failed = sent_to.decode, sent_to, now_s, False
+
+    def on_failure(self) -> None:
+        """Note that a worker has failed, and that the request waits for another one."""
+        self._has_failed = True
 
     def on_stored(self, now_s: float, where: str) -> None:
         """Note that prefill has stored the pages of the prompt, after its token, and that decode gets the request."""
@@ -93,6 +112,12 @@ class Timeline:
             stage = part.stage if part.stage in _KNOWN else OTHER
             self.advance(stage, min(end_s, until_s), where, part.detail[:MAX_DETAIL_CHARS])
 
+    def ends_early(self, now_s: float) -> None:
+        """Note that the answer ends before its last token: count the time since the last one to the present stage."""
+        self.on_last_token()
+        stage, where = self._present()
+        self.advance(stage, now_s, where)
+
     # ---------------------------------------------------------------- events of the reader
 
     def on_taken(self, now_s: float) -> None:
@@ -104,12 +129,25 @@ class Timeline:
 
     # ---------------------------------------------------------------- reading
 
-    def so_far(self, now_s: float) -> Timeline:
-        """Return a copy that ends now."""
+    def so_far(self, now_s: float, *, has_all_tokens: bool = False) -> Timeline:
+        """Return a copy that ends now. The time since the last token or stage belongs to the stage in which the
+        gateway believes the request to be: engines report the stages before a token with that token."""
         copy = self.fork()
         copy.on_last_token()
-        copy.advance(OTHER, now_s, detail="under way")
+        stage, where = (SENT, GATEWAY) if has_all_tokens else self._present()
+        copy.advance(stage, now_s, where, "" if stage == DECODE else "under way")
         return copy
+
+    def _present(self) -> tuple[str, str]:
+        """Return the stage in which the request is, and where."""
+        sent_to = self._sent_to
+        if sent_to is None:
+            return OTHER, GATEWAY
+        if self._has_failed:
+            return FAILOVER, GATEWAY
+        if self.token_s is None or self.token_s < self._sent_s:
+            return QUEUED if sent_to.is_queued() else PREFILL, sent_to.prefill
+        return HANDOFF if self._worker != sent_to.decode else DECODE, sent_to.decode
 
     def stages(self) -> tuple[Stage, ...]:
         found, before_s = [], self.start_s

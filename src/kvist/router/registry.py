@@ -13,6 +13,7 @@ import logging
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 
 from kvist.bounded_log import BoundedLog
 from kvist.errors import ConfigError, RequestError, UnknownWorker
@@ -157,6 +158,12 @@ class Worker:
         if found is not None:
             self.num_pending_tokens -= found.num_pending_tokens
             found.num_pending_tokens = 0
+
+    def is_queued(self, request_id: RequestId) -> bool:
+        """Return whether the request waits for its turn there, by the last report: the newest requests wait. An
+        estimate, for people: other gateways and priorities are not considered."""
+        num_waiting = 0 if self.load is None else self.load.num_waiting
+        return request_id in islice(reversed(self.in_flight), num_waiting)
 
     def release(self, request_id: RequestId) -> None:
         found = self.in_flight.pop(request_id, None)

@@ -16,6 +16,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -34,8 +35,7 @@ from kvist.errors import (
     error_from_wire,
 )
 from kvist.fairness import caller_path
-from kvist.flight.stages import FAILOVER, OTHER
-from kvist.flight.timeline import Timeline
+from kvist.flight.timeline import SentTo, Timeline
 from kvist.metrics import Histogram
 from kvist.plan.compat import peer_spec
 from kvist.request import EngineRequest, HandoffId, Mode, Outcome, RequestId
@@ -297,7 +297,7 @@ class Streams:
         if stream.timeline is not None:
             error = stream.trouble.error
             problem = None if error is None else error.message
-            stream.timeline.on_submit(now_s, route.decode.worker_id, problem)
+            stream.timeline.on_submit(now_s, _sent_to(route, request_id), problem)
         if route.handoff is not None and route.handoff.way is not None:
             counts.num_handoffs[route.handoff.way, route.handoff.cause] += 1
         if route.mode is Mode.FULL or attempt.through_store:
@@ -371,6 +371,8 @@ class Streams:
             self._end_unresumed(stream, ending, now_s)
             return
         logger.info("request %s goes on elsewhere: %s", stream.request.request_id, error.message)
+        if stream.timeline is not None:
+            stream.timeline.on_failure()
         if is_first:
             trouble.since_s = now_s
         if is_first or has_run:
@@ -418,8 +420,7 @@ class Streams:
         if not stream.settled:
             stream.error = error
             if stream.timeline is not None:
-                stream.timeline.on_last_token()
-                stream.timeline.advance(OTHER if stream.trouble.since_s is None else FAILOVER, now_s)
+                stream.timeline.ends_early(now_s)
             self._stop_waiting(stream)
             assert stream.attempt is not None
             self._give_up(stream.attempt, now_s)
@@ -461,6 +462,12 @@ class Streams:
         if attempt.cancelled_at_s is not None:
             self.counts.num_cancelled_held -= 1
             self.counts.release_s.observe(now_s - attempt.cancelled_at_s)
+
+
+def _sent_to(route: Route, request_id: RequestId) -> SentTo:
+    prefill, decode = route.prefill, route.decode
+    is_queued = partial(prefill.is_queued, request_id)
+    return SentTo(prefill=prefill.worker_id, decode=decode.worker_id, is_queued=is_queued)
 
 
 def _avoided(attempt: Attempt, worker: Worker, error: KvistError) -> tuple[frozenset[Worker], ...]:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, field
 
 from kvist.flight.handoff_report import HandoffReport
-from kvist.flight.timeline import Timeline
+from kvist.flight.timeline import SentTo, Timeline
 from kvist.lease_messages import LeaseAnswer, LeaseCommand, LeaseStatus
 from kvist.request import EngineRequest, FinishReason, TokenLogprobs, WorkerId
 from kvist.router.placement import ANYWHERE, Placement
@@ -127,7 +127,7 @@ class ScriptedDispatcher:
         self.requests.append(request)
         self.placements.append(placement)
         if timeline is not None:
-            timeline.on_submit(timeline.end_s, DECODE)
+            timeline.on_submit(timeline.end_s, SentTo(prefill=PREFILL, decode=DECODE))
         self.num_open += 1
         complete = False
         try:
