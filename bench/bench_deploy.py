@@ -176,7 +176,8 @@ async def upgrade_under_load(running: Running, manifest: Path, args: argparse.Na
         before = hit_rate(await answers_of(client, cases))
     finally:
         client.close()
-    load = Load(OneGateway(url=url), list(zip(cases, twins, strict=True)), args.seed, KEY)  # type: ignore[arg-type]
+    pairs, pause_s = list(zip(cases, twins, strict=True)), args.pause_s
+    load = Load(OneGateway(url=url), pairs, args.seed, api_key=KEY, pause_s=pause_s)  # type: ignore[arg-type]
     reading = asyncio.create_task(load.run(args.upgrade_timeout_s, args.streams))
     try:
         await asyncio.sleep(BEFORE_S)
@@ -248,7 +249,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--new-source", type=Path, help="folder src of the checkout of the upgrade; by default this one"
     )
     parser.add_argument("--run-args", nargs="*", default=[], help="further options of kvist deploy run")
-    parser.add_argument("--streams", type=int, default=4, help="streams open at any time")
+    parser.add_argument("--streams", type=int, default=4, help="clients, each with one stream")
+    parser.add_argument("--pause-s", type=float, default=0.0, help="of a client between two streams")
     parser.add_argument("--cases", type=int, default=27, help="different requests")
     parser.add_argument("--max-tokens", default="16-96", help="of an answer: LOW-HIGH")
     parser.add_argument("--upgrade-timeout-s", type=float, default=1200.0)

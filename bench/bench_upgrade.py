@@ -131,7 +131,7 @@ async def measure(args: argparse.Namespace, folder: Path, up: subprocess.Popen[b
         pairs = list(zip(cases, await answers_of(client, cases), strict=True))
     finally:
         client.close()
-    load = Load(OneGateway(url=url), pairs, args.seed)  # type: ignore[arg-type]
+    load = Load(OneGateway(url=url), pairs, args.seed, pause_s=args.pause_s)  # type: ignore[arg-type]
     reading = asyncio.create_task(load.run(UPGRADE_TIMEOUT_S, args.streams))
     try:
         await asyncio.sleep(BEFORE_S)
@@ -189,7 +189,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stores", type=int, default=0, help="of a page pool of Mooncake; 0: no pool")
     parser.add_argument("--python", default=sys.executable, help="of the new version")
     parser.add_argument("--drain-s", type=float, default=1.0, help="after which a worker's streams go on elsewhere")
-    parser.add_argument("--streams", type=int, default=6, help="streams open at any time")
+    parser.add_argument("--streams", type=int, default=6, help="clients, each with one stream")
+    parser.add_argument("--pause-s", type=float, default=0.0, help="of a client between two streams")
     parser.add_argument("--cases", type=int, default=36, help="different requests")
     parser.add_argument("--max-tokens", default="16-256", help="of an answer: LOW-HIGH")
     parser.add_argument("--seed", type=int, default=1)

@@ -82,10 +82,16 @@ class Tally:
 
 
 class Load:
-    """Streams without pause, `num_open` at any time."""
+    """Clients that read one stream after the other, with a pause between two."""
 
     def __init__(
-        self, cluster: ChaosCluster, pairs: Sequence[tuple[Case, Answer]], seed: int, api_key: str | None = None
+        self,
+        cluster: ChaosCluster,
+        pairs: Sequence[tuple[Case, Answer]],
+        seed: int,
+        *,
+        api_key: str | None = None,
+        pause_s: float = 0.0,
     ) -> None:
         self.tally = Tally()
         self._cluster, self._pairs = cluster, pairs
@@ -93,13 +99,14 @@ class Load:
         self._clients = {gateway.name: HttpClient(gateway.plan.url, api_key=api_key) for gateway in cluster.gateways}
         self._clock = MonotonicClock()
         self._over = False
+        self._pause_s = pause_s
 
-    async def run(self, seconds: float, num_open: int) -> None:
+    async def run(self, seconds: float, num_clients: int) -> None:
         loop = asyncio.get_running_loop()
         handle = loop.call_later(seconds, self.end)
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(num_open):
+                for _ in range(num_clients):
                     group.create_task(self._read_streams())
         finally:
             handle.cancel()
@@ -116,6 +123,7 @@ class Load:
             leaves_after_s = self._draw.uniform(0.0, 1.0) if self._draw.random() < SHARE_OF_LEAVERS else None
             while await self._is_cut(case, twin, leaves_after_s):
                 self.tally.num_cut += 1
+            await asyncio.sleep(self._pause_s)
 
     async def _is_cut(self, case: Case, twin: Answer, leaves_after_s: float | None) -> bool:
         """Read one answer and compare it; return whether it was cut with its gateway."""
@@ -306,7 +314,7 @@ async def _measure(args: argparse.Namespace, folder: Path, cluster: ChaosCluster
         names, seed=args.seed, seconds=args.seconds, interval_s=args.interval_s, has_blackouts=args.blackouts
     )
     load_s = seconds_of_load(args.seconds, args.within_s, time.monotonic() - began_s)
-    load, began_s = Load(cluster, pairs, args.seed), time.monotonic()
+    load, began_s = Load(cluster, pairs, args.seed, pause_s=args.pause_s), time.monotonic()
     reading = asyncio.create_task(load.run(load_s, args.streams))
     try:
         begun = await fault_by_fault(cluster, faults, load_s, args.verbose)
@@ -358,7 +366,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the faults, the requests and their order")
     parser.add_argument("--interval-s", type=float, default=3.0, help="mean time between two faults")
     parser.add_argument("--roles", nargs="+", default=(), choices=("prefill", "decode", "unified", "gateway"))
-    parser.add_argument("--streams", type=int, default=8, help="streams open at any time")
+    parser.add_argument("--streams", type=int, default=8, help="clients, each with one stream")
+    parser.add_argument("--pause-s", type=float, default=0.0, help="of a client between two streams")
     parser.add_argument("--cases", type=int, default=90, help="different requests")
     parser.add_argument("--max-tokens", default="16-256", help="of an answer: LOW-HIGH")
     parser.add_argument("--prefill", type=int, default=2)

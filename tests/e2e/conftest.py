@@ -1,6 +1,8 @@
-"""One cluster of real processes with the real model for the tests that use it: prefill, decode, unified, router.
+"""One cluster of real processes for the tests that use it: prefill, decode, unified, router.
 
-The tests that start processes of their own run before it starts, and it ends with the last test of this folder.
+Its model has two layers with random weights, and the tokenizer of the embedded model: what these tests claim depends on
+tokens, their order and their logprobs (`logprobs_of` computes them by itself), and not on what a text says. The tests
+that start processes of their own run before it starts, and it ends with the last test of this folder.
 The same code as in `kvist up` starts, supervises and restarts it.
 """
 
@@ -14,7 +16,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from torch import Tensor
 
+from kvist.checkpoint import find_checkpoint
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.ports import free_ports
@@ -24,10 +28,13 @@ from kvist.supervisor.child import ChildPlan
 from kvist.testing.tiny_model import write_tiny_model
 from kvist.testing.tokenizers import write_byte_tokenizer
 from kvist.testing.waits import wait_until
+from kvist.text import load_tokenizer
 from tests.conftest import FILES_WITH_OWN_PROCESSES
+from tests.models.tiny_models import hf_checkpoint, load_tiny, logits_of
 
 START_TIMEOUT_S = 240.0  # on a busy machine
 STALL_RESTART_S = 8.0  # short enough for a test, long enough for a busy machine
+MODEL = "tiny"
 WORKER_ARGV = ("--max-total-tokens=16384", f"--stall-restart-s={STALL_RESTART_S}")
 
 
@@ -54,14 +61,28 @@ def is_ready() -> Callable[[str], bool]:
     return _is_ready
 
 
-def metric_of(url: str, name: str, **labels: str) -> float:
+def metrics_of(url: str) -> list[str]:
+    return httpx.get(f"{url}/metrics", timeout=60, trust_env=False).text.splitlines()
+
+
+def sum_of(lines: list[str], name: str, **labels: str) -> float:
     """Return the sum of a metric's samples that have these labels."""
     total = 0.0
-    for line in httpx.get(f"{url}/metrics", timeout=60).text.splitlines():
-        match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line)
+    for line in lines:
+        match = re.fullmatch(r"([^{ ]+)(\{.*\})? (\S+)", line) if line.startswith(name) else None
         if match and match[1] == name and all(f'{key}="{value}"' in (match[2] or "") for key, value in labels.items()):
             total += float(match[3])
     return total
+
+
+def metric_of(url: str, name: str, **labels: str) -> float:
+    """Return the sum of a metric's samples that have these labels."""
+    return sum_of(metrics_of(url), name, **labels)
+
+
+def _num_running(lines: list[str]) -> float:
+    names = ("kvist:gateway_requests_in_flight", "kvist:num_requests_running", "kvist:num_requests_waiting")
+    return sum(sum_of(lines, name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,21 +102,30 @@ class Cluster:
 
     def num_running(self) -> float:
         """Return the number of requests open at the gateway, running or waiting at an engine."""
-        names = ("kvist:gateway_requests_in_flight", "kvist:num_requests_running", "kvist:num_requests_waiting")
-        return sum(self.metric(name) for name in names)
+        return _num_running(metrics_of(self.router))
 
     def num_pages(self, state: str) -> float:
         return self.metric("kvist:kv_pages", state=state)
 
     def wait_idle(self) -> None:
-        self.wait_until(
-            lambda: self.num_running() == 0 and self.num_pages("in_flight") == 0 and self.num_pages("owned") == 0,
-            within_s=60,
-        )
+        def is_idle() -> bool:
+            lines = metrics_of(self.router)
+            num_held = sum(sum_of(lines, "kvist:kv_pages", state=state) for state in ("in_flight", "owned"))
+            return _num_running(lines) + num_held == 0
+
+        self.wait_until(is_idle, within_s=60)
 
     def wait_until(self, condition: Callable[[], bool], *, within_s: float) -> float:
-        """Wait until the condition holds and return the seconds; fail the test after a timeout."""
-        return wait_until(condition, lambda: "the last lines:\n" + "\n".join(self.lines[-60:]), within_s=within_s)
+        """Wait until the condition holds and return the seconds; fail the test after a timeout. A process that does not
+        answer, because it is about to be restarted, does not fulfil a condition yet."""
+
+        def holds() -> bool:
+            try:
+                return condition()
+            except httpx.TransportError:
+                return False
+
+        return wait_until(holds, lambda: "the last lines:\n" + "\n".join(self.lines[-60:]), within_s=within_s)
 
     def wait_ready(self) -> None:
         """Wait until the router can serve with both of its workers: with decode alone it is ready, too. Unlike
@@ -126,14 +156,32 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def cluster() -> Iterator[Cluster]:
+def worded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model of `cluster`: its tokens are words and parts of words."""
+    folder = tmp_path_factory.mktemp("worded")
+    backend = load_tokenizer(find_checkpoint(None))._backend
+    backend.save(str(folder / "tokenizer.json"))
+    return write_tiny_model(folder, vocab_size=backend.get_vocab_size(), max_model_len=16_384)
+
+
+@pytest.fixture(scope="package")
+def logprobs_of(worded_model: Path) -> Callable[[list[int]], Tensor]:
+    """A function that returns the logprobs [num_tokens, vocab_size] after each token, computed without a cache."""
+    model = load_tiny(hf_checkpoint(worded_model), load_format="dummy")
+    return lambda token_ids: logits_of(model, token_ids).float().log_softmax(dim=-1)
+
+
+@pytest.fixture(scope="package")
+def cluster(worded_model: Path) -> Iterator[Cluster]:
     lines: list[str] = []
+    model = (f"--model-path={worded_model}", f"--served-model-name={MODEL}", f"--chat-template={TOOL_TEMPLATE}")
+    worker_argv = (*model, "--load-format=dummy", *WORKER_ARGV)
     plans = plan_on_free_ports(
         ClusterShape(
             config=ClusterConfig(prefill=1, decode=1),
             router_port=0,
-            worker_argv=WORKER_ARGV,
-            router_argv=(f"--chat-template={TOOL_TEMPLATE}",),
+            worker_argv=worker_argv,
+            router_argv=model,
         )
     )
     port = free_ports(1)[0]
@@ -141,7 +189,7 @@ def cluster() -> Iterator[Cluster]:
     plans.append(
         ChildPlan(
             name="unified",
-            argv=(*serve, f"--chat-template={TOOL_TEMPLATE}", *WORKER_ARGV),
+            argv=(*serve, *worker_argv),
             url=f"http://127.0.0.1:{port}",
         )
     )
@@ -158,7 +206,8 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def settled(cluster: Cluster) -> Iterator[Cluster]:
-    """Yield the cluster: ready before the test; idle and without pages in flight after the test."""
+    """Yield the cluster: ready before the test; ready, idle and without pages in flight after the test."""
     cluster.wait_ready()
     yield cluster
+    cluster.wait_ready()  # also after a test that failed with its processes suspended
     cluster.wait_idle()

@@ -18,7 +18,7 @@ from kvist.testing.rounds import check_time, in_rounds
 from tests.e2e.conftest import Cluster
 
 LIMIT_S = 15.0  # the limit of a compilation is 10
-NUM_TOKENS = 20
+NUM_TOKENS = 100
 STREAM = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,8 +16,8 @@ from tests.e2e.conftest import Cluster
 from tests.e2e.test_lifetimes import children_of
 
 PROMPT = "Once upon a time there was a small engine that"
-LONG = "The quick brown fox jumps over the lazy dog, again and again and again. " * 40
-NUM_TOKENS = 40
+LONG = "The quick brown fox jumps over the lazy dog, again and again and again. " * 400
+NUM_TOKENS = 100
 GREEDY: dict[str, Any] = {"temperature": 0}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -99,24 +98,20 @@ def twins(cluster: Cluster) -> dict[str, dict[str, Any]]:
         return {name: answer.result() for name, answer in all_begin(pool, cluster.unified).items()}
 
 
-@pytest.mark.parametrize(("name", "victim"), [("decode-0", "engine"), ("decode-0", "worker"), ("prefill-0", "engine")])
 @in_rounds(3)  # on a busy machine, the answers can end before their worker is killed
 def test_streams_of_a_killed_worker_go_on_with_the_same_answers(
-    settled: Cluster, twins: dict[str, dict[str, Any]], name: str, victim: str
+    settled: Cluster, twins: dict[str, dict[str, Any]]
 ) -> None:
-    """The cluster has one worker of each role: the other one serves alone until the killed one is back, and new
-    requests, too."""
+    """The engine of the decode worker is killed: the prefill worker serves alone until it is back, and new requests,
+    too."""
     settled.wait_ready()
     failovers, resumed = settled.metric("kvist:failovers_total"), settled.metric("kvist:resumed_streams_total")
     done = settled.metric("kvist:generation_tokens_total")
     with ThreadPoolExecutor(len(REQUESTS) + 1) as pool:
         answers, lines = all_begin(pool, settled.router), pool.submit(stream, settled.router)
-        if name == "decode-0":
-            settled.wait_until(lambda: settled.metric("kvist:generation_tokens_total") > done + 20, within_s=60)
-        else:
-            settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") >= 5, within_s=60)
-        is_early = not any(answer.done() for answer in answers.values())
-        kill(settled, name, victim)
+        settled.wait_until(lambda: settled.metric("kvist:generation_tokens_total") > done + 20, within_s=60)
+        is_early = not answers["greedy"].done()
+        kill(settled, "decode-0", "engine")
         assert complete(settled.router, {**GREEDY, "max_tokens": 20})["choices"], "another worker serves it"
         found = {key: answer.result() for key, answer in answers.items()}
     assert lines.result()[-1] == "data: [DONE]"
@@ -125,11 +120,10 @@ def test_streams_of_a_killed_worker_go_on_with_the_same_answers(
         assert comparable(twin) == comparable(found[key]), key
     settled.wait_ready()
     check_time(is_early, "an answer ended before its worker was killed")
-    if name == "decode-0":
-        assert settled.metric("kvist:failovers_total") > failovers
-        assert settled.metric("kvist:resumed_streams_total") > resumed
-        assert any(answer["kvist"]["failovers"] for answer in found.values())
-        assert any(answer["kvist"]["route"]["reason"] == "no_decode" for answer in found.values())
+    assert settled.metric("kvist:failovers_total") > failovers
+    assert settled.metric("kvist:resumed_streams_total") > resumed
+    assert any(answer["kvist"]["failovers"] for answer in found.values())
+    assert any(answer["kvist"]["route"]["reason"] == "no_decode" for answer in found.values())
     assert settled.metric("kvist:unresumed_streams_total") == 0
 
 
@@ -139,7 +133,6 @@ def test_prefill_killed_while_it_computes_a_prompt_costs_a_pause(settled: Cluste
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(complete, settled.router, {**fields, "cache_salt": "new"})
         settled.wait_until(lambda: settled.metric("kvist:gateway_requests_in_flight") == 1, within_s=60)
-        time.sleep(0.2)  # in the midst of the prompt, or of the transfer of its pages
         kill(settled, "prefill-0", "engine")
         found = answer.result()
     assert comparable(twin) == comparable(found)

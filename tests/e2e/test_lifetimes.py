@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvist.checkpoint import find_checkpoint
 from kvist.cluster.ports import free_ports
 from kvist.testing.waits import wait_until
 from tests.e2e.conftest import START_TIMEOUT_S
@@ -24,6 +23,8 @@ ASK = {
     "text": "The capital of France is",
     "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
 }
+EMBEDDED = ("--prefill=1", "--decode=1")
+TINY = ("--prefill=0", "--decode=0", "--unified=1", "--load-format=dummy", "--model-path")
 
 
 def children_of(pid: int) -> list[int]:
@@ -41,11 +42,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready: Callable[[str], bool]) -> None:
+def test_two_workers_and_a_router_started_by_hand_answer_a_curl(
+    tiny_model: Path, is_ready: Callable[[str], bool]
+) -> None:
     prefill, decode, router = free_ports(3)
-    model = str(find_checkpoint(None).path)
+    model = str(tiny_model)
     flags = ("--model-path", model, "--host", "127.0.0.1", "--tp", "1", "--mem-fraction-static", "0.8")
-    small = ("--max-total-tokens", "8192")
+    small = ("--load-format", "dummy", "--max-total-tokens", "8192")
     commands = [
         (*KVIST, "serve", *flags, *small, "--port", str(prefill)),
         (*KVIST, "serve", *flags, *small, "--port", str(decode), "--decode-only"),
@@ -60,14 +63,13 @@ def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready: Callab
         url = f"http://127.0.0.1:{router}"
         wait_until(lambda: is_ready(url), within_s=START_TIMEOUT_S, what="the router is ready")
         families = [pid for process in started for pid in family_of(process.pid)]
-        question = {"role": "user", "content": "What is the capital of France?"}
-        body = json.dumps({"messages": [question], "max_tokens": 16, "temperature": 0})
+        body = json.dumps({"prompt": "The capital of France is", "max_tokens": 16, "ignore_eos": True})
         if shutil.which("curl"):
-            command = ["curl", "-sS", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+            command = ["curl", "-sS", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
         else:
-            answer = httpx.post(f"{url}/v1/chat/completions", content=body, timeout=60).text
-        assert "Paris" in answer
+            answer = httpx.post(f"{url}/v1/completions", content=body, timeout=60).text
+        assert json.loads(answer)["usage"]["completion_tokens"] == 16
     finally:
         for process in started:
             process.send_signal(signal.SIGINT)  # Ctrl-C
@@ -78,23 +80,22 @@ def test_two_workers_and_a_router_started_by_hand_answer_a_curl(is_ready: Callab
 
 @pytest.mark.case("signal-to-all")
 @pytest.mark.parametrize(
-    ("number", "to_all", "code", "is_tiny"),
-    [(signal.SIGINT, False, 0, False), (signal.SIGTERM, True, 0, True), (signal.SIGKILL, False, -9, True)],
+    ("number", "to_all", "code", "workers"),
+    [(signal.SIGINT, False, 0, EMBEDDED), (signal.SIGTERM, True, 0, TINY), (signal.SIGKILL, False, -9, TINY)],
 )
 def test_kvist_up_leaves_nothing_behind_however_it_ends(
     number: signal.Signals,
     to_all: bool,
     code: int,
-    is_tiny: bool,
+    workers: tuple[str, ...],
     tiny_model: Path,
     tmp_path: Path,
     memory_folder: Path,
 ) -> None:
     port = free_ports(1)[0]
     log = tmp_path / "up.log"
-    command = [*KVIST, "up", "--prefill", "1", "--decode", "1", "--port", str(port), "--max-total-tokens", "8192"]
-    if is_tiny:
-        command += ["--model-path", str(tiny_model), "--load-format", "dummy"]
+    model = [str(tiny_model)] if workers == TINY else []
+    command = [*KVIST, "up", "--max-total-tokens=8192", f"--port={port}", *workers, *model]
     with log.open("wb") as stream:
         up = subprocess.Popen(
             command, stdout=stream, stderr=stream, env={**os.environ, "KVIST_RUNTIME_DIR": str(memory_folder)}
@@ -104,10 +105,12 @@ def test_kvist_up_leaves_nothing_behind_however_it_ends(
             lambda: "Ctrl-C stops everything" in log.read_text(), within_s=START_TIMEOUT_S, what="kvist up is ready"
         )
         family = family_of(up.pid)
-        assert len(family) == 6, "kvist up, three children, two engines"
+        assert len(family) == (6 if workers == EMBEDDED else 4), (
+            "kvist up, its router, and two processes of each worker"
+        )
         answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=ASK, timeout=60)
         assert answer.json()["meta_info"]["completion_tokens"] == 4
-        assert is_tiny or "Paris" in answer.json()["text"]
+        assert workers == TINY or "Paris" in answer.json()["text"]
     finally:
         for pid in family if to_all else [up.pid]:  # as a service manager or a terminal does
             os.kill(pid, number)

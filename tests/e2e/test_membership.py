@@ -168,7 +168,7 @@ def test_workers_and_routers_start_in_any_order_and_die_in_every_way(machines: M
 def the_requests_of_a_dead_router_are_aborted_and_those_of_the_other_go_on(
     first: str, second: str, process_of_first: subprocess.Popen[bytes]
 ) -> None:
-    lost, kept = [Stream(first, 30_000) for _ in range(2)], [Stream(second, 2500) for _ in range(4)]
+    lost, kept = [Stream(first, 30_000) for _ in range(2)], [Stream(second, 1000) for _ in range(4)]
     wait_until(lambda: num_open(second) == 4 and num_open(first) == 2, within_s=60, what="all streams run")
     process_of_first.kill()
     num_before = [len(stream.lines) for stream in kept]

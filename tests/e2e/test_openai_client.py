@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.e2e.conftest import Cluster
+from tests.e2e.conftest import MODEL, Cluster
 
 QUESTION: list[dict[str, str]] = [{"role": "user", "content": "What is the capital of France?"}]
-MODEL = "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def client(settled: Cluster) -> Iterator[OpenAI]:
         yield client
 
 
-def test_a_chat_answer_names_paris_and_counts_its_tokens(client: Any) -> None:
+def test_a_chat_answer_counts_its_tokens(client: Any) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=32)
-    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.usage.prompt_tokens > 8
@@ -86,9 +86,10 @@ def test_logprobs_come_for_every_token_with_the_likeliest_beside_them(client: An
 
 def test_a_stop_string_ends_the_answer_before_it(client: Any) -> None:
     whole = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", temperature=0, max_tokens=24)
-    stopped = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", temperature=0, max_tokens=24, stop=["7"])
+    stop = re.findall("[a-zA-Z]{3,}", whole.choices[0].text)[-1]
+    stopped = client.completions.create(model=MODEL, prompt="1, 2, 3, 4,", temperature=0, max_tokens=24, stop=[stop])
     assert stopped.choices[0].finish_reason == "stop"
-    assert stopped.choices[0].text == whole.choices[0].text.split("7")[0]
+    assert stopped.choices[0].text == whole.choices[0].text.split(stop)[0]
 
 
 def test_a_text_completion_takes_token_ids(client: Any) -> None:

@@ -1,4 +1,4 @@
-"""A program of kvist.lang on the real model: with a plan, without one, and with requests of OpenAI's API alone."""
+"""A program of kvist.lang: with a plan, without one, and with requests of OpenAI's API alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import kvist.lang as kv
 from kvist.testing.rounds import check_time, in_rounds
-from tests.e2e.conftest import Cluster
+from tests.e2e.conftest import MODEL, Cluster
 from tests.e2e.test_failover import kill
 
 ESSAY = "Trees give shade and fruit. They clean the air. Birds live in them. "
@@ -39,7 +39,7 @@ def endpoint(settled: Cluster) -> Iterator[kv.Endpoint]:
 def test_a_program_gives_the_same_tokens_however_it_is_sent(endpoint: kv.Endpoint, settled: Cluster) -> None:
     planned = review.run(essay=ESSAY, backend=endpoint, seed=11)
     plain = review.run(essay=ESSAY, backend=endpoint, seed=11, plan=False)
-    openai = kv.OpenAI("SmolLM2-135M-Instruct", base_url=settled.router)
+    openai = kv.OpenAI(MODEL, base_url=settled.router)
     compatible = review.run(essay=ESSAY, backend=openai, seed=11)
     openai.close()
     for other in (plain, compatible):
@@ -62,17 +62,16 @@ def tales(s: kv.State) -> None:
     s += kv.system("You tell short tales. " * 12)
     forks = s.fork(3)
     forks += [kv.user(f"A tale of the {hero}.") for hero in ("fox", "owl", "mole")]
-    forks += kv.assistant(kv.gen("tale", max_tokens=40, ignore_eos=True, temperature=0.8))
+    forks += kv.assistant(kv.gen("tale", max_tokens=120, ignore_eos=True, temperature=0.8))
     forks += kv.user("Is it sad?") + kv.assistant(kv.select("sad", ["yes", "no"]))
     forks.join()
     s += kv.user(f"The best tale? {forks[0].ref('tale')} Or {forks[2].ref('tale')}")
     s += kv.assistant(kv.gen("best", max_tokens=20, ignore_eos=True))
 
 
-@pytest.mark.parametrize("name", ["decode-0", "prefill-0"])
 @in_rounds(3)  # on a busy machine, the program can end before the worker is killed
 def test_a_program_whose_worker_is_killed_gives_what_an_undisturbed_run_gives(
-    endpoint: kv.Endpoint, settled: Cluster, name: str
+    endpoint: kv.Endpoint, settled: Cluster
 ) -> None:
     settled.wait_ready()
     undisturbed = tales.run(backend=endpoint, seed=5)
@@ -82,7 +81,7 @@ def test_a_program_whose_worker_is_killed_gives_what_an_undisturbed_run_gives(
         pieces = pool.submit(lambda: "".join(state.text_iter()))
         settled.wait_until(lambda: settled.metric("kvist:generation_tokens_total") > done + 20, within_s=60)
         is_early = not pieces.done()
-        kill(settled, name, "worker")
+        kill(settled, "decode-0", "worker")
         streamed = pieces.result()
     assert state.error() is None
     assert streamed == "".join(undisturbed.text_iter())

@@ -1,19 +1,21 @@
-"""Continuations, prefills and leases through the router, with the real model: exact scores, and no decode worker."""
+"""Continuations, prefills and leases through the router: exact scores, and no decode worker."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-import torch
+from torch import Tensor
 
 from kvist.checkpoint import find_checkpoint
 from kvist.text import load_tokenizer
 from tests.e2e.conftest import Cluster
 
 PROMPT = "The three largest cities of France are Paris, Marseille and Lyon. The capital of France is the city of"
+LogprobsOf = Callable[[list[int]], Tensor]
 CONTINUATIONS = [" Paris", " Marseille", " Lyon, I think", " Paris"]
 TOLERANCE = 2e-3  # of a logprob in fp32, between batches of different shape
 
@@ -41,14 +43,13 @@ def reported_steps(cluster: Cluster) -> float:
     return numbers[-1]
 
 
-def expected_logprobs(model: Any, prompt_ids: list[int], token_ids: list[int]) -> list[float]:
-    with torch.no_grad():
-        rows = model(torch.tensor([[*prompt_ids, *token_ids]])).logits[0].float().log_softmax(dim=-1)
+def expected_logprobs(logprobs_of: LogprobsOf, prompt_ids: list[int], token_ids: list[int]) -> list[float]:
+    rows = logprobs_of([*prompt_ids, *token_ids])
     return [float(rows[len(prompt_ids) + place - 1, token_id]) for place, token_id in enumerate(token_ids)]
 
 
-def test_continuations_have_the_scores_of_transformers_and_touch_no_decode_worker(
-    settled: Cluster, transformers_smollm2: Any
+def test_continuations_have_the_scores_of_the_model_and_touch_no_decode_worker(
+    settled: Cluster, logprobs_of: LogprobsOf
 ) -> None:
     tokenizer = load_tokenizer(find_checkpoint(None))
     prompt_ids = tokenizer.encode(PROMPT)
@@ -58,14 +59,13 @@ def test_continuations_have_the_scores_of_transformers_and_touch_no_decode_worke
     for text, result, other in zip(CONTINUATIONS[:3], first["results"], again["results"], strict=False):
         token_ids, found, without = result["token_ids"], result["logprobs"], result["unconditional_logprobs"]
         assert tokenizer.decode(token_ids) == text
-        assert found == pytest.approx(expected_logprobs(transformers_smollm2, prompt_ids, token_ids), abs=TOLERANCE)
+        assert found == pytest.approx(expected_logprobs(logprobs_of, prompt_ids, token_ids), abs=TOLERANCE)
         assert result["logprob"] == pytest.approx(sum(found))
-        expected = expected_logprobs(transformers_smollm2, token_ids[:1], token_ids[1:])
+        expected = expected_logprobs(logprobs_of, token_ids[:1], token_ids[1:])
         assert without == [None, *(pytest.approx(each, abs=TOLERANCE) for each in expected)]
         assert other["logprobs"] == pytest.approx(found, abs=TOLERANCE)
         assert other["token_ids"] == token_ids
     assert first["results"][0] == first["results"][3] | {"index": 0}
-    assert max(first["results"][:3], key=lambda each: each["logprob"])["index"] == 0, "Paris is the likeliest"
     # a row for each continuation of several tokens, with and without the part of the prompt that fills no page
     num_full = len(prompt_ids) // 16 * 16
     rows = {tuple(each["token_ids"]) for each in first["results"] if len(each["token_ids"]) > 1}

@@ -9,7 +9,7 @@ import httpx
 from tests.e2e.conftest import Cluster
 
 LONG = "Tell me about the three largest cities of France, and about each of their rivers. " * 20
-MAX_TOKENS = 24
+MAX_TOKENS = 60
 
 
 def chat(url: str, *, stream: bool, **headers: str) -> httpx.Response:

@@ -18,7 +18,7 @@ ALL: dict[str, Any] = {
     "frequency_penalty": 0.6,
     "presence_penalty": -0.4,
     "repetition_penalty": 1.15,
-    "logit_bias": {"253": 2.5, "284": -3.0, "30": 1.0},
+    "logit_bias": {"253": 9.0, "284": -3.0, "30": 1.0},
     "bad_words": ["sea", "the"],
 }
 SAMPLING: dict[str, dict[str, Any]] = {"greedy": {}, "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 3}}

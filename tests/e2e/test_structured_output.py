@@ -1,4 +1,4 @@
-"""Over HTTP with the real model, answers have the form that the request names, for one worker and for a pair."""
+"""Over HTTP, answers have the form that the request names, for one worker and for a pair."""
 
 from __future__ import annotations
 

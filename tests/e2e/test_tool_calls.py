@@ -1,4 +1,4 @@
-"""Over HTTP with the real model, tool calls are valid, and equal for one worker and for a pair, streamed or whole."""
+"""Over HTTP, tool calls are valid, and equal for one worker and for a pair, streamed or whole."""
 
 from __future__ import annotations
 
