@@ -9,7 +9,7 @@ runs), and `by hand` (asyncio and OpenAI's API, bench/lang_by_hand.py). They tak
 before each turn the cache is flushed. Times are the best of the rounds, ratios of times the median of the rounds'.
 Computed tokens and CPU seconds are the workers' own counters (no CPU seconds on a GPU); on a shared CPU, compare these.
 `ideal` computes each distinct prefix of the prompts once; `in pages` is the same where only whole pages can be shared,
-as the cache does. `planning` is the planner's time for an operation.
+as the cache does. `planning` is the planner's time for an operation, by the clock and of a processor.
 
 Without `--url` a cluster of the embedded model is started on the CPU; `--serve-args` are further flags of `kvist up`.
 `--scale` multiplies the runs of each batch, `--length` the length of its texts. In its first round, each workload
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Turn:
     num_computed_tokens: int
     cpu_s: float  # of all workers
     planning_ms: float | None = None  # for each operation
+    planning_cpu_ms: float | None = None  # of it, with a processor: not in a wait for the programs' threads
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,9 +167,12 @@ def take_turn(
         states = program.run_batch(batch, backend=endpoint, temperature=0, **settings)
     wall_s = time.monotonic() - start_s
     report = states[0].report if way == PLAN else None
-    planning_ms = None if report is None else 1000 * report.planning_s / max(report.num_planned, 1)
     num_computed, cpu_s = cluster.take_counts()
-    return Turn(wall_s=wall_s, num_computed_tokens=num_computed, cpu_s=cpu_s, planning_ms=planning_ms), states
+    turn = Turn(wall_s=wall_s, num_computed_tokens=num_computed, cpu_s=cpu_s)
+    if report is not None:
+        took, cpu = (1000 * each / max(report.num_planned, 1) for each in (report.planning_s, report.planning_cpu_s))
+        turn = replace(turn, planning_ms=took, planning_cpu_ms=cpu)
+    return turn, states
 
 
 def measure(cluster: Cluster, args: argparse.Namespace, end_s: float) -> Iterator[Row]:
@@ -213,6 +217,7 @@ def row_of(name: str, num_runs: int, found: Measured, page_size: int) -> Row:
         "tokens / ideal": num_computed / max(ideal, 1),
         "tokens / in pages": num_computed / max(in_pages, 1),
         "planning ms": found.best(PLAN).planning_ms,
+        "planning CPU ms": found.best(PLAN).planning_cpu_ms,
         "turns": {way: [[turn.wall_s, turn.num_computed_tokens] for turn in found.turns[way]] for way in WAYS},
     }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +27,13 @@ def run_example(
     program: kv.Function, arguments: Sequence[Mapping[str, Any]], show: Callable[[kv.ProgramState], object]
 ) -> None:
     """Run the program for each mapping of arguments on the server of the command line; print results and the plan."""
-    kv.set_default_backend(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:30000")
-    states = program.run_batch(arguments, progress_bar=True, temperature=0)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:30000", help="the server")
+    parser.add_argument("--no-plan", action="store_true", help="send the requests one by one: the results are the same")
+    parser.add_argument("--seed", type=int, help="of all random choices")
+    given = parser.parse_args()
+    kv.set_default_backend(given.url)
+    states = program.run_batch(arguments, progress_bar=True, temperature=0, plan=not given.no_plan, seed=given.seed)
     for state in states:
         print(show(state))
     print(states[0].explain())

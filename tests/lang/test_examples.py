@@ -46,6 +46,25 @@ def test_an_example_gives_the_same_with_and_without_a_plan(example: Any, monkeyp
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.parametrize("example", ["self_consistency"], indirect=True)
+def test_the_command_line_of_an_example_runs_it_with_a_plan_or_without_one(
+    example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_backend = kv.set_default_backend
+    shown = []
+    for flags in ([], ["--no-plan"]):
+        endpoint = kv.Endpoint(FakeServer, name="fake")
+        monkeypatch.setattr(kv, "set_default_backend", lambda _url, used=endpoint: set_backend(used))
+        monkeypatch.setattr(sys, "argv", ["self_consistency.py", "http://fake", "--seed=3", *flags])
+        example.run_example(example.self_consistency, example.arguments(1), lambda state: state.text())
+        endpoint.close()
+        shown.append(capsys.readouterr().out)
+    (texts_planned, plan), (texts_plain, one_by_one) = (text.split("operation  ", 1) for text in shown)
+    assert texts_planned == texts_plain
+    assert "one by one" in one_by_one
+    assert "one by one" not in plan
+
+
 @pytest.mark.parametrize("num_prefill", [1, 2])
 @pytest.mark.parametrize("example", PROGRAMS, indirect=True)
 def test_a_plan_of_an_example_computes_each_distinct_prefix_about_once(

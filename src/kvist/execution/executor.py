@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvist.clock import Clock
+from kvist.clock import Clock, thread_cpu_s
 from kvist.errors import KvistError, ProgramError
 from kvist.execution.backend import Backend, Hints
 from kvist.execution.job import ExecutionConfig, Job
@@ -217,7 +217,7 @@ class Executor:
         self._admit()
 
     def _plan(self, operations: Sequence[Operation]) -> Plan:
-        start_s = self._clock.now_s()
+        start_s, start_cpu_s = self._clock.now_s(), thread_cpu_s()
         ordered = sorted(operations, key=lambda one: one.operation_id)
         running = Running(
             num_in_flight=len(self._in_flight),
@@ -238,6 +238,7 @@ class Executor:
         self.report.notes |= dict.fromkeys(made.notes)
         self.report.num_planned += len(ordered)
         self.report.planning_s += self._clock.now_s() - start_s
+        self.report.planning_cpu_s += thread_cpu_s() - start_cpu_s
         return made
 
     def _hold(self, pin: Pin, *, ahead: bool, after: str | None = None) -> asyncio.Future[Served | None]:

@@ -27,8 +27,8 @@ def explained(graph: Graph, report: Report) -> Explanation:
     if expected := _token_note(done.values(), warms):
         notes.append(expected)
     if report.num_planned:
-        per_operation = 1000 * report.planning_s / report.num_planned
-        notes.append(f"planning took {per_operation:.2f} ms an operation")
+        took, cpu = (1000 * each / report.num_planned for each in (report.planning_s, report.planning_cpu_s))
+        notes.append(f"planning took {took:.2f} ms an operation, {cpu:.2f} ms of it with a processor")
     return Explanation(rows=(*rows, *requests), notes=tuple(notes), happened=True)
 
 

@@ -40,6 +40,7 @@ class Report:
     pins: list[Pin] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)  # in order, each once
     planning_s: float = 0.0
+    planning_cpu_s: float = 0.0  # of it, in which the planner had the interpreter
     num_planned: int = 0  # operations that a plan has seen; one with a hole twice
     num_refusals: int = 0
 
