@@ -35,7 +35,7 @@ from kvist.scheduler.config import SchedulerOptions
 from kvist.store.config import StorageConfig
 from kvist.testing.specs import submit_full
 from kvist.transfer.config import TransferConfig
-from tests.engine.preloaded import start_engine
+from tests.preloaded import start_engine
 
 pytestmark = pytest.mark.e2e
 

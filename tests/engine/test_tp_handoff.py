@@ -137,7 +137,7 @@ def named(name: str, tp_sizes: tuple[int, int], num_tokens: int, **sampling: obj
 
 @pytest.mark.parametrize("tp_sizes", TP_SIZES)
 def test_a_pair_of_any_tp_sizes_answers_like_one_engine(engines: Engines, tp_sizes: tuple[int, int]) -> None:
-    for num_tokens in (1, 17, 200):
+    for num_tokens in (1, 17, 100):
         request = named(f"{num_tokens}", tp_sizes, num_tokens)
         handoff = engines.serve(tp_sizes, request)[request.request_id].handoff
         assert handoff is not None
@@ -147,18 +147,18 @@ def test_a_pair_of_any_tp_sizes_answers_like_one_engine(engines: Engines, tp_siz
 
 @pytest.mark.parametrize("tp_sizes", TP_SIZES)
 def test_only_pages_that_decode_has_not_cached_are_handed_over(engines: Engines, tp_sizes: tuple[int, int]) -> None:
-    first = named("first", tp_sizes, 160)
-    second = named("second", tp_sizes, 200)
+    first = named("first", tp_sizes, 60)
+    second = named("second", tp_sizes, 90)
     second = msgspec.structs.replace(
-        second, prompt_token_ids=(*first.prompt_token_ids[:100], *second.prompt_token_ids[100:])
+        second, prompt_token_ids=(*first.prompt_token_ids[:50], *second.prompt_token_ids[50:])
     )
     engines.serve(tp_sizes, first)
     handoff = engines.serve(tp_sizes, second)[second.request_id].handoff
     assert handoff is not None
-    assert handoff.num_pages == -(-200 // 16) - 100 // 16
+    assert handoff.num_pages == -(-90 // 16) - 50 // 16
 
 
-@pytest.mark.parametrize("tp_sizes", TP_SIZES)
+@pytest.mark.parametrize("tp_sizes", [(1, 2)])
 def test_a_preempted_stream_is_computed_again_by_all_ranks_of_decode(
     engines: Engines, tp_sizes: tuple[int, int]
 ) -> None:
@@ -190,7 +190,7 @@ def test_an_abort_during_a_transfer_frees_the_pages_of_both_engines(
     for engine in (prefill, decode):
         assert [ended.outcome for ended in engine.ended] == [Outcome.ABORTED]
         until(lambda engine=engine: all_pages_are_free_or_cached(engine), prefill, decode)  # type: ignore[misc]
-    engines.serve(tp_sizes, named("after", tp_sizes, 100))
+    engines.serve(tp_sizes, named("after", tp_sizes, 40))
 
 
 def all_pages_are_free_or_cached(engine: Engine) -> bool:

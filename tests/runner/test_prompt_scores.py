@@ -12,7 +12,8 @@ import torch
 from kvist.checkpoint import Checkpoint
 from kvist.plan.batch import Batch, BatchItem, StartRequest
 from kvist.request import RequestId, SamplingParams, SlotId
-from kvist.runner import prompt_scores
+from kvist.runner import prompt_scores, tp
+from tests.preloaded import POPEN
 from tests.runner.hand_driven import PlainEngine, make_runner
 from tests.runner.scoring import SCORED, assert_scores, plain_logprobs, score
 
@@ -80,7 +81,10 @@ def test_a_batch_scores_each_request_by_its_own_parameters(engine: PlainEngine) 
 
 
 @pytest.mark.e2e
-def test_two_ranks_score_as_one(engine: PlainEngine, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_two_ranks_score_as_one(
+    engine: PlainEngine, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tp, "subprocess", POPEN)
     runner = make_runner(tiny_checkpoint, tmp_path / "two", tp=2)
     try:
         found = score(runner, PROMPT, pages=engine.pages(34), parts=[(0, 1), (1, 20), (20, 33)])

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -30,6 +29,8 @@ from kvist.runner.build import build_runner, page_layout, weights_bytes
 from kvist.runner.config import RunnerConfig, RunnerOptions
 from kvist.runner.tp import FollowerProcesses, Rendezvous
 from kvist.testing.tokenizers import byte_tokenizer, write_byte_tokenizer
+from kvist.testing.waits import wait_until
+from tests.preloaded import POPEN, start_python
 from tests.runner.hand_driven import HandDriven, PlainEngine, byte_grammars, make_runner
 
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.8, seed=5)
@@ -48,6 +49,11 @@ SHAPED = SamplingParams(
 START = StartRequest(
     slot=SlotId(0), request_id=RequestId("r"), sampling=SAMPLING, token_ids=list(range(3, 11)), num_prompt_tokens=8
 )
+
+
+@pytest.fixture(autouse=True)
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tp, "subprocess", POPEN)
 
 
 @pytest.mark.e2e
@@ -133,17 +139,16 @@ def test_a_step_without_sampled_tokens_ends_when_every_rank_has_written_its_page
         runner.close()
 
 
-def follower_ids() -> list[int]:
-    """Return the ids of the rank processes that this process has started."""
-    children = [int(word) for path in Path("/proc/self/task").glob("*/children") for word in path.read_text().split()]
-    return [child for child in children if b"kvist.runner.follower" in Path(f"/proc/{child}/cmdline").read_bytes()]
+def child_ids() -> set[int]:
+    return {int(word) for path in Path("/proc/self/task").glob("*/children") for word in path.read_text().split()}
 
 
 @pytest.mark.e2e
 def test_a_dead_rank_raises_an_error_that_names_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    before = child_ids()
     runner = make_runner(tiny_checkpoint, tmp_path, tp=2)
     try:
-        (follower,) = follower_ids()
+        (follower,) = child_ids() - before
         os.kill(follower, signal.SIGKILL)
         os.waitid(os.P_PID, follower, os.WEXITED | os.WNOWAIT)  # the runner reads its status
         item = BatchItem(slot=SlotId(0), token_ids=[1, 2], start=0, page_ids=[0], samples=True)
@@ -197,18 +202,17 @@ def test_a_rank_that_stops_reading_frames_raises_after_a_timeout(
 
 
 @pytest.mark.e2e
-def test_a_stuck_rank_exits_soon_after_rank_0() -> None:
+def test_a_stuck_rank_exits_soon_after_rank_0(tmp_path: Path) -> None:
+    watches = tmp_path / "watches"
     program = (
-        "import sys, threading; from kvist.runner import tp; tp._GRACE_S = 0.1; tp.exit_with_rank_0(0); "
-        "sys.stdout.write('.'); sys.stdout.flush(); threading.Event().wait(60)"
+        "import pathlib, threading; from kvist.runner import tp; tp._GRACE_S = 0.1; tp.exit_with_rank_0(0); "
+        f"pathlib.Path({str(watches)!r}).touch(); threading.Event().wait(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None
-    assert process.stdout is not None
+    process = start_python([sys.executable, "-c", program])
     try:
         process.stdin.write(b"an unread frame")
         process.stdin.flush()
-        assert process.stdout.read(1) == b"."
+        wait_until(watches.exists)
         time.sleep(0.3)
         assert process.poll() is None, "rank 0 is still running"
         process.stdin.close()
@@ -216,7 +220,7 @@ def test_a_stuck_rank_exits_soon_after_rank_0() -> None:
     finally:
         process.kill()
         process.wait()
-        process.stdout.close()
+        process.close()
 
 
 def test_the_barrier_waits_for_every_rank_and_fails_when_one_has_ended(tmp_path: Path) -> None:
@@ -267,7 +271,7 @@ def test_more_ranks_than_gpus_are_refused(
 def test_a_tp_size_that_does_not_divide_the_model_is_refused_before_a_process_starts(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("it started a process"))
+    monkeypatch.setattr(POPEN, "Popen", lambda *_: pytest.fail("it started a process"))
     config = RunnerOptions(load_format="dummy", device="cpu", tp=3)
     with pytest.raises(ConfigError, match="4 attention heads"):
         build_runner(tiny_checkpoint, load_model_config(tiny_checkpoint), config, runtime_dir=tmp_path)

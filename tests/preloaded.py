@@ -1,6 +1,6 @@
-"""Engine processes that need no second import of torch: one process imports what an engine needs, and forks engines.
+"""Engines and ranks that need no second import of torch: one process imports what an engine needs, and forks them.
 
-    test ──(one message: arguments, environment, three pipes)──► python -m tests.engine.preloaded ──fork──► engine
+    test ──(one message: arguments, environment, three pipes)──► python -m tests.preloaded ──fork──► engine
 
 Everything but the import is as with `python -m kvist.engine`, which tests/e2e starts: the engine is a process and a
 child of this one, its standard input and output are pipes, and it ends as always. The ranks of a tensor-parallel
@@ -22,10 +22,11 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 _SET_SUBREAPER, _GET_SUBREAPER = 36, 37
 _MESSAGE_BYTES = 1 << 20
@@ -70,15 +71,36 @@ class Process:
 
 def start_engine(*, num_followers: int = 0, network: str | None = None) -> Process:
     """Start an engine. `network`: the name of its network namespace, else that of this process."""
-    read_in, write_in = os.pipe()
-    read_out, write_out = os.pipe()
-    wish = {"environment": dict(os.environ), "num_followers": num_followers, "network": network}
+    wish = {"program": ("-m", "kvist.engine"), "num_followers": num_followers, "network": network}
+    read, write = os.pipe()
     try:
-        pid = _server().fork(json.dumps(wish).encode(), (read_in, write_out, 2))
+        engine = _start(wish, write)
     finally:
-        os.close(read_in)
-        os.close(write_out)
-    return Process(pid, os.fdopen(write_in, "wb"), os.fdopen(read_out, "rb"))
+        os.close(write)
+    engine.stdout = os.fdopen(read, "rb")
+    return engine
+
+
+def start_python(command: Sequence[str], **_options: object) -> Process:
+    """Stand in for `subprocess.Popen` of `python -m MODULE` or `python -c PROGRAM`, whose output goes to standard
+    error."""
+    executable, *program = command
+    assert executable == sys.executable
+    return _start({"program": program, "num_followers": 0, "network": None}, 2)
+
+
+POPEN = SimpleNamespace(  # in the place of the module `subprocess`
+    Popen=start_python, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
+)
+
+
+def _start(wish: dict[str, object], stdout: int) -> Process:
+    read, write = os.pipe()
+    try:
+        pid = _server().fork(json.dumps({**wish, "environment": dict(os.environ)}).encode(), (read, stdout, 2))
+    finally:
+        os.close(read)
+    return Process(pid, os.fdopen(write, "wb"))
 
 
 class _Server:
@@ -87,8 +109,8 @@ class _Server:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.preloaded", str(theirs.fileno())],
-            cwd=Path(__file__).parents[2],
+            [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())],
+            cwd=Path(__file__).parents[1],
             pass_fds=(theirs.fileno(),),
             env={**os.environ, "OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"},
         )
@@ -145,7 +167,7 @@ def serve(descriptor: int) -> None:
                     for each in (read, write):
                         os.close(each)
                     channel.close()
-                    _become_engine(json.loads(message), pipes.tolist())
+                    _become(json.loads(message), pipes.tolist())
                 os.write(write, str(pid).encode())
                 os._exit(0)
             for each in (*pipes, write):
@@ -155,7 +177,7 @@ def serve(descriptor: int) -> None:
             os.close(read)
 
 
-def _become_engine(wish: dict[str, Any], pipes: list[int]) -> None:
+def _become(wish: dict[str, Any], pipes: list[int]) -> None:
     for number, descriptor in enumerate(pipes):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -175,7 +197,7 @@ def _become_engine(wish: dict[str, Any], pipes: list[int]) -> None:
     tp.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
         Popen=start_follower, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
     )
-    _run("kvist.engine")
+    _run(*wish["program"])
 
 
 def _enter(network: str) -> None:
@@ -188,26 +210,34 @@ def _enter(network: str) -> None:
 
 def _fork_follower(others: Sequence[Process]) -> Process:
     read, write = os.pipe()
-    if pid := os.fork():
+    pid = os.fork()
+    if not pid:
+        for other in others:
+            other.stdin.close()
+        os.dup2(read, 0)
+        os.dup2(2, 1)
         os.close(read)
-        return Process(pid, os.fdopen(write, "wb", buffering=0))
-    for other in others:
-        other.stdin.close()
-    os.dup2(read, 0)
-    os.dup2(2, 1)
+        os.close(write)
+        _run("-m", "kvist.runner.follower")
     os.close(read)
-    os.close(write)
-    _run("kvist.runner.follower")
-    raise AssertionError("a follower ends by itself")
+    return Process(pid, os.fdopen(write, "wb", buffering=0))
 
 
-def _run(module: str) -> None:
-    """Run `python -m module` in this process, to its end."""
-    sys.argv = [module]
+def _run(kind: str, text: str) -> NoReturn:
+    """Run `python -m text` or `python -c text` in this process, to its end."""
+    sys.argv = [text]
+    status: object = 1
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    finally:  # the module exits by itself, unless it fails
-        os._exit(1)
+        if kind == "-m":
+            runpy.run_module(text, run_name="__main__", alter_sys=True)
+        else:
+            exec(text, {"__name__": "__main__"})
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 if __name__ == "__main__":
