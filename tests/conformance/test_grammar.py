@@ -21,6 +21,7 @@ from kvist.grammar.backends import GRAMMAR_BACKENDS
 from kvist.grammar.reasoning import ReasoningBackend
 from kvist.request import CONSTRAINT_KINDS, AfterReasoning, Constraint
 from kvist.testing.tokenizers import END, byte_tokenizer
+from tests.budget import budget
 
 TOKENS = byte_tokenizer(special_tokens=(END, "<call>"), merges=[("t", "r"), ("u", "e"), ("tr", "ue"), ("{", '"')])
 END_ID = TOKENS.special_tokens[END]
@@ -51,6 +52,7 @@ REASONING = AfterReasoning(
     max_tokens=12,
     then=Constraint(kind="regex", text="[x<][0-9]"),  # may begin like the reasoning
 )
+
 Example = tuple[str, str, list[str], list[str]]  # kind, text, texts in the language, texts that are not
 EXAMPLES: list[Example] = [
     ("json_schema", json.dumps(PERSON), ['{"name":"x","age":7,"tags":[]}'], ['{"name":"x","age":151,"tags":[]}', "{}"]),
@@ -123,7 +125,7 @@ def test_the_mask_has_exactly_the_tokens_that_are_accepted(backend: GrammarBacke
     kind, text, inside, _ = example
     grammar = backend.compile(Constraint(kind=kind, text=text))
     tokens = [*ids(inside[0]), END_ID]
-    for place in range(len(tokens)):
+    for place in sorted({*range(0, len(tokens), max(1, len(tokens) // budget(10, long=1000))), len(tokens) - 1}):
         matcher = grammar.matcher()
         assert matcher.accept(tokens[:place])
         accepted = set()
@@ -148,7 +150,7 @@ def test_after_the_end_only_end_tokens_follow(backend: GrammarBackend, example: 
 
 
 @BY_KIND
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=budget(5, long=200))
 @given(data=st.data())
 def test_a_replayed_matcher_has_the_same_mask(backend: GrammarBackend, example: Example, data: st.DataObject) -> None:
     kind, text, *_ = example

@@ -22,6 +22,7 @@ from kvist.kv.keys import page_digests
 from kvist.store import STORES
 from kvist.store.backend import PageStore, StoreContext, StoreOptions
 from kvist.testing.memory_store import MEMORY_STORE
+from tests.budget import budget
 
 PAGE_BYTES = 1000  # not a multiple of anything
 KEYS = page_digests(range(64), 1, "conformance")
@@ -239,7 +240,7 @@ def test_threads_share_a_store(place: Place) -> None:
 ranges = st.tuples(st.integers(0, 12), st.integers(0, 6)).map(lambda pair: KEYS[pair[0] : pair[0] + pair[1]])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=budget(15, long=300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.tuples(st.sampled_from(["put", "get", "reopen"]), ranges), max_size=25))
 def test_pages_are_right_and_the_cap_holds_under_any_order_of_calls(
     kind: str, steps: list[tuple[str, list[bytes]]]

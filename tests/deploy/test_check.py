@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import pytest
 import yaml
 
-from kvist.deploy.check import Finding, check_manifest
+from kvist.deploy.check import Finding, check_documents, check_manifest
 from kvist.deploy.compose_reader import compose_megabytes
 from kvist.deploy.kubernetes_reader import megabytes, merged
-from kvist.deploy.manifest import MAX_BYTES, read_manifest
+from kvist.deploy.manifest import MAX_BYTES, manifest_of, read_manifest
 from kvist.deploy.render import documents_of
 from kvist.errors import ConfigError
 from kvist.verbs import option_values
@@ -21,6 +21,17 @@ from tests.deploy.test_render import SHAPES, deployment
 
 Json = dict[str, Any]
 CLUSTER = [one for one in documents_of(deployment(**SHAPES["pool"])) if one["kind"] == "RoleBasedGroup"]
+(PROJECT,) = documents_of(deployment(format="compose", **SHAPES["pool"]))
+
+
+@cache
+def _option_values(verb: str, argv: tuple[str, ...], environ: frozenset[tuple[str, str]]) -> Mapping[str, object]:
+    return option_values(verb, argv, dict(environ))
+
+
+def read_options(verb: str, argv: Sequence[str], environ: Mapping[str, str]) -> Mapping[str, object]:
+    """Return the options of a container: a test changes one of many containers."""
+    return _option_values(verb, tuple(argv), frozenset(environ.items()))
 
 
 def findings(change: Callable[[Json], object], documents: list[Any] = CLUSTER) -> list[str]:
@@ -31,7 +42,7 @@ def check(change: Callable[[Json], object], documents: list[Any] = CLUSTER) -> l
     """Return the findings after a change of the group."""
     changed = copy.deepcopy(documents)
     change(next(one for one in changed if one["kind"] == "RoleBasedGroup"))
-    return check_manifest(yaml.safe_dump_all(changed), option_values)
+    return check_documents(manifest_of(changed), read_options)
 
 
 def role(group: Json, name: str) -> Json:
@@ -209,9 +220,9 @@ def test_a_finding_names_the_fault_the_field_and_the_remedy(name: str, words: st
 
 
 def of_project(change: Callable[[Json], object]) -> list[str]:
-    (project,) = documents_of(deployment(format="compose", **SHAPES["pool"]))
+    project = copy.deepcopy(PROJECT)
     change(project)
-    return [str(finding) for finding in check_manifest(yaml.safe_dump(project), option_values)]
+    return [str(finding) for finding in check_documents(manifest_of([project]), read_options)]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,15 @@ async def server(
         yield client
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_garbage() -> Iterator[None]:
+    """Unfreeze at the end what `loop_watch` freezes: in between, a collection need not look at all test modules."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 class LoopWatch:
     """The longest time for which the event loop could not run, due to this process itself: time in which other
     processes used the CPUs is not counted."""
@@ -125,7 +134,6 @@ async def loop_watch() -> AsyncIterator[LoopWatch]:
         await asyncio.sleep(0.005)
     finally:
         task.cancel()
-        gc.unfreeze()
 
 
 CLEAR_REFS = Path("/proc/self/clear_refs")

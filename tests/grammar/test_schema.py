@@ -14,6 +14,7 @@ from kvist.errors import InvalidConstraint
 from kvist.grammar.endless import find_endless
 from kvist.grammar.schema import MAX_DEPTH, find_fault, parse_json
 from kvist.grammar.schema_parts import path_text
+from tests.budget import budget
 
 BAD = "bad"
 
@@ -134,7 +135,7 @@ def test_the_search_for_endless_schemas_takes_time_in_proportion_to_their_size()
 texts = st.text('[]{}"\\', max_size=4)
 
 
-@settings(max_examples=50)
+@settings(max_examples=budget(30, long=1000))
 @given(st.recursive(st.none() | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=6))
 def test_json_below_the_limits_is_parsed(value: object) -> None:
     assert parse_json(json.dumps(value)) == value

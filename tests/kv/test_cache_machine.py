@@ -18,6 +18,7 @@ from kvist.kv.keys import page_digests
 from kvist.kv.lease import PageLease
 from kvist.kv.pages import PageState
 from kvist.testing.page_events import ReplayedPages, listed_digests, listed_pages, short
+from tests.budget import budget
 
 NUM_PAGES = 10
 PAGE_SIZE = 2
@@ -182,5 +183,5 @@ class CacheMachine(RuleBasedStateMachine):
         assert listed_digests(self.cache.list_pages) == set()
 
 
-CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=budget(50, long=2000), stateful_step_count=50)
 TestCache = CacheMachine.TestCase

@@ -15,6 +15,7 @@ from kvist.kv.lease import PageLease
 from kvist.kv.tiers.host import HostTier
 from kvist.plan.tiers import BackUpPages, LoadPages, PagesBackedUp, PagesLoaded
 from kvist.testing.page_events import listed_digests, short
+from tests.budget import budget
 
 PAGE_SIZE = 2
 NUM_PAGES = 9
@@ -69,7 +70,7 @@ def run_job(cache: PageCache, lease: PageLease, tokens: list[int], *, copies_wor
     return num_hit
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=budget(30, long=500))
 @given(
     seed=st.integers(0, 2**32),
     num_host_pages=st.sampled_from([0, 4, 12]),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvist.kv.pages import TRANSITIONS, PageLedger, PageState
+from tests.budget import budget
 
 NUM_PAGES = 6
 
@@ -61,7 +62,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert sum(self.ledger.count(state) for state in PageState) == self.ledger.num_pages
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=budget(30, long=1000), stateful_step_count=30)
 TestLedger = LedgerMachine.TestCase
 
 

@@ -11,6 +11,7 @@ from kvist.kv.tiers.host import HostTier
 from kvist.kv.tiers.prefetch import TRANSITIONS, Prefetch, PrefetchConfig, PrefetchState, PrefetchTrigger
 from kvist.kv.tiers.storage import StorageTier
 from kvist.plan.tiers import CancelFetch, FetchPages, FindPages, PagesFetched, PagesFound, StorageAttached, StorePages
+from tests.budget import budget
 
 NUM_HOST_PAGES = 8
 REACHABLE = {(state, next_state) for state, row in TRANSITIONS.items() for next_state in row.values()}
@@ -140,5 +141,5 @@ class PrefetchMachine(RuleBasedStateMachine):
         assert self.storage.num_reserved == num_fetching + num_kept <= NUM_HOST_PAGES // 2
 
 
-PrefetchMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PrefetchMachine.TestCase.settings = settings(max_examples=budget(50, long=1000), stateful_step_count=40)
 TestPrefetches = PrefetchMachine.TestCase

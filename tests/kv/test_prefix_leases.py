@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvist.kv import prefix_leases as module
 from kvist.kv.cache import PageCache
 from kvist.kv.prefix_leases import PrefixLeases
+from tests.budget import budget
 
 NUM_PAGES, PAGE_SIZE = 16, 2
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=13)
@@ -107,7 +108,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestLedger.settings = settings(max_examples=budget(40, long=1000), stateful_step_count=30)
 
 
 def test_the_number_of_leases_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:

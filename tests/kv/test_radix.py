@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvist.kv.keys import chain_digest, root_digest
 from kvist.kv.radix import Pin, RadixTree
 from kvist.testing.page_events import ReplayedPages, short
+from tests.budget import budget
 
 Prefix = tuple[str, ...]  # a cache salt, then one letter a page
 
@@ -155,7 +156,7 @@ class RadixMachine(RuleBasedStateMachine):
         assert set(self.tree._roots) == in_use
 
 
-RadixMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+RadixMachine.TestCase.settings = settings(max_examples=budget(40, long=1000), stateful_step_count=40)
 TestRadix = RadixMachine.TestCase
 
 

@@ -26,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.testing.stepped_store import BEHAVIOURS, FaultyStore
+from tests.budget import budget
 from tests.kv.byte_engine import PAGE_BYTES, ByteEngine, Request, RightPages
 
 NUM_PAGES = 8
@@ -374,5 +375,5 @@ def flip(path: Path, at: int) -> None:
         path.write_bytes(content)
 
 
-TiersInBytes.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TiersInBytes.TestCase.settings = settings(max_examples=budget(20, long=1000), stateful_step_count=50)
 TestTiersInBytes = pytest.mark.timeout(600)(TiersInBytes.TestCase)  # long, for Hypothesis to shrink a failure

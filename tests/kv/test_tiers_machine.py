@@ -37,6 +37,7 @@ from kvist.plan.tiers import (
     StorePages,
 )
 from kvist.testing.page_events import ReplayedPages, listed_pages
+from tests.budget import budget
 
 NUM_PAGES = 8
 PAGE_SIZE = 2
@@ -447,5 +448,5 @@ class TiersMachine(RuleBasedStateMachine):
         assert host.free == host.total
 
 
-TiersMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TiersMachine.TestCase.settings = settings(max_examples=budget(60, long=3000), stateful_step_count=50)
 TestTiers = TiersMachine.TestCase

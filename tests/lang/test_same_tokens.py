@@ -15,6 +15,7 @@ from kvist.execution.fake_server import FAKE_PAIR, FakeServer
 from kvist.planning.fleet import Native, Role, Worker
 from kvist.planning.prompt import Prompt
 from kvist.testing.rounds import check_time, in_rounds
+from tests.budget import budget
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _run(server: FakeServer, programs: list[list[Step]], *, plan: bool, seed: in
         endpoint.close()
 
 
-@settings(max_examples=40)
+@settings(max_examples=budget(20, long=500))
 @given(st.lists(_STEPS, min_size=1, max_size=3), st.integers(0, 2**31), st.sets(st.sampled_from(Native)))
 def test_random_programs_give_the_same_texts_with_and_without_a_plan(
     programs: list[list[Step]], seed: int, native: set[Native]
@@ -110,7 +111,7 @@ class _Flaky:
         return Overloaded("too many requests", retry_after_s=0.001) if self._count % 3 == 0 else None
 
 
-@settings(max_examples=10)
+@settings(max_examples=budget(6, long=100))
 @given(st.lists(_STEPS, min_size=1, max_size=2), st.integers(0, 2**31))
 def test_refused_requests_are_sent_again_and_give_the_same_texts(programs: list[list[Step]], seed: int) -> None:
     flaky = _run(FakeServer(failures=_Flaky()), programs, plan=True, seed=seed)

@@ -22,6 +22,7 @@ from kvist.plan.plan import SeenInStore
 from kvist.request import Role, WorkerId
 from kvist.simulation.lossy_wires import LossyWires
 from kvist.testing.page_events import joined, short, tier_changes
+from tests.budget import budget
 
 WORKER = WorkerId("w")
 NUM_PAGES = 12  # of each tier
@@ -184,7 +185,9 @@ class FeedMachine(RuleBasedStateMachine):
 
 
 def test_the_gateway_knows_the_engines_pages_within_5_s_after_any_loss() -> None:
-    run_state_machine_as_test(FeedMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(
+        FeedMachine, settings=settings(max_examples=budget(50, long=1000), stateful_step_count=40)
+    )
 
 
 def test_a_new_feed_lists_all_pages_a_few_pieces_at_a_time() -> None:

@@ -16,6 +16,7 @@ from kvist.router.balance import BalancedWorker, BalanceRules, BalanceState, Shi
 from kvist.router.balancer import Balancer
 from kvist.testing.router_bench import RouterBench, settle
 from kvist.testing.specs import make_load
+from tests.budget import budget
 from tests.router.balance_sim import (
     DECODE_TOKENS_PER_S,
     PLACES,
@@ -79,7 +80,7 @@ def as_workers(fleet: list[tuple[Role, int, int, float]]) -> list[BalancedWorker
 
 
 @given(fleets=st.lists(st.tuples(WORKERS, st.floats(0, 10)), max_size=20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=budget(40, long=1000))
 def test_each_role_keeps_a_worker_and_unified_workers_are_left_alone(
     fleets: list[tuple[list[tuple[Role, int, int, float]], float]],
 ) -> None:

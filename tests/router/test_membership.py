@@ -22,6 +22,7 @@ from kvist.router.membership import (
     Outcome,
     Source,
 )
+from tests.budget import budget
 
 A, B, C = (f"http://{name}:1" for name in "abc")
 FILE, DNS = Source("file:/workers"), Source("dns:workers:30000")
@@ -216,4 +217,4 @@ class MembershipMachine(RuleBasedStateMachine):
 
 
 TestMembership = MembershipMachine.TestCase
-TestMembership.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestMembership.settings = settings(max_examples=budget(60, long=2000), stateful_step_count=30)

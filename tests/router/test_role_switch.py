@@ -11,6 +11,7 @@ from kvist.request import Mode, Role
 from kvist.router.config import RouterConfig
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.testing.specs import make_load, make_spec
+from tests.budget import budget
 from tests.router.stream_sim import Reader, SimFleet
 
 WORKERS = {"a": Role.PREFILL, "b": Role.DECODE, "c": Role.UNIFIED}
@@ -27,7 +28,7 @@ STEPS = st.lists(
 
 @pytest.mark.parametrize("is_old", [False, True])
 @given(steps=STEPS, policy=st.sampled_from(["cache_aware", "cost", "round_robin"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=budget(30, long=1000))
 def test_switches_at_any_time_disturb_no_stream(is_old: bool, steps: list[tuple[str, str, Role]], policy: str) -> None:
     """`is_old`: the gateway knows nothing of switches, and goes on by the roles that the workers were started with."""
     fleet = SimFleet(policy=policy)

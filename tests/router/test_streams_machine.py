@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvist.errors import KvistError
 from kvist.request import Role
+from tests.budget import budget
 from tests.router.stream_sim import Reader, SimFleet
 
 NAMES = {"u": Role.UNIFIED, "p1": Role.PREFILL, "p2": Role.PREFILL, "d1": Role.DECODE, "d2": Role.DECODE}
@@ -112,7 +113,7 @@ class FleetMachine(RuleBasedStateMachine):
 
 TestFleetMachine = FleetMachine.TestCase
 TestFleetMachine.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=budget(20, long=1000), stateful_step_count=40, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -124,7 +125,7 @@ KILLS = st.lists(
 
 @pytest.mark.parametrize("survivor", ["u", "p1", "d1"])
 @given(data=st.data(), policy=st.sampled_from(POLICIES), kills=KILLS)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=budget(15, long=500), suppress_health_check=list(HealthCheck))
 def test_random_kills_leave_every_stream_equal_to_its_twin(
     survivor: str, data: st.DataObject, policy: str, kills: list[tuple[str, str, int]]
 ) -> None:

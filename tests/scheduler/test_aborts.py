@@ -13,6 +13,7 @@ from kvist.scheduler.active import RequestState
 from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.engine import SimEngine, small_config
 from kvist.simulation.store import SimStore
+from tests.budget import budget
 
 WITHIN_S, ROUND_S = 0.1, 0.005  # a round: every message arrives, each engine ends a step and begins another
 NUM_PAIRS, NUM_WHOLE, AT_DECODE = 7, 3, (0, 1)
@@ -93,7 +94,7 @@ def test_an_abort_at_any_moment_releases_everything_at_every_side_within_100_ms(
     first_of = {each: moment for moment, states in reversed([*enumerate(states_at)]) for each in states}
     assert {state for _, state in first_of} == set(RequestState) - {RequestState.ENDED}, "a state that is not tested"
     assert {mode for mode, _ in first_of} == set(Mode)
-    for moment in sorted({*first_of.values(), *range(0, len(states_at), 10)}):
+    for moment in sorted({*first_of.values(), *range(0, len(states_at), budget(30, long=1))}):
         busy = Busy()
         for number, _ in enumerate(busy.moments()):
             if number == moment:

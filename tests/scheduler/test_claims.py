@@ -12,6 +12,7 @@ from kvist.request import FCFS, PRIORITY, EngineRequest, RequestId
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.engine import SimEngine, small_config
+from tests.budget import budget
 
 LEAST_PROGRESS = 16
 
@@ -164,7 +165,7 @@ def run(requests: list[tuple[int, str, int, int, int]], keys: list[str] | None =
     return engine
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=budget(20, long=400))
 @given(
     requests=REQUESTS,
     num_places=st.integers(1, 5),
@@ -185,7 +186,7 @@ def test_every_request_ends_and_claims_are_bounded_by_the_sampled_tokens(
     assert num_claims(engine) <= sum(1 + num_answer // LEAST_PROGRESS for _, _, _, num_answer, _ in requests)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=budget(10, long=200))
 @given(requests=REQUESTS, num_places=st.integers(1, 5), overlap=st.booleans())
 def test_requests_of_one_key_take_no_place_from_each_other(
     requests: list[tuple[int, str, int, int, int]], num_places: int, overlap: bool

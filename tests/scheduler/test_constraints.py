@@ -15,6 +15,7 @@ from kvist.scheduler.active import RequestState
 from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.device import forbidden_tokens, reference_stream
 from kvist.simulation.engine import SimEngine, small_config
+from tests.budget import budget
 
 CONSTRAINT = Constraint(kind="regex", text="a")
 
@@ -147,7 +148,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=budget(25, long=500))
 @given(requests, st.booleans(), st.integers(8, 14))
 def test_unified_pair_preempted_and_resumed_engines_give_equal_constrained_tokens(
     drawn: list[tuple[list[int], int, int]], overlap: bool, num_pages: int

@@ -13,8 +13,12 @@ from kvist.scheduler.handoff.tables import SOURCE_TRANSITIONS, TARGET_TRANSITION
 from kvist.scheduler.handoff.target import TargetSide
 from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.engine import small_config
+from tests.budget import budget
 
 Trigger = SourceTrigger | TargetTrigger
+
+
+FIRST_SEEDS = (107, 2, 125, 32, 508)  # take every transition; another version of the code may need further seeds
 
 
 def one_run(seed: int) -> SimCluster:
@@ -98,19 +102,16 @@ def test_clusters_keep_their_promises_under_random_faults_and_take_every_transit
             return _original(self, handoff, trigger, *args)
 
         monkeypatch.setattr(side, "_fire", fire)
-    for seed in (
-        *range(320),
-        508,
-        716,
-        809,
-    ):  # the last three seeds have the rarest transition: WritesFailed after StopWrites
-        one_run(seed)
     moves: set[tuple[object, Trigger]] = {(state, t) for state, row in SOURCE_TRANSITIONS.items() for t in row}
     moves |= {(state, t) for state, row in TARGET_TRANSITIONS.items() for t in row}
-    untried = {
-        move for move in moves - tried if move[1] is not SourceTrigger.BAD_GRANT
-    }  # all engines here have one layout
-    assert not untried
+    # all engines here have one layout
+    moves = {move for move in moves if move[1] is not SourceTrigger.BAD_GRANT}
+    num_seeds = budget(40, long=3000)
+    for number, seed in enumerate((*FIRST_SEEDS, *range(max(1000, num_seeds)))):
+        if number >= num_seeds and moves <= tried:
+            break
+        one_run(seed)
+    assert moves - tried == set()
     assert TargetTrigger.MISMATCH in {trigger for _, trigger in tried}
 
 

@@ -11,6 +11,7 @@ from kvist.kv.tiers.write_policy import WRITE_POLICIES
 from kvist.request import FCFS, PRIORITY, Constraint, Role
 from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.engine import SimEngine, small_config
+from tests.budget import budget
 
 PREFILLS = ("p0", "p1")
 DECODES = ("d0", "d1")
@@ -233,6 +234,6 @@ def test_handoffs_keep_their_promises_over_a_lossy_wire() -> None:
     run_state_machine_as_test(
         Cluster,
         settings=settings(
-            max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=budget(30, long=2000), stateful_step_count=50, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -23,6 +23,7 @@ from kvist.simulation.cluster import SimCluster, sim_request
 from kvist.simulation.engine import small_config
 from kvist.simulation.store import SimStore
 from kvist.wire import FlushCache
+from tests.budget import budget
 
 TOKENS = st.integers(0, 3)  # few different tokens: many shared prefixes
 ONE_OF_FEW = st.builds(lambda token_id, length: [token_id] * length, st.integers(0, 2), st.integers(5, 20))
@@ -260,6 +261,6 @@ def test_one_engine_keeps_its_promises_in_any_order_of_events() -> None:
     run_state_machine_as_test(
         OneEngine,
         settings=settings(
-            max_examples=220, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=budget(60, long=3000), stateful_step_count=40, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.text import IncrementalDetokenizer, Tokenizer
+from tests.budget import budget
 
 
 def pieces_of(draw_cuts: list[int], ids: list[int]) -> list[list[int]]:
@@ -21,7 +22,7 @@ def test_joined_pieces_equal_the_text_for_every_split(byte_tokenizer: Tokenizer,
     assert "".join(shown) + detokenizer.flush() == text
 
 
-@settings(max_examples=300)
+@settings(max_examples=budget(100, long=3000))
 @given(seed=st.lists(st.integers(0, 10_000), max_size=25), cuts=st.lists(st.integers(0, 200), max_size=20))
 def test_joined_pieces_of_arbitrary_tokens_equal_the_one_shot_decode(
     byte_tokenizer: Tokenizer, seed: list[int], cuts: list[int]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from kvist.text.gguf_pre_tokenizers import RULES
+from tests.budget import budget
 
 ALL = sorted(RULES)
 
@@ -52,7 +53,7 @@ def test_texts_are_split_as_by_the_published_rules(name: str, text: str, expecte
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=25)
+@settings(max_examples=budget(15, long=500))
 @given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=40) | st.text(alphabet="aB 1\n'.,世é", max_size=40))
 def test_the_pieces_contain_the_whole_text(name: str, text: str) -> None:
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -61,7 +62,7 @@ def test_the_pieces_contain_the_whole_text(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "mpt", "olmo", "jais", "phi-2"])
-@settings(max_examples=25)
+@settings(max_examples=budget(15, long=500))
 @given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=40) | st.text(alphabet="aB 1\n'sé", max_size=40))
 def test_gpt2s_pattern_equals_the_librarys_own(name: str, text: str) -> None:
     theirs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -69,7 +70,7 @@ def test_gpt2s_pattern_equals_the_librarys_own(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["smollm", "starcoder", "refact", "command-r"])
-@settings(max_examples=25)
+@settings(max_examples=budget(15, long=500))
 @given(text=st.text(alphabet="aB 12½٣\n'sé.", max_size=40))
 def test_single_digits_equal_the_librarys_digits(name: str, text: str) -> None:
     theirs = pre_tokenizers.Sequence(
@@ -85,7 +86,7 @@ GPT_4O = (  # as published by OpenAI
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=budget(15, long=500))
 @given(text=st.text(alphabet="aBc 12\n'sé./世\u0301", max_size=40))
 def test_gpt_4os_pattern_equals_the_published_one(text: str) -> None:
     theirs = pre_tokenizers.Split(Regex(GPT_4O), "isolated")

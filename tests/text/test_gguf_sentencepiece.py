@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvist.checkpoint import Checkpoint, CheckpointKind
 from kvist.errors import ModelLoadError
 from kvist.text import Tokenizer, load_tokenizer
+from tests.budget import budget
 
 PIECES = ["▁", "a", "b", "c", "d", "é", "ab", "bc", "cd", "abc", "bcd", "▁a", "▁ab", "▁abc", "▁▁", "▁c", "abcd", "▁▁a"]
 SCORES = [-100.0, -90.0, -91.0, -92.0, -93.0, -94.0, -3.0, -1.0, -2.0, -7.0, -5.0, -6.0, -4.0, -9.0, -8.0, -11.0, -10.0]
@@ -59,7 +60,7 @@ def merged(text: str) -> list[int]:
     return [token_id for each in ids for token_id in each]
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=budget(60, long=2000), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet="abcdé xΩ", min_size=1, max_size=14))
 def test_merges_equal_those_of_sentencepiece(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)

@@ -13,6 +13,7 @@ from tokenizers import processors
 from kvist.text import PromptEncoder, remembered
 from kvist.text.remembered import PIECE_CHARS
 from kvist.text.tokenizer import Alphabet, Tokenizer
+from tests.budget import budget
 from tests.text.test_bounded import SEPARATORS, WORDS, Counting, byte_backend, counting, made_up, smollm2
 
 __all__ = ["smollm2"]  # a fixture
@@ -26,7 +27,7 @@ def say(words: list[str], seed: int, num_words: int) -> str:
     return "".join(draw.choice(words) + draw.choice(SEPARATORS) for _ in range(num_words))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=budget(30, long=1000))
 @given(
     turns=st.lists(st.tuples(TURN_WORDS, st.integers(0, 9), st.integers(1, 3000)), min_size=1, max_size=6),
     add_special_tokens=st.booleans(),

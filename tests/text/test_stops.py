@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvist.text import StopMatcher, special_token_marks
+from tests.budget import budget
 
 ALPHABET = st.text(alphabet="ab\n", max_size=25)
 STOPS = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3)
@@ -21,7 +22,7 @@ def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-@settings(max_examples=500)
+@settings(max_examples=budget(100, long=5000))
 @given(pieces=st.lists(ALPHABET, max_size=6), stops=STOPS)
 def test_the_cut_equals_that_of_a_naive_reader_for_every_split(pieces: list[str], stops: list[str]) -> None:
     matcher = StopMatcher(stops)
@@ -56,7 +57,7 @@ def test_a_stop_string_across_pieces_is_found() -> None:
     assert matcher.push("more") == ""
 
 
-@settings(max_examples=500)
+@settings(max_examples=budget(100, long=5000))
 @given(exempt=st.lists(ALPHABET, max_size=4), pieces=st.lists(ALPHABET, max_size=4), stops=STOPS)
 def test_a_stop_string_that_ends_in_exempt_text_does_not_count(
     exempt: list[str], pieces: list[str], stops: list[str]

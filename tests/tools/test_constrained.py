@@ -22,6 +22,7 @@ from kvist.tools import answer_parser
 from kvist.tools.constrained import CallableTool, calls_tag
 from kvist.tools.selection import FORMATS, AnswerFormats
 from kvist.tools.tables import MISTRAL_V11, ToolFormat
+from tests.budget import budget
 from tests.tools.cases import Answer
 from tests.tools.test_response_template import OWN_FORMATS
 from tests.tools.writing import write
@@ -46,6 +47,7 @@ strings = st.one_of(
     st.just({"type": ["string", "null"]}),
     st.just({"anyOf": [{"type": "string", "maxLength": 4}, {"type": "null"}]}),
 )
+
 others = st.sampled_from(
     [
         {"type": "integer"},
@@ -129,7 +131,7 @@ each_format = pytest.mark.parametrize(
 
 
 @each_format
-@settings(max_examples=6)
+@settings(max_examples=budget(4, long=100))
 @given(tools=tool_sets, parallel=st.booleans(), seed=st.integers(0, 1 << 30))
 def test_a_required_call_is_always_a_valid_call(
     form: ToolFormat, tools: dict[str, Any], parallel: bool, seed: int
@@ -146,7 +148,7 @@ def test_a_required_call_is_always_a_valid_call(
 
 
 @each_format
-@settings(max_examples=6)
+@settings(max_examples=budget(4, long=100))
 @given(tools=tool_sets, parallel=st.booleans(), seed=st.integers(0, 1 << 30))
 def test_a_call_that_the_model_decides_to_write_is_a_valid_call(
     form: ToolFormat, tools: dict[str, Any], parallel: bool, seed: int

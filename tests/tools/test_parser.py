@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvist.tools import TOOL_PARSERS, AnswerParser, ContentPiece, find_formats
 from kvist.tools.cursor import HELD_CHARS
 from kvist.tools.selection import FORMATS as TOOL_FORMATS
+from tests.budget import budget
 from tests.tools.cases import FOLDER, all_cases, make_parser, parse
 
 CASES = all_cases()
@@ -72,7 +73,7 @@ def test_one_cut_anywhere_and_single_characters_change_nothing(name: str, case: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150)
+@settings(max_examples=budget(40, long=2000))
 @given(text=texts, seed=st.integers(0, 1 << 30))
 def test_cuts_change_nothing_in_any_text(name: str, text: str, seed: int) -> None:
     whole = parse(name, text)
@@ -85,7 +86,7 @@ def test_cuts_change_nothing_in_any_text(name: str, text: str, seed: int) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "openai"])  # headers of messages are not content
-@settings(max_examples=150)
+@settings(max_examples=budget(40, long=2000))
 @given(text=texts)
 def test_text_without_calls_is_content_without_loss(name: str, text: str) -> None:
     parser = AnswerParser(TOOL_PARSERS[name], None)
@@ -125,8 +126,8 @@ def test_withheld_text_is_bounded(name: str) -> None:
             for filler in ("x", " ", "[", '"', "\\", "f(", '{"a":', opening.text):
                 parser = make_parser(name)
                 text = opening.text + call.begin * (not opening.part_of_call) + filler * (4 * HELD_CHARS // len(filler))
-                for start in range(0, len(text), 1000):
-                    parser.push(text[start : start + 1000])
+                for start in range(0, len(text), HELD_CHARS // 8):
+                    parser.push(text[start : start + HELD_CHARS // 8])
                     assert len(parser._cursor.text) <= 3 * HELD_CHARS
                 parser.finish()
 
@@ -150,7 +151,7 @@ def test_work_is_linear_in_hostile_text(name: str) -> None:
 
     opening = TOOL_PARSERS[name].openings[0].text
     for unit in (opening, opening + '{"name": "now", "x": "', " \n", "<", "[{("):
-        short, long = (unit * (num_chars // len(unit)) for num_chars in (1 << 13, 1 << 16))
+        short, long = (unit * (num_chars // len(unit)) for num_chars in (1 << 12, 1 << 15))
         assert num_calls(long) < 12 * num_calls(short) + 1000
 
 

@@ -86,7 +86,11 @@ class _Running:
 
 def check_manifest(text: str, read_options: ReadOptions) -> list[Finding]:
     """Return what is wrong with the manifest, in its order. Raises `ConfigError` for text that is not a manifest."""
-    manifest = read_manifest(text)
+    return check_documents(read_manifest(text), read_options)
+
+
+def check_documents(manifest: Manifest, read_options: ReadOptions) -> list[Finding]:
+    """Return what is wrong with the manifest, in its order."""
     findings = list(_schema_findings(manifest))
     running = []
     arguments = _OF_COMPOSE["args"] if manifest.is_compose else "args"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def read_manifest(text: str) -> Manifest:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"the manifest is not YAML: {' '.join(str(error).split())}") from error
     _check_size(loaded)
+    return manifest_of(loaded)
+
+
+def manifest_of(loaded: Sequence[Json]) -> Manifest:
+    """Return the manifest of documents. Raises `ConfigError` for those that are no objects, which YAML may hold."""
     if not loaded or not all(isinstance(document, dict) for document in loaded):
         raise ConfigError("the manifest has no objects: each document needs an `apiVersion` and a `kind`")
     if len(loaded) == 1 and "services" in loaded[0] and "kind" not in loaded[0]:
@@ -53,7 +59,7 @@ def read_manifest(text: str) -> Manifest:
     )
 
 
-def _check_size(documents: list[object]) -> None:
+def _check_size(documents: Sequence[object]) -> None:
     """Raise `ConfigError` for documents with too many values, or that contain themselves."""
     pending: list[tuple[object, int]] = [(documents, 0)]
     number = 0
