@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -51,10 +53,26 @@ REQUESTS: dict[str, dict[str, Any]] = {
 def complete(url: str, fields: dict[str, Any]) -> dict[str, Any]:
     body = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "kvist": {"report": True}, **fields}
     path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    began_s = time.monotonic()
     answer = httpx.post(url + path, json=body if "messages" in fields else {"prompt": PROMPT, **body}, timeout=120)
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
+    found["kvist"]["client_s"] = time.monotonic() - began_s
     return found
+
+
+def check_times(url: str, answer: dict[str, Any]) -> None:
+    """The flight recorder's stages follow one another, and sum to the end-to-end time within 1% or 1 ms."""
+    record = httpx.get(f"{url}/requests/{answer['id']}", timeout=60).json()
+    stages, duration_s = record["stages"], record["duration_s"]
+    assert abs(sum(stage["duration_s"] for stage in stages) - duration_s) <= max(0.001, 0.01 * duration_s), record
+    for before, after in pairwise(stages):
+        assert abs(before["start_s"] + before["duration_s"] - after["start_s"]) <= 0.001, record
+    assert record["ttft_s"] < duration_s <= answer["kvist"]["client_s"] + 0.001
+    if answer["kvist"]["failovers"] and record["answers"] == 1:
+        pause = next(stage for stage in stages if stage["name"] == "failover")
+        assert pause["where"] == "gateway"
+        assert "worker" in pause["detail"], "the failure is named"
 
 
 def stream(url: str) -> list[str]:
@@ -118,6 +136,7 @@ def test_streams_of_a_killed_worker_go_on_with_the_same_answers(
     assert text_of(lines.result()) == twins["greedy"]["choices"][0]["text"]
     for key, twin in twins.items():
         assert comparable(twin) == comparable(found[key]), key
+        check_times(settled.router, found[key])
     settled.wait_ready()
     check_time(is_early, "an answer ended before its worker was killed")
     assert settled.metric("kvist:failovers_total") > failovers
@@ -136,4 +155,5 @@ def test_prefill_killed_while_it_computes_a_prompt_costs_a_pause(settled: Cluste
         kill(settled, "prefill-0", "engine")
         found = answer.result()
     assert comparable(twin) == comparable(found)
+    check_times(settled.router, found)
     settled.wait_ready()
