@@ -42,11 +42,19 @@ FILES_WITH_OWN_PROCESSES = tuple(  # none of their tests uses the fixture `clust
     f"tests/e2e/test_{name}.py"
     for name in ("chaos", "deploy_run", "faults", "lifetimes", "membership", "overload", "upgrade")
 )
+WITH_TRANSFORMERS = "tests that compare with transformers"  # they share its import and its model of a session
+FILES_WITH_TRANSFORMERS = (
+    "tests/models/test_equals_transformers.py",
+    "tests/models/test_smollm2.py",
+    "tests/runner/test_smollm2.py",
+    "tests/text/test_loading.py",
+)
 SLOWEST = (  # of what pytest-xdist's workers get, the slowest first: at the end, no worker waits long for the other
     SHARED_CLUSTER,
     OWN_PROCESSES,
     "tests/engine/test_processes.py",
     "tests/engine/test_engines.py",
+    WITH_TRANSFORMERS,
     "tests/nodes/test_pool.py",
     "tests/adding/test_walks.py",
     "tests/engine/test_two_hosts.py",
@@ -67,6 +75,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(FILES_WITH_OWN_PROCESSES):
                 return OWN_PROCESSES
+            if nodeid.startswith(FILES_WITH_TRANSFORMERS):
+                return WITH_TRANSFORMERS
             return SHARED_CLUSTER if nodeid.startswith("tests/e2e/") else super()._split_scope(nodeid)
 
         def _assign_work_unit(self, node: Any) -> None:

@@ -33,7 +33,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(command: list[str], scripts: Path) -> list[str]:
-    done = subprocess.run(command, cwd=scripts / "here", capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, cwd=scripts / "here", capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split("\n")[:-1]
 

@@ -59,7 +59,7 @@ def test_help_into_a_pipe_that_closes_early_leaves_no_traceback() -> None:
     child.stdout.close()
     child.stdin.close()
     assert child.stderr.read() == b""
-    assert child.wait(30) == 0
+    assert child.wait(120) == 0
 
 
 def test_kvist_without_a_command_shows_the_commands_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -488,4 +488,4 @@ def test_catastrophic_constraints_cost_a_bounded_time(default: GrammarBackend, n
             assert matcher.accept(choices[-1:])
     except InvalidConstraint:
         pass  # refused, or given up, within the time
-    assert time.process_time() - start_s < 5.0
+    assert time.process_time() - start_s < 20

@@ -277,7 +277,7 @@ class GpuPeer:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)
 
     def verify(self, job: VerifyPages) -> None:
         checksum = json.loads(self.ask(do="verify", page_ids=job.page_ids))

@@ -239,7 +239,7 @@ class ThreadedStep:
         self._error = error
 
     def wait(self) -> None:
-        assert self.ended.wait(30.0)
+        assert self.ended.wait(60.0)
         if self._error is not None:
             raise self._error
 
@@ -253,8 +253,8 @@ def test_the_waiter_wakes_the_loop_once_for_each_step_in_order_also_for_failed_o
     second.ended.set()
     assert not woken.acquire(timeout=0.05), "steps end in the order of their launches"
     first.ended.set()
-    assert woken.acquire(timeout=30.0)
-    assert woken.acquire(timeout=30.0)
+    assert woken.acquire(timeout=60.0)
+    assert woken.acquire(timeout=60.0)
     waiter.close()
     assert not woken.acquire(blocking=False)
 

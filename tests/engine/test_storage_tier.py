@@ -382,7 +382,7 @@ def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
             closed.set()
 
     def open_slowly(_given: object, context: StoreContext) -> MemoryStore:
-        assert go.wait(20)
+        assert go.wait(60)
         return Slow(context)
 
     monkeypatch.setitem(stores, "memory", dataclasses.replace(MEMORY_STORE, make=open_slowly))
@@ -399,7 +399,7 @@ def test_a_store_that_hangs_while_opening_blocks_no_request_and_can_be_detached(
     refused = world.on_storage_command(engine, "attach", backend="memory")
     assert (refused.error_code, "2 detached stores still have hung calls" in refused.message) == ("conflict", True)
     go.set()
-    assert closed.wait(20)
+    assert closed.wait(60)
     assert world.storage_status(engine, "attach", backend="memory").state == "attached"
 
 

@@ -166,7 +166,7 @@ async def test_the_gateway_reserves_places_for_other_callers_and_tags_requests_b
 
 
 async def _until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not holds():
             await asyncio.sleep(0)
 

@@ -209,7 +209,7 @@ def attach(root: Path, path: str, *more_roots: str) -> wire.StorageAnswer:
     storage = StorageControl(mover, config, context, lambda store, *_: store, wakeup=lambda: None, clock=clock)
     wanted = wire.AttachStore(backend="file", options={"path": path, "size": 0.01})
     storage.on_command(b"gateway", wire.StorageCommand(call_id="1", action="attach", store=wanted))
-    give_up_s = time.monotonic() + 20
+    give_up_s = time.monotonic() + 60
     while not (answers := storage.answers()):
         assert time.monotonic() < give_up_s
         storage.poll()

@@ -262,7 +262,7 @@ def test_an_exception_in_a_program_cancels_its_requests_and_keeps_its_type(endpo
     start_s = time.monotonic()
     with pytest.raises(ValueError, match="a bug of the program"):
         broken.run(backend=endpoint_for(server))
-    assert time.monotonic() - start_s < 30
+    assert time.monotonic() - start_s < 60
     assert not server.leases
 
 

@@ -46,7 +46,7 @@ def test_the_known_part_of_the_next_turn_is_computed_while_a_tool_runs(endpoint_
 
     @kv.tool
     def slow() -> str:
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while not server.seen.prefilled and time.monotonic() < deadline_s:
             time.sleep(0.001)
         seen.append(len(server.seen.prefilled))

@@ -55,12 +55,12 @@ class Writer:
             self._device.bytes[page_id] = np.frombuffer(page_of(digest), dtype=np.uint8)
         names = ((digests[0], None), (digests[1], digests[0]))
         self._mover.start(BackUpPages(job_id=number, page_ids=(0, 1), host_slots=(first, first + 1), names=names))
-        self._done.acquire(timeout=10)
+        self._done.acquire(timeout=60)
         assert self._mover.poll() == [PagesBackedUp(job_id=number, ok=True)]
 
     def forget(self, *slots: int) -> None:
         self._mover.start(ForgetPages(job_id=0, host_slots=slots))
-        self._done.acquire(timeout=10)
+        self._done.acquire(timeout=60)
         assert self._mover.poll() == [PagesForgotten(job_id=0)]
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ def test_a_host_page_is_assembled_from_the_ranks_pieces_and_split_again_on_load(
     woken = threading.Event()
     mover = PageMover(ranks, host, wakeup=woken.set, clock=MonotonicClock())  # type: ignore[arg-type]
     mover.start(BackUpPages(job_id=1, page_ids=(1, 2, 3, 6), host_slots=(4, 5, 6, 0)))
-    assert woken.wait(20)
+    assert woken.wait(60)
     woken.clear()
     for page, slot in ((1, 4), (2, 5), (3, 6), (6, 0)):
         assert torch.equal(host.tensor[slot], heads[: max(offsets) + 1, page].flatten())
@@ -112,7 +112,7 @@ def test_a_host_page_is_assembled_from_the_ranks_pieces_and_split_again_on_load(
     if device.type == "cuda":
         torch.cuda.synchronize()
     mover.start(LoadPages(job_id=2, host_slots=(5, 6, 0), page_ids=(0, 1, 7)))
-    assert woken.wait(20)
+    assert woken.wait(60)
     assert [type(report) for report in mover.poll()] == [PagesBackedUp, PagesLoaded]
     for offset, tensor in zip(offsets, ranks.tensors, strict=True):
         assert torch.equal(tensor[[0, 1, 7]].cpu(), heads[offset, [2, 3, 6]])

@@ -364,7 +364,7 @@ def test_a_gpus_pool_in_shared_memory_is_pinned_copied_to_and_restored(tmp_path:
         done = threading.Event()
         mover = PageMover(device, host, wakeup=done.set, clock=MonotonicClock())
         mover.start(BackUpPages(job_id=1, page_ids=(1,), host_slots=(5,), names=((digest_of(7), None),)))
-        assert done.wait(20)
+        assert done.wait(60)
         mover.close()
         host.close()
         persistent.close()

@@ -199,4 +199,4 @@ def test_the_last_users_end_is_the_engines_end(peer: MooncakeEngine, memory: Byt
     engine.close()
     start_s = time.monotonic()
     assert not can_write(peer, engine, memory)
-    assert time.monotonic() - start_s < 20
+    assert time.monotonic() - start_s < 60

@@ -93,7 +93,7 @@ class Store:
 
 
 async def until_ended(store: Store) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not store.ends:
             await asyncio.sleep(0.01)
 
@@ -115,7 +115,7 @@ async def test_pages_in_memory_are_moved_in_batches_beside_the_masters_job() -> 
     keys = [f"k{index}" for index in range(10)]
     store = Store(FakeAdmin(in_memory=keys))
     emptying = store.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while emptying.progress()["num_moved"] != 10:
             await asyncio.sleep(0.01)
     assert store.moves == [keys[:4], keys[4:8], keys[8:]], "four pages are as large as a batch may be"

@@ -79,7 +79,7 @@ def test_a_step_without_its_choice_is_not_done_and_a_wait_for_it_goes_on(world: 
     assert not step.is_done()
     assert waiter.is_alive()
     step.finish_launch(world.outputs())
-    waiter.join(20.0)
+    waiter.join(60.0)
     assert not waiter.is_alive()
 
 

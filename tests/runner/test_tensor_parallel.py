@@ -234,7 +234,7 @@ def test_the_barrier_waits_for_every_rank_and_fails_when_one_has_ended(tmp_path:
     other = threading.Thread(target=Rendezvous(path, rank=1, size=2).barrier, args=("started",))
     other.start()
     mine.barrier("started")
-    other.join(timeout=10)
+    other.join(timeout=60)
     assert not other.is_alive()
     is_gone.set()
     with pytest.raises(EngineError, match="rank 1 is gone"):

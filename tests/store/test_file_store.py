@@ -446,9 +446,9 @@ def test_threads_waiting_for_the_lock_wait_five_seconds_in_total(
     with (tmp_path / "in-use.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         first.start()
-        first.join(20)  # the first thread has started the others
+        first.join(60)  # the first thread has started the others
         for thread in others:
-            thread.join(20)
+            thread.join(60)
     assert store.stats().errors == {"ETIMEDOUT": 3}
     assert sum(slept_s) == pytest.approx(5.0, abs=0.01)
 

@@ -153,7 +153,7 @@ def test_processes_read_pages_of_the_pool_into_the_host_pool(mooncake_pool: Moon
     store = MooncakeStore(options, context)
     assert put(store, KEYS[:3]) == 3
     by_process = read_by_processes(store, "mooncake", dataclasses.asdict(options), context, most=1)
-    give_up_s = time.monotonic() + 20
+    give_up_s = time.monotonic() + 60
     while not store.stats().num_hits < by_process.stats().num_hits:  # a process has read
         assert time.monotonic() < give_up_s
         pool[:] = 0
@@ -256,7 +256,7 @@ def test_close_during_calls_ends_them_and_later_calls_find_nothing(open_here: Op
         time.sleep(0.05)
         store.close()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
         assert failures == []
         assert (store.exists(KEYS[:2]), get(store, KEYS[:2]), put(store, KEYS[:2])) == (0, 0, 0)

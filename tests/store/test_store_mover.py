@@ -358,7 +358,7 @@ def test_a_detached_store_is_closed_when_its_last_call_has_returned(moving: Movi
 
 
 def test_a_closed_store_is_not_counted_as_detached_even_before_a_poll(moving: Moving) -> None:
-    assert moving.mover.detach().wait(20)
+    assert moving.mover.detach().wait(60)
     assert moving.mover.num_detached() == 0
 
 

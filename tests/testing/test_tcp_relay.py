@@ -32,7 +32,7 @@ def relay() -> Iterator[TcpRelay]:
 
 
 def connect(relay: TcpRelay) -> socket.socket:
-    return socket.create_connection(relay._listen, timeout=5)
+    return socket.create_connection(relay._listen, timeout=60)
 
 
 def test_bytes_pass_in_both_directions_and_late_with_a_delay(relay: TcpRelay) -> None:

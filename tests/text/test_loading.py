@@ -184,9 +184,9 @@ def test_smollm2_equals_transformers(smollm: Tokenizer) -> None:
 
 
 @pytest.mark.model
-def test_smollm2_loads_in_about_a_second() -> None:
+def test_smollm2_loads_in_seconds() -> None:
     import time
 
     start_s = time.process_time()
     load_tokenizer(find_checkpoint(None))
-    assert time.process_time() - start_s < 3.0  # 1 s on an idle machine
+    assert time.process_time() - start_s < 10  # 1 s on an idle machine

@@ -160,7 +160,7 @@ def collector() -> Iterator[HTTPServer]:
     yield server
     server.shutdown()
     server.server_close()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
 
 
 async def test_a_collector_gets_the_spans_over_http(collector: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ async def test_a_collector_gets_the_spans_over_http(collector: HTTPServer, monke
     log = flight_log(FlightOptions(otlp_traces_endpoint=f"http://{host!s}:{port}/v1/traces"))
     handed_over(log)
     received: list[tuple[str, bytes]] = collector.received  # type: ignore[attr-defined]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not received:
             await asyncio.sleep(0.01)
     assert received[0][0] == "/v1/traces"

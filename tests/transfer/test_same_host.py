@@ -83,7 +83,7 @@ class Writer:
 
     def wait_until_mapped(self, expected: list[bool]) -> None:
         """Wait until the transport's thread has dropped its last reference, which it does after its report."""
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 60
         while self.mapped() != expected:
             assert time.monotonic() < deadline_s, self.mapped()
             time.sleep(0.001)

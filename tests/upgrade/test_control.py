@@ -81,19 +81,19 @@ def test_a_second_upgrade_is_refused_while_one_runs(tmp_path: Path) -> None:
 
     def wait() -> None:
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
 
     with cluster(tmp_path, Outcome(rows=(ROW,)), wait=wait):
         path = find_cluster(tmp_path, None)
         first = threading.Thread(target=ask_for_upgrade, args=(path, REQUEST, lambda _text: None))
         first.start()
-        assert begun.wait(30)
+        assert begun.wait(60)
         try:
             with pytest.raises(Unavailable, match="another upgrade"):
                 ask_for_upgrade(path, REQUEST, lambda _text: None)
         finally:
             go_on.set()
-            first.join(30)
+            first.join(60)
         assert ask_for_upgrade(path, REQUEST, lambda _text: None) == 0, "and is possible afterwards"
 
 
@@ -102,16 +102,16 @@ def test_an_upgrade_goes_on_without_a_client_that_disconnects(tmp_path: Path) ->
 
     def wait() -> None:
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         done.set()
 
     with cluster(tmp_path, Outcome(rows=(ROW,)), wait=wait):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(os.fspath(socket_path(tmp_path, 1)))
             client.sendall(b'{"python": "p", "order": "auto", "start_timeout_s": 1.0}\n')
-            assert begun.wait(30)
+            assert begun.wait(60)
         go_on.set()
-        assert done.wait(30)
+        assert done.wait(60)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_kvist_up_that_ends_during_the_upgrade_is_an_error(tmp_path: Path) -> 
         thread.start()
         with pytest.raises(Unavailable, match="kvist up"):
             ask_for_upgrade(socket_path(tmp_path, 1), REQUEST, lambda _text: None)
-        thread.join(30)
+        thread.join(60)
 
 
 def test_the_new_version_is_the_one_of_the_python_that_asks() -> None:

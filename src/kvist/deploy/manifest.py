@@ -47,7 +47,7 @@ def read_manifest(text: str) -> Manifest:
 
 
 def manifest_of(loaded: Sequence[Json]) -> Manifest:
-    """Return the manifest of documents. Raises `ConfigError` for those that are no objects, which YAML may hold."""
+    """Return the manifest of documents. Raises `ConfigError` if one of them is not an object, which YAML allows."""
     if not loaded or not all(isinstance(document, dict) for document in loaded):
         raise ConfigError("the manifest has no objects: each document needs an `apiVersion` and a `kind`")
     if len(loaded) == 1 and "services" in loaded[0] and "kind" not in loaded[0]:
