@@ -59,6 +59,9 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
@@ -82,11 +85,17 @@ def start_engine(*, num_followers: int = 0, network: str | None = None) -> Proce
 
 
 def start_python(command: Sequence[str], **_options: object) -> Process:
-    """Stand in for `subprocess.Popen` of `python -m MODULE` or `python -c PROGRAM`, whose output goes to standard
+    """Stand in for `subprocess.Popen` of `python -m MODULE ...` or `python -c PROGRAM`, whose output goes to standard
     error."""
     executable, *program = command
     assert executable == sys.executable
     return _start({"program": program, "num_followers": 0, "network": None}, 2)
+
+
+def start_kvist(arguments: Sequence[str], log: BinaryIO) -> Process:
+    """Start `kvist ARGUMENTS`, whose output goes to the log."""
+    wish = {"program": ("-m", "kvist", *arguments), "num_followers": 0, "network": None}
+    return _start(wish, log.fileno(), log.fileno())
 
 
 POPEN = SimpleNamespace(  # in the place of the module `subprocess`
@@ -94,10 +103,10 @@ POPEN = SimpleNamespace(  # in the place of the module `subprocess`
 )
 
 
-def _start(wish: dict[str, object], stdout: int) -> Process:
+def _start(wish: dict[str, object], stdout: int, stderr: int = 2) -> Process:
     read, write = os.pipe()
     try:
-        pid = _server().fork(json.dumps({**wish, "environment": dict(os.environ)}).encode(), (read, stdout, 2))
+        pid = _server().fork(json.dumps({**wish, "environment": dict(os.environ)}).encode(), (read, stdout, stderr))
     finally:
         os.close(read)
     return Process(pid, os.fdopen(write, "wb"))
@@ -147,8 +156,11 @@ def _server() -> _Server:
 
 def serve(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the test's end is our end
+    import kvist.cli
     import kvist.engine.assembly
     import kvist.engine.process
+    import kvist.nodes.master
+    import kvist.nodes.store
     import kvist.runner.follower
     import kvist.runner.tp  # noqa: F401
 
@@ -223,9 +235,10 @@ def _fork_follower(others: Sequence[Process]) -> Process:
     return Process(pid, os.fdopen(write, "wb", buffering=0))
 
 
-def _run(kind: str, text: str) -> NoReturn:
-    """Run `python -m text` or `python -c text` in this process, to its end."""
-    sys.argv = [text]
+def _run(kind: str, text: str, *arguments: str) -> NoReturn:
+    """Run `python -m text arguments` or `python -c text` in this process, to its end."""
+    sys.argv = [text, *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status: object = 1
     try:
         if kind == "-m":
@@ -234,9 +247,11 @@ def _run(kind: str, text: str) -> NoReturn:
             exec(text, {"__name__": "__main__"})
         status = 0
     except SystemExit as end:
-        status = end.code
+        status = 0 if end.code is None else end.code
     except BaseException:
         traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status if isinstance(status, int) else 1)
 
 

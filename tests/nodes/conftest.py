@@ -17,6 +17,7 @@ from kvist.cluster.ports import free_ports
 from kvist.mooncake.master_admin import MasterAdmin
 from kvist.mooncake.requirements import library_obstacle
 from kvist.testing.waits import wait_until
+from tests.preloaded import Process, start_kvist
 
 WITHIN_S = 120.0  # on a busy machine, where Python alone may take half a minute to start
 NUM_STORES = 3
@@ -37,14 +38,12 @@ class Server:
 
     def __init__(self, log: Path, port: int, argv: Sequence[str]) -> None:
         self.url, self.name, self._log, self._argv = f"http://127.0.0.1:{port}", f"127.0.0.1:{port}", log, argv
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
 
     def start(self) -> None:
         assert self.process is None
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "kvist", *self._argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.process = start_kvist(self._argv, log)
 
     def wait_ready(self, within_s: float = WITHIN_S) -> None:
         wait_until(self.is_ready, self.log, within_s=within_s)
