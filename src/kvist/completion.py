@@ -1,7 +1,7 @@
 """`kvist completion SHELL`: a script that completes commands, options and their values, for bash, zsh and fish.
 
 The scripts hold all words, from the tables that `--help-all` shows: completing a word starts no Python. bash and zsh
-run one function (zsh by its `bashcompinit`); fish has a list of rules.
+run one function (zsh with the `compgen` of its `bashcompinit`); fish has a list of rules.
 """
 
 from __future__ import annotations
@@ -63,9 +63,31 @@ _kvist() {{
         *) COMPREPLY=($(compgen -W "$values" -- "$cur")) ;;
     esac
 }}
-complete -o filenames -F _kvist kvist
 """
-_ZSH = "autoload -Uz compinit bashcompinit && compinit -u && bashcompinit\n"
+_FOR_BASH = "complete -o filenames -F _kvist kvist\n"
+_FOR_ZSH = """\
+(($+functions[compdef])) || { autoload -Uz compinit && compinit -u; }
+(($+functions[compgen])) || { autoload -Uz bashcompinit && bashcompinit; }
+_kvist_zsh() {
+    local -a COMP_WORDS COMPREPLY words_found files_found
+    local each
+    integer COMP_CWORD=$((CURRENT - 1)) ret=1
+    COMP_WORDS=("${words[@]}")
+    if [[ $PREFIX == -*=* ]]; then  # zsh does not split --flag=value
+        COMP_WORDS=("${words[@]:0:$COMP_CWORD}" "${PREFIX%%=*}" = "${PREFIX#*=}")
+        ((COMP_CWORD += 2))
+        compset -P 1 '*='
+    fi
+    () { emulate -L sh; setopt kshglob noshglob braceexpand; _kvist }
+    for each in "${COMPREPLY[@]}"; do
+        if [[ -e $each ]]; then files_found+=("$each"); else words_found+=("$each"); fi
+    done
+    (($#words_found)) && compadd -- "${words_found[@]}" && ret=0
+    (($#files_found)) && _files && ret=0
+    return ret
+}
+compdef _kvist_zsh kvist
+"""
 _FISH = """\
 function __kvist_verb
     set -l words (commandline -opc)
@@ -88,7 +110,7 @@ def completion(shell: str | None, verbs: Mapping[str, str]) -> str:
         raise ConfigError(f"name your shell, one of {', '.join(SHELLS)}: kvist completion bash", param="shell")
     if shell == "fish":
         return "\n".join(_fish(verbs)) + "\n"
-    return (_ZSH if shell == "zsh" else "") + _bash(verbs)
+    return _bash(verbs) + (_FOR_ZSH if shell == "zsh" else _FOR_BASH)
 
 
 def _bash(verbs: Iterable[str]) -> str:

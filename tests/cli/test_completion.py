@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import select
 import shutil
+import struct
 import subprocess
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -93,11 +100,51 @@ def test_fish_completes_the_same(scripts: Path) -> None:
     assert in_fish(scripts, "kvist deploy render --format c") == ["compose"]
 
 
-def test_zsh_reads_its_script(scripts: Path) -> None:
-    if shutil.which("zsh") is None:
-        pytest.skip("needs zsh")
-    ask = f"source {scripts / 'zsh'}; print ${{_comps[kvist]}}; functions -c _kvist again && print $+functions[again]"
-    assert asked(["zsh", "-f", "-c", ask], scripts) == ["_bash_complete -o filenames -F _kvist", "1"]
+_FUNCTION = "kvist() { echo told: $*; }"  # stands for the command: shows what the shell has made of the line
+TERMINALS = {
+    "bash": (["bash", "--norc", "--noprofile", "-i"], _FUNCTION),
+    "zsh": (["zsh", "-f", "-i"], _FUNCTION),
+    "fish": (["fish", "--no-config", "-i"], "function kvist; echo told: $argv; end"),
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_tab_key_completes_a_word_in_a_terminal(shell: str, scripts: Path) -> None:
+    command, function = TERMINALS[shell]
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))  # no line is wrapped
+    process = subprocess.Popen(
+        command,
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        cwd=scripts / "here",
+        env={**os.environ, "TERM": "dumb", "HOME": str(scripts), "HISTFILE": ""},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(ours)
+    shown = b""
+    try:
+        for typed, then in (
+            (f"source {scripts / shell}; {function}; echo rea''dy\r", b"\nready"),
+            (
+                "kvist serv\t--enable-h\t--role=dec\t--config man\t\r",
+                b"told: serve --enable-hierarchical-cache --role=decode --config manifest.yaml",
+            ),
+        ):
+            os.write(terminal, typed.encode())
+            give_up_s = time.monotonic() + 60
+            while then not in shown:
+                assert time.monotonic() < give_up_s, shown
+                if select.select([terminal], [], [], 0.2)[0]:
+                    shown += os.read(terminal, 4096)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
 
 
 @pytest.mark.parametrize("argv", [[], ["csh"], ["bash", "more"]])
