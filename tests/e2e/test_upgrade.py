@@ -29,7 +29,7 @@ def test_every_process_is_replaced_under_load_without_an_error_or_a_wrong_token_
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o700)
-    small = ["--persist", "--streams=3", "--pause-s=0.3", "--cases=9", "--max-tokens=16-96"]
+    small = ["--persist", "--streams=3", "--pause-s=0.8", "--cases=9", "--max-tokens=16-96"]
     files = [f"--json={tmp_path / 'report.json'}", f"--keep={tmp_path / 'logs'}"]
     status = bench_upgrade.main([*small, *files, f"--python={python}"])
     output = capsys.readouterr()
