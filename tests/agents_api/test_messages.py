@@ -191,7 +191,7 @@ async def test_a_budget_of_thinking_is_a_constraint_where_reasoning_is_recognise
     async with plain.client:
         response = await plain.post(PATH, {**asked, "tools": None})
     message_of(response)
-    assert response.headers["x-kvist-ignored"] == "thinking.budget_tokens"
+    assert response.headers["x-kvist-ignored"] == "thinking.budget_tokens, thinking.type"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_constraint_that_other_fields_contradict_fails_alone(world: MemoryClus
     streams = [world.submit_full(engine, each) for each in (stuck, request_of("free", prompt(9)))]
     world.run()
     assert re.fullmatch("[a-c]{4}", text_of(streams[0]))
-    assert [(each.outcome, each.error_code) for each in streams[0].ended] == [(Outcome.FAILED, "engine_error")]
+    assert [(each.outcome, each.error_code) for each in streams[0].ended] == [(Outcome.FAILED, "invalid_request")]
     assert "constraint" in streams[0].ended[0].message
     assert [each.outcome for each in streams[1].ended] == [Outcome.FINISHED]
     world.check_ledgers()

@@ -191,7 +191,7 @@ def test_a_request_whose_bans_leave_no_token_fails_alone(world: MemoryCluster) -
     streams = [world.submit_full(engine, each) for each in (stuck, request_of("free", prompt(9), **GREEDY))]
     world.run()
     assert streams[0].token_ids == [5]
-    assert [(ended.outcome, ended.error_code) for ended in streams[0].ended] == [(Outcome.FAILED, "engine_error")]
+    assert [(ended.outcome, ended.error_code) for ended in streams[0].ended] == [(Outcome.FAILED, "invalid_request")]
     assert "`bad_words`" in streams[0].ended[0].message
     assert [ended.outcome for ended in streams[1].ended] == [Outcome.FINISHED]
     world.check_ledgers()

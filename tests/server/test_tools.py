@@ -384,7 +384,7 @@ def with_call(**changes: Any) -> list[Any]:
         ({"tools": [TOOL], "tool_choice": 3}, "tool_choice", "must be"),
         ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice.type", "supported"),
         ({"tools": [TOOL], "tool_choice": named("x")}, "tool_choice.function.name", "no tool of the request"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "now"}}, "tool_choice", "form"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "now"}}, "tool_choice.function.name", "missing"),
         ({"tools": [TOOL], "tool_choice": allowed("often", "now")}, "tool_choice.allowed_tools.mode", "auto"),
         ({"tools": [TOOL], "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "at least one"),
         (

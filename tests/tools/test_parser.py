@@ -109,6 +109,22 @@ def test_the_end_of_the_text_after_any_prefix_of_a_call_loses_nothing(name: str)
                 assert found.content == text[:end]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_that_ends_inside_the_mark_after_a_call_has_no_other_text(name: str) -> None:
+    form, num_cuts = TOOL_PARSERS[name], 0
+    for text in (case["text"] for each, case in CASES if each == name and case.get("complete", True)):
+        if len(parse(name, text).calls) != 1:
+            continue
+        for mark in form.closings:
+            at = text.rfind(mark)
+            for end in range(at + 1, at + len(mark)) if at > 0 and text.endswith(mark) else ():
+                found = parse(name, text[:end])
+                if len(found.ended) == 1:
+                    assert found.content == parse(name, text[:at]).content
+                    num_cuts += 1
+    assert num_cuts or name not in ("hermes", "qwen3_coder", "openai")
+
+
 def test_arguments_arrive_while_the_call_is_written() -> None:
     parser = make_parser("hermes")
     parser.push('<tool_call>{"name": "write_file", "arguments": {"text": "')

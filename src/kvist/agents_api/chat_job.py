@@ -28,7 +28,9 @@ def job_of_chat(
 ) -> Job:
     """`prefix` begins the id of the response; `write` makes its format. The answer ends where the context ends, even
     before `max_tokens`. Raises `RequestError` that names a field of the client's own request."""
-    run = paths.checked(lambda: chat_run(gateway, caller, chat, headers, new_job_id(prefix), fits_context=True))
+    run = paths.checked(
+        lambda: chat_run(gateway, caller, chat, headers, new_job_id(prefix), fits_context=True, named=paths.renamed)
+    )
     constraint = None if run.constraint is None else _renamed(run.constraint, paths)
     stream = bool(chat.stream)
     return Job(choices=run.choices, format=write(run), stream=stream, headers=run.headers, constraint=constraint)

@@ -27,6 +27,7 @@ from kvist.api.schemas import (
     ToolCall,
     ToolFunction,
 )
+from kvist.checking.kinds import check_kind
 from kvist.errors import RequestError, UnsupportedField
 
 _FIXED_PATHS = {
@@ -42,6 +43,16 @@ _BLOCKS = {  # by role
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
     "system": ("text",),
 }
+_FIELDS = {  # by type of block
+    "text": ("text",),
+    "thinking": ("thinking",),
+    "redacted_thinking": (),
+    "tool_use": ("id", "name", "input"),
+    "tool_result": ("tool_use_id", "content"),
+}
+_CHOICE_FIELDS = {"tool": ("name",), "auto": (), "any": (), "none": ()}
+_THINKING_FIELDS = {"enabled": ("budget_tokens", "display"), "adaptive": ("budget_tokens", "display"), "disabled": ()}
+_DISPLAYS = (None, "summarized", "omitted")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THINKS = {"enabled": True, "adaptive": True, "disabled": False}
 
@@ -60,6 +71,8 @@ def chat_of_messages(request: MessagesRequest, *, limits_thinking: bool = False)
         _add_message(chat, message, f"messages[{index}]")
     thinking = request.thinking
     options, shows_thinking = _thinking(thinking)
+    for name in options.keys() - (request.chat_template_kwargs or {}).keys():
+        paths.add(f"chat_template_kwargs.{name}", "thinking.type")
     config = request.output_config or OutputConfig()
     choice, parallel = _tool_choice(request.tool_choice)
     last = chat.messages[-1]
@@ -105,10 +118,15 @@ class _Chat:
         content: str,
         reasoning: str | None = None,
         calls: list[ToolCall] | None = None,
+        call_paths: Sequence[str] = (),
         tool_call_id: str | None = None,
     ) -> None:
         name = f"messages[{len(self.messages)}]"
         self._paths.add(name, where)
+        for index, path in enumerate(call_paths):
+            self._paths.add(f"{name}.tool_calls[{index}]", path)
+            self._paths.add(f"{name}.tool_calls[{index}].function", path)
+            self._paths.add(f"{name}.tool_calls[{index}].function.arguments", f"{path}.input")
         self._paths.add(f"{name}.tool_call_id", f"{where}.tool_use_id")
         self.messages.append(
             ChatMessage(role=role, content=content, reasoning=reasoning, tool_calls=calls, tool_call_id=tool_call_id)
@@ -127,6 +145,7 @@ def _add_message(chat: _Chat, message: InputMessage, where: str) -> None:
             param, known = f"{where}.content[{index}].type", ", ".join(_BLOCKS[message.role])
             problem = f"`{param}` is {block.type[:64]!r}; supported with the role {message.role}: {known}"
             raise UnsupportedField(problem, param=param)
+        check_kind(block, block.type, _FIELDS, f"{where}.content[{index}]")
     if message.role == "assistant":
         _add_answer(chat, message.content, where)
     else:
@@ -156,6 +175,7 @@ def _add_answer(chat: _Chat, blocks: Sequence[MessageBlock], where: str) -> None
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[ToolCall] = []
+    call_paths: list[str] = []
     for index, block in enumerate(blocks):
         path = f"{where}.content[{index}]"
         if block.type == "text":
@@ -166,8 +186,10 @@ def _add_answer(chat: _Chat, blocks: Sequence[MessageBlock], where: str) -> None
             arguments = msgspec.json.encode(block.input or {}).decode()
             function = CalledFunction(name=_required(block.name, f"{path}.name"), arguments=arguments)
             calls.append(ToolCall(id=_required(block.id, f"{path}.id"), function=function))
+            call_paths.append(path)
     reasoning = "\n".join(thoughts) if thoughts else None
-    chat.add("assistant", where, content="\n".join(texts), reasoning=reasoning, calls=calls or None)
+    content = "\n".join(texts)
+    chat.add("assistant", where, content=content, reasoning=reasoning, calls=calls or None, call_paths=call_paths)
 
 
 def _texts(parts: Sequence[ResultPart], where: str) -> list[str]:
@@ -205,6 +227,7 @@ def _tool_choice(given: MessagesToolChoice | None) -> tuple[object, bool | None]
     """Return `tool_choice` and `parallel_tool_calls` of the chat."""
     if given is None:
         return None, None
+    check_kind(given, given.type, _CHOICE_FIELDS, "tool_choice")
     parallel = None if given.disable_parallel_tool_use is None else not given.disable_parallel_tool_use
     if given.type == "tool":
         name = _required(given.name, "tool_choice.name")
@@ -222,6 +245,10 @@ def _thinking(given: Thinking | None) -> tuple[dict[str, object], bool]:
     if given.type not in _THINKS:
         problem = f"`thinking.type` is {given.type[:64]!r}; supported: {', '.join(_THINKS)}"
         raise RequestError(problem, param="thinking.type")
+    check_kind(given, given.type, _THINKING_FIELDS, "thinking")
+    if given.display not in _DISPLAYS:
+        problem = f"`thinking.display` is {given.display[:64]!r}; supported: summarized, omitted"
+        raise RequestError(problem, param="thinking.display")
     return {"enable_thinking": _THINKS[given.type]}, given.display != "omitted"
 
 

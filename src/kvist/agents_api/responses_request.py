@@ -16,6 +16,7 @@ from kvist.api.schemas import (
     ToolCall,
     ToolFunction,
 )
+from kvist.checking.kinds import check_kind
 from kvist.errors import RequestError, UnsupportedField
 
 LOGPROBS = "message.output_text.logprobs"
@@ -26,12 +27,19 @@ _FIXED_PATHS = {
     "response_format.json_schema.schema": "text.format.schema",
     "response_format.type": "text.format.type",
     "reasoning_effort": "reasoning.effort",
-    "tool_choice.function.name": "tool_choice.name",
+    "tool_choice.function": "tool_choice",
     "tool_choice.allowed_tools": "tool_choice",
     "messages": "input",
 }
 _ROLES = ("system", "developer", "user", "assistant")
 _TYPES = ("message", "function_call", "function_call_output", "reasoning")
+_FIELDS = {  # by type of item
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+    "reasoning": ("content",),
+}
+_FORMATS = {"text": (), "json_object": (), "json_schema": ("schema", "strict")}
 _TEXTS = ("input_text", "output_text", "text")
 
 
@@ -89,7 +97,7 @@ def chat_of_responses(
         model=request.model,
         messages=chat.messages(),
         tools=[_tool(tool, f"tools[{index}]", paths) for index, tool in enumerate(request.tools or ())] or None,
-        tool_choice=_tool_choice(request.tool_choice),
+        tool_choice=_tool_choice(request.tool_choice, paths),
         parallel_tool_calls=request.parallel_tool_calls,
         max_tokens=request.max_output_tokens,
         stream=request.stream,
@@ -126,12 +134,12 @@ class _Chat:
         name = f"messages[{len(self._messages)}]"
         self._paths.add(name, where)
         self._paths.add(f"{name}.tool_call_id", f"{where}.call_id")
-        self._paths.add(f"{name}.tool_calls[0].function.arguments", f"{where}.arguments")
         self._messages.append(message)
         self._answer = message if message.role == "assistant" else None
 
     def take(self, item: InputItem, where: str) -> None:
         kind = item.type or "message"
+        check_kind(item, kind, _FIELDS, where)
         if kind == "message":
             self._take_message(item, where)
         elif kind == "reasoning":
@@ -170,10 +178,12 @@ class _Chat:
         call = ToolCall(id=_required(item.call_id, f"{where}.call_id"), function=function)
         if self._answer is None:
             self.add(ChatMessage(role="assistant", tool_calls=[call]), where)
-            return
-        self._answer.tool_calls = [*(self._answer.tool_calls or ()), call]
+        else:
+            self._answer.tool_calls = [*(self._answer.tool_calls or ()), call]
+        assert self._answer is not None
+        assert self._answer.tool_calls
         name = f"messages[{len(self._messages) - 1}].tool_calls[{len(self._answer.tool_calls) - 1}]"
-        self._paths.add(name, where)
+        self._paths.add(f"{name}.id", f"{where}.call_id")
         self._paths.add(f"{name}.function", where)
 
     def _continue(self, message: ChatMessage, where: str) -> None:
@@ -218,28 +228,30 @@ def _tool(tool: ResponsesTool, where: str, paths: RequestPaths) -> Tool:
     return Tool(type="function", function=function)
 
 
-def _tool_choice(given: object) -> object:
-    """Return `tool_choice` in the form of chats, which name a function one level deeper."""
-    if not isinstance(given, dict):
-        return given
-    if given.get("type") == "allowed_tools":
-        tools = given.get("tools")
-        named = [_named_tool(tool) for tool in tools] if isinstance(tools, list) else tools
-        return {"type": "allowed_tools", "allowed_tools": {"mode": given.get("mode"), "tools": named}}
-    return _named_tool(given)
+def _tool_choice(given: object, paths: RequestPaths) -> object:
+    """Return `tool_choice` in the form of chats, which has the other fields one level deeper."""
+    if not isinstance(given, dict) or given.get("type") != "allowed_tools":
+        return _named_tool(given)
+    allowed = {name: value for name, value in given.items() if name != "type"}
+    if isinstance(tools := given.get("tools"), list):
+        allowed["tools"] = [_named_tool(tool) for tool in tools]
+        for index in range(len(tools)):
+            paths.add(f"tool_choice.allowed_tools.tools[{index}].function", f"tool_choice.tools[{index}]")
+    return {"type": "allowed_tools", "allowed_tools": allowed}
 
 
 def _named_tool(given: object) -> object:
-    if isinstance(given, dict) and given.get("type") == "function":
-        return {"type": "function", "function": {"name": given.get("name")}}
-    return given
+    if not isinstance(given, dict) or given.get("type") != "function":
+        return given
+    return {"type": "function", "function": {name: value for name, value in given.items() if name != "type"}}
 
 
 def _response_format(given: TextFormat) -> ResponseFormat:
-    if given.type not in ("text", "json_object", "json_schema"):
+    if given.type not in _FORMATS:
         param = "text.format.type"
-        problem = f"`{param}` is {given.type[:64]!r}; supported: text, json_object, json_schema"
+        problem = f"`{param}` is {given.type[:64]!r}; supported: {', '.join(_FORMATS)}"
         raise UnsupportedField(problem, param=param)
+    check_kind(given, given.type, _FORMATS, "text.format")
     if given.type != "json_schema":
         return ResponseFormat(type=given.type)
     if given.schema is None:

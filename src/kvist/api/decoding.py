@@ -17,13 +17,15 @@ import msgspec
 
 from kvist.api.fields import Honoured, Refused, UnmetFieldFinder, classes_of
 from kvist.api.shape import check_shape
-from kvist.errors import RequestError, UnsupportedField
+from kvist.errors import UNDECODABLE, RequestError, UnsupportedField
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `(?P<path>.*)`)?$", re.DOTALL)
 IGNORED = b"x-kvist-ignored"
 _MAX_NAME_CHARS = 64  # longer than any known name; comparing takes time
+_MIN_LIKENESS = 0.7  # of a name that is proposed instead of an unknown one
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _PATH = re.compile(r" - at `(?P<path>.*)`$", re.DOTALL)
 
 
@@ -42,7 +44,7 @@ class BodyDecoder(Generic[T]):
         try:
             value = self._decoder.decode(body)
         except msgspec.ValidationError as error:
-            raise self._invalid(str(error)) from error
+            raise self._invalid(str(error), body) from error
         except RecursionError as error:
             raise RequestError("lists and objects of the request body are nested too deeply") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -50,7 +52,7 @@ class BodyDecoder(Generic[T]):
         ignored = dict.fromkeys(_without_effect(value, "", ""))
         return value, [(IGNORED, ", ".join(ignored).encode())] if ignored else []
 
-    def _invalid(self, message: str) -> RequestError:
+    def _invalid(self, message: str, body: bytes) -> RequestError:
         unknown = _UNKNOWN_FIELD.match(message)
         if unknown is None:
             found = _PATH.search(message)
@@ -60,11 +62,13 @@ class BodyDecoder(Generic[T]):
             return RequestError(f"{_PATH.sub('', message)}{f' at `{param}`' if param else ''}", param=param)
         path = _param(unknown["path"] or "$")
         name = f"{path}.{unknown['name']}" if path else unknown["name"]
-        return RequestError(f"unknown field `{name}`{self._hint(unknown['name'])}", param=name)
+        kind = _type_at(body, unknown["path"] or "$")
+        of_type = "" if kind is None else f" of the type {kind[:_MAX_NAME_CHARS]!r}"
+        return RequestError(f"unknown field `{name}`{of_type}{self._hint(unknown['name'])}", param=name)
 
     def _hint(self, name: str) -> str:
         known = _known_names(self._struct)
-        near = difflib.get_close_matches(name[:_MAX_NAME_CHARS], list(known), n=1)
+        near = difflib.get_close_matches(name[:_MAX_NAME_CHARS], list(known), n=1, cutoff=_MIN_LIKENESS)
         return f"; did you mean `{known[near[0]]}`?" if near else ""
 
 
@@ -95,6 +99,21 @@ class _FieldChecks(msgspec.Struct, frozen=True):
 def _field_checks(struct: type[msgspec.Struct]) -> _FieldChecks:
     inside = [field.name for field in msgspec.structs.fields(struct) if any(_structs_in(field.type))]
     return _FieldChecks(UnmetFieldFinder(struct), inside)
+
+
+def _type_at(body: bytes, path: str) -> str | None:
+    """Return the `type` of the object at `path` of a body: of an unknown type, all fields may be unknown."""
+    try:
+        value: object = msgspec.json.decode(body)
+    except UNDECODABLE:
+        return None
+    for name, index in _STEP.findall(path):
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif isinstance(value, list):
+            value = value[int(index)]
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _param(path: str) -> str | None:

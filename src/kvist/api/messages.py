@@ -79,7 +79,7 @@ class Thinking(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         str,
         Honoured('"enabled", "adaptive" or "disabled": sets `enable_thinking` for a chat template that reads it'),
     ]
-    display: Annotated[str | None, Honoured('"omitted": the response lacks the reasoning')] = None
+    display: Annotated[str | None, Honoured('"summarized", or "omitted": the response lacks the reasoning')] = None
     budget_tokens: Annotated[
         int | None, Honoured("most tokens of the reasoning, of a model whose reasoning is recognised")
     ] = None

@@ -65,6 +65,7 @@ class ResponsesTool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, om
         dict[str, object] | None, Honoured("JSON Schema, passed to the chat template; gives arguments their types")
     ] = None
     strict: Strict = None
+    function: Annotated[object, Refused("a field of chats; tools have `name` and `parameters`")] = None
     output_schema: Annotated[object, Advisory("results are not shown to the model by schema")] = None
     defer_loading: Annotated[object, Refused("no tools run in the server", (False,))] = None
     allowed_callers: Annotated[object, Refused("no tools run in the server", (["direct"], []))] = None

@@ -159,6 +159,7 @@ class Tool(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     type: Annotated[str, Honoured('"function"')]
     function: Annotated[ToolFunction | None, Honoured("see `tools[].function.*`")] = None
     cache_control: Annotated[object, Advisory("prefixes are always cached")] = None
+    custom: Annotated[object, Refused('only tools of the type "function" are supported')] = None
 
 
 Tools = Annotated[

@@ -49,10 +49,11 @@ def with_calls(form: RequestedConstraint | None, wanted: WantedCalls) -> Request
     ]
     required = wanted.required or form is not None
     tag = calls_tag(wanted.form, wanted.tools, required=required, parallel=wanted.parallel)
-    if form is not None and not wanted.required:
+    if form is not None:
         checked.append(form)
-        lead = const(wanted.form.content_begin)
-        tag = {"format": one_of([_part(tag["format"]), sequence([lead, _as_tag(form)])])}
+        answer = sequence([const(wanted.form.content_begin), _as_tag(form)])
+        if not wanted.required:
+            tag = {"format": one_of([_part(tag["format"]), answer])}
     return RequestedConstraint(
         constraint=Constraint(kind="structural_tag", text=_encode(tag).decode()),
         param="tools",
@@ -131,7 +132,7 @@ def after_reasoning(
 
 
 # For models whose chat template does not know `reasoning_effort`: tokens of reasoning.
-_EFFORTS = {"none": 0, "minimal": 512, "low": 1024, "medium": 4096}
+EFFORT_BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 4096}
 _MAX_BUDGET = 1 << 20
 
 
@@ -155,5 +156,5 @@ def thinking_budget(request: ChatRequest, template: str) -> Budget | None:
     effort = request.reasoning_effort
     if effort is None or "reasoning_effort" in template or (effort == "none" and "enable_thinking" in template):
         return None
-    num_tokens = _EFFORTS.get(effort)
+    num_tokens = EFFORT_BUDGETS.get(effort)
     return None if num_tokens is None else Budget(num_tokens, "reasoning_effort")

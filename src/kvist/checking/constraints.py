@@ -8,10 +8,17 @@ from dataclasses import dataclass
 import msgspec
 
 from kvist.api.schemas import Constraints, Generation, NativeSampling, ResponseFormat, StructuredOutputs
+from kvist.checking.kinds import check_kind
 from kvist.errors import RequestError
 from kvist.request import Constraint
 
 _encode = msgspec.json.Encoder().encode
+_FORMATS = {
+    "text": (),
+    "json_object": (),
+    "json_schema": ("json_schema",),
+    "structural_tag": ("structures", "triggers", "format"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +56,7 @@ def _given(fields: Constraints) -> Iterator[tuple[str, Constraint]]:
             yield from _of_response_format(fields.response_format)
         if fields.structured_outputs is not None:
             given, blanks = fields.structured_outputs, _whitespace(fields.structured_outputs)
+            _check_structured(given, "structured_outputs.")
             for name, constraint in _structured(given, blanks):
                 yield f"structured_outputs.{name}", constraint
         old = StructuredOutputs(
@@ -58,12 +66,14 @@ def _given(fields: Constraints) -> Iterator[tuple[str, Constraint]]:
             grammar=fields.guided_grammar,
             whitespace_pattern=fields.guided_whitespace_pattern,
         )
+        _check_structured(old, "guided_")
         for name, constraint in _structured(old, old.whitespace_pattern or None):
             yield f"guided_{name}", constraint
 
 
 def _of_response_format(given: ResponseFormat) -> Iterator[tuple[str, Constraint]]:
     name = "response_format"
+    check_kind(given, given.type, _FORMATS, name)
     if given.type == "text":
         return
     if given.type == "json_object":
@@ -79,10 +89,13 @@ def _of_response_format(given: ResponseFormat) -> Iterator[tuple[str, Constraint
     elif given.type == "structural_tag":
         tag: dict[str, object] = {"structures": given.structures, "triggers": given.triggers}
         if given.format is not None:
+            if given.structures or given.triggers:
+                problem = f"`{name}.format` and `{name}.structures` are two forms of a structural tag; set only one"
+                raise RequestError(problem, param=f"{name}.format")
             tag = {"format": given.format}
         yield name, Constraint(kind="structural_tag", text=_text(tag))
     else:
-        known = "text, json_object, json_schema, structural_tag"
+        known = ", ".join(_FORMATS)
         raise RequestError(f"`response_format.type` is {given.type!r}; supported: {known}", param=f"{name}.type")
 
 
@@ -99,6 +112,15 @@ def _structured(given: StructuredOutputs, whitespace: str | None) -> Iterator[tu
         yield "grammar", Constraint(kind="grammar", text=given.grammar)
     if given.structural_tag not in (None, "", {}):
         yield "structural_tag", Constraint(kind="structural_tag", text=_text(given.structural_tag))
+
+
+def _check_structured(given: StructuredOutputs, inside: str) -> None:
+    """Raise `RequestError` for a field without any effect on the answer. `inside`: prefix of the fields' names."""
+    if given.json not in (None, "") or given.json_object:
+        return
+    for name in ("disable_any_whitespace", "whitespace_pattern"):
+        if getattr(given, name):
+            raise RequestError(f"`{inside}{name}` needs `{inside}json`: it is about JSON", param=inside + name)
 
 
 def _whitespace(given: StructuredOutputs) -> str | None:

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import TypeVar, cast
 
 from kvist.api.schemas import SamplingFields
+from kvist.checking.kinds import check_equal
 from kvist.errors import PromptTooLong, RequestError, Unavailable
 from kvist.fit import Limit
 from kvist.request import SamplingParams
@@ -161,8 +162,10 @@ def stop_strings(stop: str | list[str] | None, names: FieldNames) -> tuple[str, 
     return tuple(stops)
 
 
-def shows_stop(fields: SamplingFields) -> bool:
-    """Return whether the text ends with the stop string or token (vLLM's field or SGLang's field is set)."""
+def shows_stop(fields: SamplingFields, inside: str = "") -> bool:
+    """Return whether the text ends with the stop string or token (vLLM's field or SGLang's field is set). Raises
+    `RequestError` if the two fields differ."""
+    check_equal(fields, "include_stop_str_in_output", "no_stop_trim", inside)
     return bool(fields.include_stop_str_in_output or fields.no_stop_trim)
 
 

@@ -44,26 +44,37 @@ def _of_object(value: object, names: Collection[str]) -> ToolChoice:
         )
     where = "tool_choice.allowed_tools"
     allowed = value.get("allowed_tools")
-    mode = allowed.get("mode") if isinstance(allowed, Mapping) else None
-    tools = allowed.get("tools") if isinstance(allowed, Mapping) else None
+    if not isinstance(allowed, Mapping):
+        raise RequestError(f"`{where}` must be an object with `mode` and `tools`", param=where)
+    mode, tools = allowed.get("mode"), allowed.get("tools")
     if mode not in ("auto", "required"):
         raise RequestError(f'`{where}.mode` must be "auto" or "required"', param=f"{where}.mode")
     if not isinstance(tools, list) or not tools:
         raise RequestError(f"`{where}.tools` must be a list of tools, at least one", param=f"{where}.tools")
     found = [_name(each, names, f"{where}.tools[{index}]") for index, each in enumerate(tools)]
+    _check_names(allowed, ("mode", "tools"), where)
+    _check_names(value, ("type", "allowed_tools"), "tool_choice")
     return ToolChoice(mode=mode, names=frozenset(found))
 
 
 def _name(value: object, names: Collection[str], where: str) -> str:
     """Return the name in `{"type": "function", "function": {"name": ...}}`."""
-    function = value.get("function") if isinstance(value, Mapping) and value.get("type") == "function" else None
+    if not isinstance(value, Mapping) or value.get("type") != "function":
+        raise UnsupportedField(f'`{where}` must be an object of the type "function"', param=where)
+    function = value.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
-        form = '{"type": "function", "function": {"name": "..."}}'
-        raise RequestError(f"`{where}` must have the form {form}", param=where)
+    param = f"{where}.function.name"
+    if not isinstance(function, Mapping) or not isinstance(name, str):
+        raise RequestError(f"`{param}` is missing: it is the name of a function", param=param)
     if name not in names:
-        raise RequestError(
-            f"`{where}.function.name` is {name[:64]!r}, which no tool of the request has",
-            param=f"{where}.function.name",
-        )
+        raise RequestError(f"`{param}` is {name[:64]!r}, which no tool of the request has", param=param)
+    _check_names(function, ("name",), f"{where}.function")
+    _check_names(value, ("type", "function"), where)
     return name
+
+
+def _check_names(value: Mapping[str, object], known: Collection[str], where: str) -> None:
+    for name, one in value.items():
+        if name not in known and one is not None:
+            param = f"{where}.{name}"
+            raise RequestError(f"unknown field `{param}`", param=param)

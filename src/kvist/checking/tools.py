@@ -120,6 +120,11 @@ class CallHistory:
         if message.role != "assistant":
             param = f"{where}.tool_calls"
             raise RequestError(f"`{param}` is a field of messages with the role assistant", param=param)
+        ids = [call.id for call in message.tool_calls]
+        for index, call_id in enumerate(ids):
+            if call_id in ids[:index]:
+                param = f"{where}.tool_calls[{index}].id"
+                raise RequestError(f"`{param}` is {call_id!r}, which another call of the message has too", param=param)
         calls = enumerate(message.tool_calls)
         return {"tool_calls": [self._call(call, f"{where}.tool_calls[{index}]") for index, call in calls]}
 
@@ -136,6 +141,8 @@ class CallHistory:
             raise UnsupportedField(f"`{where}.type` is {call.type!r}; supported: function", param=f"{where}.type")
         if not call.id:
             raise RequestError(f"`{where}.id` is empty", param=f"{where}.id")
+        if not call.function.name:
+            raise RequestError(f"`{where}.function.name` is empty", param=f"{where}.function.name")
         param = f"{where}.function.arguments"
         try:
             arguments = msgspec.json.decode(call.function.arguments or "{}")

@@ -19,6 +19,9 @@ def check_truncation(request: Generation) -> None:
             "must be at least 1, or -1: as many tokens as fit",
             num_tokens,
         )
+    if side == "right" and num_tokens is None:
+        problem = "`truncation_side` needs `truncate_prompt_tokens`: no prompt is cut without it"
+        raise RequestError(problem, param="truncation_side")
     if side is not None and side not in _SIDES:
         raise RequestError(
             f"`truncation_side` is {side[:64]!r}; supported: {', '.join(_SIDES)}", param="truncation_side"

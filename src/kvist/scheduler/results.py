@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from kvist import errors
 from kvist.kv.cache import PageCache
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
-from kvist.request import Outcome, SampledToken
+from kvist.request import Outcome, SampledToken, SamplingParams
 from kvist.scheduler.active import ActiveRequest, PrefillRequest, RequestState, StoringRequest
 from kvist.scheduler.chunks import send_first_token, send_prompt_logprobs, send_tokens
 from kvist.scheduler.context import SchedulerContext
@@ -23,11 +23,17 @@ from kvist.scheduler.stage_times import note_chunk
 from kvist.scheduler.states import Requests
 from kvist.wire import TokenChunk
 
-_INVALID_LOGITS = (
-    "no token can be chosen: the model's output for this request is not a number (NaN or infinity), or its "
-    "`allowed_token_ids`, `bad_words`, `min_tokens` and constraint leave no token. If requests without these fields "
-    "fail in the same way, the weights or the device are damaged: check the model's files"
+_DAMAGED = "the weights or the device are damaged: check the model's files"
+_INVALID_LOGITS = f"no token can be chosen: the model's output is not a number (NaN or infinity). Probably {_DAMAGED}"
+_NO_TOKEN_LEFT = (
+    "`allowed_token_ids`, `bad_words` and the constraint of the answer together leave no token: omit one of them. If "
+    f"requests without these fields fail, too, {_DAMAGED}"
 )
+
+
+def _may_exclude_all(sampling: SamplingParams) -> bool:
+    """Return whether fields of the request may exclude every token together, which a gateway cannot see."""
+    return bool(sampling.allowed_token_ids or (sampling.bad_words and sampling.constraint))
 
 
 class Results:
@@ -108,6 +114,8 @@ class Results:
         for row in sorted(sampled.invalid_rows):
             if sampled_requests[row].state is not RequestState.ENDED:
                 code, message = errors.EngineError.code, _INVALID_LOGITS
+                if _may_exclude_all(sampled_requests[row].sampling):
+                    code, message = errors.RequestError.code, _NO_TOKEN_LEFT
                 if (reason := sampled.constraint_errors.get(row)) is not None:
                     code, message = errors.InvalidConstraint.code, reason
                 self._handoffs.end(sampled_requests[row], Outcome.FAILED, code, message)

@@ -13,6 +13,7 @@ from kvist.text import Tokenizer
 from kvist.tools import (
     AnswerFormats,
     ArgumentsPiece,
+    CallEnded,
     CallIds,
     CallStarted,
     ContentPiece,
@@ -60,6 +61,7 @@ class AnswerParts:
         self._parsing = parsing
         self._ids = CallIds.OPENAI if formats.tools is None else formats.tools.ids
         self._parser = answer_parser(formats, reasoning_open=parsing.reasoning_open, parameters=parsing.parameters)
+        self._num_open = 0  # calls whose arguments are not complete
         self._has_calls = False
 
     def events(self, text: str, *, finished: bool) -> list[ParserEvent]:
@@ -76,9 +78,11 @@ class AnswerParts:
         return isinstance(event, ContentPiece) or event.index == 0 or self._parsing.parallel
 
     def _with_id(self, event: ParserEvent) -> ParserEvent:
+        self._num_open -= isinstance(event, CallEnded)
         if not isinstance(event, CallStarted):
             return event
         self._has_calls = True
+        self._num_open += 1
         return CallStarted(event.index, event.name, event.call_id or _new_call_id(self._ids))
 
     def delta(self, text: str, *, finished: bool) -> dict[str, object]:
@@ -95,7 +99,9 @@ class AnswerParts:
         return {"content": None if has_others else ""} | fields
 
     def finish_reason(self, reason: str | None) -> str | None:
-        return "tool_calls" if self._has_calls and reason == FinishReason.STOP.value else reason
+        """A stop string inside of a call ends the answer with "stop": the arguments are cut off."""
+        is_called = self._has_calls and not self._num_open
+        return "tool_calls" if is_called and reason == FinishReason.STOP.value else reason
 
 
 def _chat_fields(events: Sequence[ParserEvent]) -> dict[str, object]:

@@ -14,9 +14,10 @@ from typing import TypeVar
 from starlette.types import Receive, Scope
 
 from kvist.api.schemas import ChatMessage, ChatRequest, PromptRequest, TokenizeRequest
-from kvist.checking.tools import CallHistory, OfferedTools
+from kvist.checking.messages import continues_text, num_chars_of, plain_messages, template_options
+from kvist.checking.tools import OfferedTools
 from kvist.clock import Clock
-from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel, UnsupportedField
+from kvist.errors import PromptTooLong, RequestError, Timeout, Unavailable, UnknownModel
 from kvist.fit import Limit, limit_text
 from kvist.flight.flight_log import FlightLog
 from kvist.grammar.compiler import GrammarCompiler
@@ -38,8 +39,6 @@ T = TypeVar("T")
 MAX_CHARS_PER_TOKEN = 256  # no supported vocabulary has longer tokens; a far too long text is refused untokenised
 _MAX_TOKENS_SHOWN = 1 << 18  # a model with a larger context raises this limit
 _MAX_JOB_TOKENS = 1 << 20  # prompt tokens that one request may send to engines, counted once for each answer
-_TEMPLATE_OWN_NAMES = frozenset({"messages", "add_generation_prompt", "tools"})
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,10 +212,7 @@ class GatewayContext:
     ) -> str:
         """Render the messages and tools with the model's chat template and the template fields of the request. Raises
         `RequestError` that names the faulty message, and `PromptTooLong`."""
-        options = _template_options(request)
-        for name in _TEMPLATE_OWN_NAMES & options.keys():
-            where = f"chat_template_kwargs.{name}"
-            raise RequestError(f"`{where}` cannot be set: the request has a field for it", param=where)
+        options = template_options(request)
         if tools.for_template:
             options["tools"] = list(tools.for_template)
         tokenizer = self.require_tokenizer()
@@ -227,19 +223,13 @@ class GatewayContext:
             raise RequestError("`messages` is empty", param="messages")
         limit = self.limit()
         max_chars = limit.most * MAX_CHARS_PER_TOKEN
-        num_chars = sum(map(_num_chars, messages))
+        num_chars = sum(map(num_chars_of, messages))
         if num_chars > max_chars:
             raise PromptTooLong(
                 f"the messages have {num_chars} characters; this server holds {limit.text}", param="messages"
             )
-        history = CallHistory(tokenizer.protect)
-        plain = [
-            _plain_message(message, f"messages[{index}]", tokenizer, history) for index, message in enumerate(messages)
-        ]
-        continues = bool(request.continue_final_message)
-        if continues and request.add_generation_prompt:
-            message = "`continue_final_message` continues the last turn and `add_generation_prompt` opens a new turn"
-            raise RequestError(f"{message}; set only one of them", param="continue_final_message")
+        plain = plain_messages(messages, tokenizer)
+        continues = continues_text(request, messages[-1])
         return template.render(
             plain,
             add_generation_prompt=request.add_generation_prompt is not False and not continues,
@@ -257,54 +247,3 @@ def _check_job_tokens(num_tokens: int, limit: Limit, param: str) -> None:
             "answers in one request",
             param=param,
         )
-
-
-def _template_options(request: ChatRequest | TokenizeRequest | PromptRequest) -> dict[str, object]:
-    """Return the extra variables for the chat template."""
-    effort = request.reasoning_effort
-    options: dict[str, object] = (
-        {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    )
-    return options | (request.chat_template_kwargs or {})
-
-
-def _plain_message(message: ChatMessage, where: str, tokenizer: Tokenizer, history: CallHistory) -> dict[str, object]:
-    if message.role not in _ROLES:
-        known = ", ".join(_ROLES)
-        raise UnsupportedField(f"`{where}.role` is {message.role!r}; supported: {known}", param=f"{where}.role")
-    content = tokenizer.protect(_text_of(message, f"{where}.content"))
-    plain: dict[str, object] = {"role": _ROLES[message.role], "content": content}
-    if message.name is not None:
-        plain["name"] = tokenizer.protect(message.name)
-    reasoning = message.reasoning_content if message.reasoning is None else message.reasoning
-    if reasoning is not None:  # vLLM's and SGLang's names: templates read one of the two
-        reasoning = tokenizer.protect(reasoning)
-        plain |= {"reasoning": reasoning, "reasoning_content": reasoning}
-        if not (content and message.tool_calls):  # gpt-oss's name; its template refuses both before a call
-            plain["thinking"] = reasoning
-    return plain | history.fields_of(message, where)
-
-
-def _num_chars(message: ChatMessage) -> int:
-    content = message.content or ""
-    texts = [content] if isinstance(content, str) else [part.text or "" for part in content]
-    texts += [call.function.arguments for call in message.tool_calls or ()]
-    return sum(map(len, texts)) + len(message.reasoning or message.reasoning_content or "")
-
-
-def _text_of(message: ChatMessage, where: str) -> str:
-    """Return the content as one text; several text parts are joined with newlines."""
-    if message.content is None:
-        if message.role == "assistant":  # with tool calls, or an answer that ended before its first token
-            return ""
-        raise RequestError(f"`{where}` is missing", param=where)
-    if isinstance(message.content, str):
-        return message.content
-    texts = []
-    for index, part in enumerate(message.content):
-        if part.type != "text":
-            raise UnsupportedField(f"`{where}[{index}].type` is {part.type!r}; only text is supported", param=where)
-        if part.text is None:
-            raise RequestError(f"`{where}[{index}].text` is missing", param=where)
-        texts.append(part.text)
-    return "\n".join(texts)

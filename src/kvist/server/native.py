@@ -66,7 +66,7 @@ def native_job(gateway: GatewayContext, caller: Caller, body: bytes) -> Job:
         logprobs=of_native(request, token_lists, gateway.vocab_size()),
         defaults=SamplingDefaults(),  # as in SGLang: the model's defaults are for chats and completions only
         skip_special_tokens=fields.skip_special_tokens is not False,
-        include_stop_str_in_output=shows_stop(fields),
+        include_stop_str_in_output=shows_stop(fields, "sampling_params."),
     )
     choices = make_choices(gateway, spec)
     form = NativeFormat(

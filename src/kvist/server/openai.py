@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,7 @@ from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import ChatRequest, CompletionRequest
 from kvist.checking.chat_constraint import after_reasoning, thinking_budget, with_calls
 from kvist.checking.constraints import RequestedConstraint, requested_constraint
+from kvist.checking.messages import unread_options
 from kvist.checking.requested_logprobs import RequestedLogprobs, of_chat, of_completion
 from kvist.checking.sampling import (
     FieldNames,
@@ -32,7 +33,7 @@ from kvist.server.generation import ChoiceState
 from kvist.server.jobs import JobSpec, TokenizedPrompt, make_choices, new_job_id
 from kvist.server.openai_format import AnswerFields, ChatFormat, CompletionFormat, Envelope
 from kvist.server.respond import Job
-from kvist.server.routing_fields import Routing, checked_routing
+from kvist.server.routing_fields import Routing, checked_routing, with_ignored
 from kvist.text import Tokenizer
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -71,10 +72,12 @@ def chat_run(
     job_id: str,
     *,
     fits_context: bool = False,
+    named: Callable[[str], str] = str,
 ) -> ChatRun:
     """Render, tokenise and check a chat: the door for every API that is expressed as a chat. Each API writes the
     answers in its own form (`respond.Format`). With `fits_context` the answer is as long as `max_tokens` and the
-    context allow; without, a `max_tokens` over the context is an error. Raises `RequestError` for an invalid field."""
+    context allow; without, a `max_tokens` over the context is an error. `named` gives the client's name of a field to
+    the header that names fields without effect. Raises `RequestError` for an invalid field."""
     tokenizer = gateway.require_tokenizer()
     gateway.check_model(request.model)
     logprobs = of_chat(request, gateway.vocab_size())
@@ -83,6 +86,8 @@ def chat_run(
     parsing = AnswerParsing.of(request, tools, tokenizer, text)
     constraint = _chat_constraint(request, tools, tokenizer, text)
     routing, headers = checked_routing(gateway, caller, request, headers)
+    assert tokenizer.chat_template is not None, "the prompt is rendered"
+    headers = with_ignored(headers, [named(name) for name in unread_options(request, tokenizer.chat_template)])
     check_truncation(request)
     prompt_ids = gateway.encode(
         text,

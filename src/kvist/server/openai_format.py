@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from kvist.api.schemas import ChatRequest, CompletionRequest, KvistOptions, StreamOptions
+from kvist.checking.kinds import check_equal
 from kvist.checking.sampling import check_shown_id
 from kvist.clock import unix_time_s
 from kvist.errors import KvistError, RequestError
@@ -73,6 +74,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
 
 def _shown_id(request: ChatRequest | CompletionRequest, job_id: str) -> str:
     """Return the client's own id (SGLang's `rid` or vLLM's `request_id`), else the job's id."""
+    check_equal(request, "request_id", "rid")
     if request.rid is not None:
         return check_shown_id(request.rid, "rid") or job_id
     if request.request_id is not None:

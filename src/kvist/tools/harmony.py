@@ -96,12 +96,15 @@ class HarmonyParser:
                 after = header.rpartition(_CHANNEL)[2].split()
                 yield from self._body(after[0] if after else "final")
 
-    def _body(self, channel: str) -> Waiting[None]:
-        """Show the text of a message."""
+    def _body(self, channel: str, *, after_call: bool = False) -> Waiting[None]:
+        """Show the text of a message. `after_call`: a mark that the end of the answer cuts off is left out."""
         cursor = self._cursor
         show = self._log.reasoning if channel == "analysis" else self._log.content
         while True:
             cursor.at, mark = cursor.decided(_ENDS)
+            if after_call and cursor.ended and any(end.startswith(cursor.text) for end in _ENDS):
+                cursor.commit()
+            after_call = after_call and not cursor.at
             show(cursor.commit())
             if mark or cursor.ended:
                 yield from self._end(mark)
@@ -133,7 +136,7 @@ class HarmonyParser:
             with contextlib.suppress(MalformedCallError):  # too much white space
                 yield from cursor.skip_space()
             cursor.commit()
-        yield from self._body("final")  # nothing, unless the call is malformed
+        yield from self._body("final", after_call=scanner.done)  # nothing, unless the call is malformed
 
     def _end(self, mark: str) -> Waiting[None]:
         """Read over the end of a message."""

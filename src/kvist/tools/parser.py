@@ -140,13 +140,18 @@ class AnswerParser:
                 has_call = self._log.num_calls > num_before
                 mark = yield from cursor.take_any(marks)
                 if mark in form.closings or ((yield from cursor.char()) == "" and not mark):
+                    if self._is_cut_mark(mark + cursor.text[cursor.at :]):
+                        cursor.at = len(cursor.text)
                     break
                 if mark in form.separators and has_call:
                     yield from cursor.skip_space()
                     mark = yield from cursor.take_any(tuple(filter(None, by_begin)))
                 elif not mark and has_call:
-                    cursor.at = 0  # text after a call
-                    return
+                    if not self._is_cut_mark(cursor.text[cursor.at :]):
+                        cursor.at = 0  # text after a call
+                        return
+                    cursor.at = len(cursor.text)
+                    break
                 if mark not in by_begin:
                     raise MalformedCallError
                 yield from reader.read(by_begin[mark])
@@ -155,6 +160,13 @@ class AnswerParser:
             return
         if self._log.num_calls > num_before:
             cursor.commit()
+
+    def _is_cut_mark(self, rest: str) -> bool:
+        """Return whether the answer ended inside the mark after a call, which is not shown."""
+        form = self._tools
+        assert form is not None
+        ends = [end for call in form.calls for end in getattr(call, "ends", ())]
+        return self._cursor.ended and any(mark.startswith(rest) for mark in (*form.closings, *form.separators, *ends))
 
 
 def _types_of_all(schema: object) -> dict[str, frozenset[str]]:

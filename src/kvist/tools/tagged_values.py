@@ -30,6 +30,7 @@ def tagged_value(
         return tag(begin + line, json_schema(embedded(schema, root), strict=strict), line + end)
     text = _StringSchema(types, strict=strict)
     text.read(schema, path, root=root)
+    text.check_writable(end, path)
     return text.tag(begin + line, line, end)
 
 
@@ -82,6 +83,10 @@ class _StringSchema:
     def _refuse(self, problem: str, path: str) -> None:
         if self._strict:
             raise InvalidConstraint(f"{problem} where the model writes strings as plain text", param=path)
+
+    def check_writable(self, end: str, path: str) -> None:
+        if self._texts and all(end in text for text in self._texts):
+            self._refuse(f"each of the values contains {end!r}, which ends a value", path)
 
     def tag(self, begin: str, line: str, end: str) -> Tag:
         """Return the text of the value after `begin`, and `line` and `end` after it."""
