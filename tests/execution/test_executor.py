@@ -15,9 +15,11 @@ from kvist.execution import executor as executor_module
 from kvist.execution.executor import Executor
 from kvist.execution.fake_server import FakeServer
 from kvist.execution.job import ExecutionConfig, Job
+from kvist.execution.leases import Leases
 from kvist.execution.results import Result
 from kvist.execution.sampling import Sampling
 from kvist.planning.graph import Generate, Place, Position
+from kvist.planning.plan import Pin
 from kvist.planning.prompt import Prompt, hole
 
 _IDS = itertools.count()
@@ -145,3 +147,33 @@ async def test_requests_of_an_ended_program_are_cancelled_and_no_others() -> Non
         await jobs[0].result.wait_async(10)
         with pytest.raises(ProgramError, match="the program has ended"):
             await jobs[1].result.wait_async(10)
+
+
+async def test_a_prefix_is_leased_ahead_of_its_uses_or_after_the_first_one_and_until_the_last_one() -> None:
+    for ahead in (True, False):
+        server = FakeServer()
+        leases = Leases(server, ttl_s=30)
+        pin = Pin(prompt=Prompt("shared words " * 20), worker="prefill-0", num_tokens=65, until=(1, 2, 3))
+        leases.hold(pin, unfinished=pin.until, ahead=ahead)
+        await _settled()
+        assert len(server.leases) == ahead
+        leases.used(7)  # of another prefix
+        leases.used(1)
+        await _settled()
+        assert len(server.leases) == 1
+        assert leases.num_tokens == 65
+        leases.used(2)
+        leases.used(3)
+        await _settled()
+        assert not server.leases
+        assert not leases.outlines
+        await leases.close()
+    leases = Leases(server, ttl_s=30)
+    leases.hold(pin, unfinished=pin.until, ahead=False)
+    await leases.close()
+    assert len(server.seen.leased) == 1, "a lease whose prefix was never used is not taken"
+
+
+async def _settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
