@@ -161,7 +161,8 @@ class _Planner:
         if Native.PREFILL not in fleet.native or worker is None or prompt.outline in self._running.warmed:
             return []
         num_tokens = worker.num_uncached(prompt, fleet)
-        if num_tokens < _LEAST_PAGES * fleet.page_size:
+        fewest = min(each.num_uncached(prompt, fleet, later=True) for each in self._workers)
+        if fewest < _LEAST_PAGES * fleet.page_size:  # the turn goes to the worker that has nearly all of it
             return []
         worker.cached.add(prompt)
         return [
