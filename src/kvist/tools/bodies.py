@@ -58,7 +58,7 @@ class CallReader:
 
     def _json(self, call: JsonCall) -> Waiting[None]:
         cursor = self._cursor
-        name, held, started = "", "", False
+        name, held, started, is_ended = "", "", False, False
         while True:
             yield from cursor.skip_space()
             key = yield from json_string(cursor)
@@ -85,6 +85,9 @@ class CallReader:
             else:
                 yield from json_value(cursor)
             if started:
+                if not is_ended:
+                    self._log.end()  # an outer brace that is missing makes no arguments incomplete
+                is_ended = True
                 cursor.commit()
             elif cursor.at > HELD_CHARS:
                 raise MalformedCallError
@@ -93,12 +96,15 @@ class CallReader:
                 break
         if not name:
             raise MalformedCallError
-        if not started:
+        if started:
+            cursor.commit()
+        else:
             self._start(name)
-        self._complete("" if started else "{}")
+            self._complete("{}")
 
     def _named(self, call: NamedCall) -> Waiting[None]:
         cursor = self._cursor
+        yield from cursor.skip_space()
         name = yield from cursor.name()
         own_id = name if call.name_is_id else ""
         if call.name_is_id:

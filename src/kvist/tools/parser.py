@@ -154,7 +154,17 @@ class AnswerParser:
                     break
                 if mark not in by_begin:
                     raise MalformedCallError
-                yield from reader.read(by_begin[mark])
+                num_whole = self._log.num_calls
+                try:
+                    yield from reader.read(by_begin[mark])
+                except MalformedCallError:
+                    if self._log.num_calls == num_whole:
+                        raise
+                    yield from cursor.skip_space()
+                    mark = yield from cursor.expect((*form.closings, *form.ends))
+                    cursor.commit()
+                    if mark in form.closings:
+                        break
         except MalformedCallError:
             cursor.at = max(cursor.at, 1) if cursor.text else 0
             return
@@ -165,8 +175,8 @@ class AnswerParser:
         """Return whether the answer ended inside the mark after a call, which is not shown."""
         form = self._tools
         assert form is not None
-        ends = [end for call in form.calls for end in getattr(call, "ends", ())]
-        return self._cursor.ended and any(mark.startswith(rest) for mark in (*form.closings, *form.separators, *ends))
+        marks = (*form.closings, *form.separators, *form.ends)
+        return self._cursor.ended and any(mark.startswith(rest) for mark in marks)
 
 
 def _types_of_all(schema: object) -> dict[str, frozenset[str]]:

@@ -117,6 +117,11 @@ class ToolFormat:
         """The opening that the model writes before calls."""
         return next((opening for opening in self.openings if opening.only_first), self.openings[0])
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The marks after single calls."""
+        return tuple(end for call in self.calls if isinstance(call, NamedCall) for end in call.ends)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningFormat:

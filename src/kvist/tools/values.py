@@ -12,7 +12,7 @@ from kvist.tools.cursor import HELD_CHARS, Cursor, MalformedCallError, Waiting
 _MAX_DEPTH = 256
 _JSON_QUOTES, PYTHON_QUOTES = '"', "\"'"
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
-_OUTSIDE = {_JSON_QUOTES: re.compile(r'["{}\[\]]'), PYTHON_QUOTES: re.compile(r"[\"'{}\[\]()]")}
+_OUTSIDE = {_JSON_QUOTES: re.compile(r'["{}\[\]<`]'), PYTHON_QUOTES: re.compile(r"[\"'{}\[\]()]")}
 _INSIDE = {quote: re.compile(rf"[{quote}\\]") for quote in PYTHON_QUOTES}
 _SCALAR_END = re.compile(r"[\s,}\]]")
 _KEY = re.compile(r"[^\W\d]\w*")
@@ -33,7 +33,8 @@ _LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
 
 class BracketScanner:
-    """Finds the end of a bracketed value or string that arrives in pieces. Only brackets and quotes are checked."""
+    """Finds the end of a bracketed value or string that arrives in pieces. Only brackets and quotes are checked, and
+    that no mark of a model's format (`<`, or a code block's end) stands where JSON has none: the value is then cut."""
 
     def __init__(self, quotes: str = _JSON_QUOTES) -> None:
         self._quotes = quotes
@@ -41,7 +42,7 @@ class BracketScanner:
         self._quote = ""  # of the string that is open
         self._escapes = False  # the next character follows a backslash
         self.done = False
-        self.broken = False  # a bracket closes nothing, or brackets are nested too deeply
+        self.broken = False  # a bracket closes nothing, a mark follows, or brackets are nested too deeply
 
     def advance(self, text: str, at: int) -> int:
         """Return the end of the value, the index of the bracket that breaks it, or the length of the text. `text[at]`
