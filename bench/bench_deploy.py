@@ -17,28 +17,23 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from bench_upgrade import OneGateway, answers_of
-from chaos import Load
 from chaos_cluster import ChaosFailure
-from chaos_load import Answer, Comparison, make_cases
-from json_report import write_report
+from chaos_load import Answer
 from kvist.bench.http import HttpClient, read_whole
+from upgrade_load import Disturbance, Result, add_load_options, answers_of, cases_of, report, under_load
 
 T = TypeVar("T")
 
 START_TIMEOUT_S = 400.0
 STOP_TIMEOUT_S = 200.0
-BEFORE_S = AFTER_S = 2.0  # load before and after the upgrade
 MAX_CHANGE_OF_HITS = 0.05
 KEY = "key-of-the-clients"
 UPGRADED = "upgraded"  # the last line of an upgrade
@@ -120,25 +115,18 @@ class Running:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    load: Load
+    disturbance: Disturbance
     hits_before: float  # share of the prompt tokens that were cached
     hits_after: float
     versions: dict[str, str]  # after the upgrade, of the pods that serve requests
-    upgrade_s: float
     num_pods: int
     replaced: list[str]
 
     @property
-    def longest_pause_s(self) -> float:
-        return max((end_s - begin_s for begin_s, end_s in self.load.tally.gaps), default=0.0)
-
-    @property
     def is_clean(self) -> bool:
-        tally = self.load.tally
-        all_replaced = len(self.replaced) == self.num_pods
         return (
-            not (tally.errors or tally.wrong)
-            and all_replaced
+            self.disturbance.is_clean
+            and len(self.replaced) == self.num_pods
             and abs(self.hits_after - self.hits_before) <= MAX_CHANGE_OF_HITS
         )
 
@@ -167,44 +155,26 @@ async def version_at(url: str) -> str:
 async def upgrade_under_load(running: Running, manifest: Path, args: argparse.Namespace) -> Outcome:
     """Change the images of the running manifest to kvist:new while streams are open. Raises `ChaosFailure`."""
     url = await asyncio.to_thread(running.url)
-    low, _, high = args.max_tokens.partition("-")
-    bounds = (int(low), int(high or low))
-    cases = make_cases(seed=args.seed, count=args.cases, max_tokens=bounds, comparison=Comparison.TOKENS)
-    client = HttpClient(url, api_key=KEY)
-    try:
-        twins = await answers_of(client, cases)
-        before = hit_rate(await answers_of(client, cases))
-    finally:
-        client.close()
-    pairs, pause_s = list(zip(cases, twins, strict=True)), args.pause_s
-    load = Load(OneGateway(url=url), pairs, args.seed, api_key=KEY, pause_s=pause_s)  # type: ignore[arg-type]
-    reading = asyncio.create_task(load.run(args.upgrade_timeout_s, args.streams))
-    try:
-        await asyncio.sleep(BEFORE_S)
-        began_s = time.monotonic()
+    cases = cases_of(args)
+    twins = await answers_of(url, cases, KEY)
+    before = hit_rate(await answers_of(url, cases, KEY))
+    pairs = list(zip(cases, twins, strict=True))
+
+    async def upgrade() -> None:
         manifest.write_text(with_tag(manifest.read_text(encoding="utf-8"), "new"), encoding="utf-8")
         ended = await asyncio.to_thread(running.until, _end_of_upgrade, timeout_s=args.upgrade_timeout_s)
         if ended != UPGRADED:
             raise ChaosFailure(ended)
-        upgrade_s = time.monotonic() - began_s
-        await asyncio.sleep(AFTER_S)
-        load.end()
-        await reading
-    finally:
-        reading.cancel()
-    client = HttpClient(url, api_key=KEY)
-    try:
-        after = hit_rate(await answers_of(client, cases))
-    finally:
-        client.close()
+
+    _, disturbance = await under_load(url, pairs, args, upgrade, timeout_s=args.upgrade_timeout_s, api_key=KEY)
+    after = hit_rate(await answers_of(url, cases, KEY))
     pods = running.pods()
     served = {name: where for name, where in pods.items() if not name.startswith("mooncake-")}
     return Outcome(
-        load=load,
+        disturbance=disturbance,
         hits_before=before,
         hits_after=after,
         versions={name: await version_at(where) for name, where in served.items()},
-        upgrade_s=upgrade_s,
         num_pods=len(pods),
         replaced=running.replaced("kvist:new"),
     )
@@ -225,18 +195,12 @@ def run(args: argparse.Namespace, folder: Path) -> Outcome:
 
 
 def show(outcome: Outcome) -> None:
-    tally = outcome.load.tally
-    print(f"upgrade           {outcome.upgrade_s:.0f} s, {len(outcome.replaced)} of {outcome.num_pods} pods replaced:")
+    upgrade_s, num_replaced = outcome.disturbance.upgrade_s, len(outcome.replaced)
+    print(f"upgrade           {upgrade_s:.0f} s, {num_replaced} of {outcome.num_pods} pods replaced:")
     print(f"                  {', '.join(outcome.replaced)}")
     print(f"versions          {', '.join(f'{name} {version}' for name, version in outcome.versions.items())}")
-    print(f"streams           {tally.num_streams} compared, {tally.num_left} left by their clients")
-    print(f"resumed           {tally.num_resumed} streams, {tally.num_failovers} failovers")
-    print(f"errors            {len(tally.errors)}")
-    print(f"wrong tokens      {len(tally.wrong)}")
-    print(f"longest pause     {outcome.longest_pause_s:.2f} s; longest TTFT {max(tally.first_s, default=0.0):.2f} s")
+    outcome.disturbance.show()
     print(f"cache hits        {outcome.hits_before:.1%} before, {outcome.hits_after:.1%} after")
-    for line in [*tally.errors[:10], *tally.wrong[:10]]:
-        print(f"  {line}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -249,51 +213,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--new-source", type=Path, help="folder src of the checkout of the upgrade; by default this one"
     )
     parser.add_argument("--run-args", nargs="*", default=[], help="further options of kvist deploy run")
-    parser.add_argument("--streams", type=int, default=4, help="clients, each with one stream")
-    parser.add_argument("--pause-s", type=float, default=0.0, help="of a client between two streams")
-    parser.add_argument("--cases", type=int, default=27, help="different requests")
-    parser.add_argument("--max-tokens", default="16-96", help="of an answer: LOW-HIGH")
     parser.add_argument("--upgrade-timeout-s", type=float, default=1200.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--keep", type=Path, help="keep the log in this new folder")
+    add_load_options(parser, streams=4, cases=27, max_tokens="16-96")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    folder = Path(tempfile.mkdtemp(prefix="kvist-bench-deploy-"))
-    status = 2
-    try:
+
+    def result(folder: Path) -> Result:
         outcome = run(args, folder)
         show(outcome)
-        status = 0 if outcome.is_clean else 1
-        if args.json:
-            tally = outcome.load.tally
-            write_report(
-                args.json,
-                args,
-                replaced=outcome.replaced,
-                versions=outcome.versions,
-                upgrade_s=outcome.upgrade_s,
-                streams=tally.num_streams,
-                resumed=tally.num_resumed,
-                errors=tally.errors,
-                wrong=tally.wrong,
-                longest_pause_s=outcome.longest_pause_s,
-                longest_ttft_s=max(tally.first_s, default=0.0),
-                hits_before=outcome.hits_before,
-                hits_after=outcome.hits_after,
-            )
-    except ChaosFailure as failure:
-        print(f"bench_deploy: {failure}", file=sys.stderr)
-    finally:
-        if args.keep:
-            args.keep.mkdir(parents=True, exist_ok=True)
-            if (folder / "log").is_file():
-                shutil.copy(folder / "log", args.keep / "log")
-        shutil.rmtree(folder, ignore_errors=True)
-    return status
+        about = {
+            "replaced": outcome.replaced,
+            "versions": outcome.versions,
+            "hits_before": outcome.hits_before,
+            "hits_after": outcome.hits_after,
+        }
+        return Result(is_clean=outcome.is_clean, figures={**about, **outcome.disturbance.figures()})
+
+    return report("bench_deploy", args, result, kept=["log"])
 
 
 if __name__ == "__main__":

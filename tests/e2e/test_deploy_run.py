@@ -102,12 +102,12 @@ async def test_an_upgrade_in_place_costs_no_stream_a_token_and_keeps_the_cache(r
         ),
     )
     bench_deploy.show(outcome)
-    tally = outcome.load.tally
+    tally = outcome.disturbance.tally
     assert (tally.errors, tally.wrong) == ([], [])
     assert tally.num_streams >= 10
     assert outcome.replaced == PODS
     assert outcome.versions == dict.fromkeys(PODS[2:], NEW_VERSION)
-    assert outcome.longest_pause_s < MAX_PAUSE_S
+    assert outcome.disturbance.longest_pause_s < MAX_PAUSE_S
     assert outcome.hits_before > 0.5
     assert abs(outcome.hits_after - outcome.hits_before) <= bench_deploy.MAX_CHANGE_OF_HITS
     assert outcome.is_clean
