@@ -191,8 +191,12 @@ def test_closed_fails_the_request_with_prefills_reason_and_frees_the_pages() -> 
     assert bench.scheduler.status().pages.free == 12
 
 
-def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_closed_arrives() -> None:
+@pytest.mark.parametrize("waited_s", [0.0, 8.0])  # 8 s: Grant was repeated, and its next repetition is 4 s or more away
+def test_an_abort_after_the_grant_keeps_the_pages_in_flight_until_closed_arrives(waited_s: float) -> None:
     bench = granted()
+    while bench.now_s < waited_s:
+        bench.now_s += 0.5
+        bench.step()
     plan = bench.step(Abort(request_id=RequestId("r")))
     assert ends(plan) == [(Outcome.ABORTED, None)]
     assert isinstance(messages(plan)[0], Revoke)
