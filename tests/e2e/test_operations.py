@@ -91,10 +91,17 @@ def test_a_drained_worker_ends_with_0_and_what_is_left_at_the_limit_goes_on_else
     cluster.wait_until(lambda: any("exited with status 0" in line for line in cluster.lines), within_s=60)
 
 
-def test_the_fleet_is_shown_in_a_terminal(settled: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fleet_is_shown_in_a_terminal(
+    settled: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal shortens the roles, depending on the width of the figures
     completion(settled.router, PROMPTS[0], 4)
-    assert cli.main(["top", settled.router, "--once"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{settled.router}  ready  router ")
-    shown = [line.split() for line in lines if " ready " in line][1:]
-    assert sorted(words[1] for words in shown) == ["decode", "prefill"]
+
+    def roles_shown() -> list[str]:
+        assert cli.main(["top", settled.router, "--once"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"{settled.router}  ready  router ")
+        shown = [line.split() for line in lines if " ready " in line][1:]
+        return sorted(words[1] for words in shown)
+
+    settled.wait_until(lambda: roles_shown() == ["decode", "prefill"], within_s=60)
