@@ -6,7 +6,8 @@
 
 The recipient may also stand before the channel. The prompt ends with `<|start|>assistant`, and the server does not show
 the token that ends the answer. Source: https://github.com/openai/harmony/blob/main/docs/format.md. The package
-`openai-harmony` is not used: it downloads its vocabulary, and parses token ids of that vocabulary only.
+`openai-harmony` is not used: it downloads its vocabulary, and parses token ids of that vocabulary only. A test compares
+this parser with what the package has written and read (tests/tools/record_harmony.py).
 """
 
 from __future__ import annotations
