@@ -26,7 +26,7 @@ PROMPTS = [
     "Water boils at 100 degrees Celsius because",
     "Translate to German: The weather is nice today, and the children are playing in the garden behind the house.",
 ]
-NUM_TOKENS = 64
+NUM_TOKENS = 32
 EOS = (2,)  # suppressed, so that answers are long
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
 
