@@ -166,6 +166,15 @@ REMEDIES = [
     ("an unknown kind of Kubernetes", "kind: is Depoyment of apps/v1, which Kubernetes does not have: correct kind or"),
     ("an unknown field of Kubernetes", "Service other: spec.port: is an unknown field: did you mean ports?"),
     ("a wrong type of Kubernetes", "Service other: spec.ports: 3 is not of type 'array', 'null': write a list, each"),
+    ("an impossible count of Kubernetes", "ReplicaSet other: spec.replicas: -1 is less than 0: use 0 or more"),
+    ("an autoscaler without room", "spec.maxReplicas: 2 is below minReplicas (3): use 3 or more"),
+    (
+        "a name that DNS does not know",
+        "metadata.name: makes the name kvist_A-decode-2, which is not valid in DNS: use lower",
+    ),
+    ("no number of GPUs", "resources.limits.nvidia.com/gpu: -2 is not a number of GPUs: use 0, or"),
+    ("too few GPUs", "resources.limits.nvidia.com/gpu: the worker needs 4 GPUs (--tp 4) and gets 2: set it to 4"),
+    ("no port", "ports: 99999 of http is not a port: use a number from 1 to 65535"),
     ("an unknown option", "role decode, container worker: args: "),
     ("a short grace", "terminationGracePeriodSeconds: the container is killed after 30 s, during the drain: "),
     ("a host tier without its volume", "volumeMounts: --hicache-persist /"),
@@ -178,12 +187,35 @@ REMEDIES = [
     ("no decode worker", "--role: all have the role prefill, and no request can be answered: add workers"),
 ]
 MORE_WRONG: dict[str, Callable[[Json], object]] = {
+    "a name that DNS does not know": lambda group: group["metadata"].update(name="kvist_A"),
+    "no number of GPUs": lambda group: container(group, "decode")["resources"]["limits"].update({"nvidia.com/gpu": -2}),
+    "too few GPUs": lambda group: (
+        container(group, "decode")["args"].extend(["--device=cuda", "--tp=4"]),
+        container(group, "decode")["resources"]["limits"].update({"nvidia.com/gpu": "2"}),
+    ),
+    "no port": lambda group: container(group, "decode")["ports"][0].update(containerPort=99999),
     "a field with a typing error": lambda group: role(group, "decode").update(replica=2),
     "a missing field": lambda group: pod(group, "decode").pop("containers"),
     "a value of neither type": lambda group: container(group, "decode")["readinessProbe"]["httpGet"].update(port=[1]),
     "a value that is not in a list": lambda group: role(group, "decode")["rolloutStrategy"].update(type="Sometimes"),
 }
 OTHER_WRONG: dict[str, Json] = {
+    "an impossible count of Kubernetes": {
+        "kind": "ReplicaSet",
+        "apiVersion": "apps/v1",
+        "metadata": {"name": "other"},
+        "spec": {"replicas": -1, "selector": {}},
+    },
+    "an autoscaler without room": {
+        "kind": "HorizontalPodAutoscaler",
+        "apiVersion": "autoscaling/v2",
+        "metadata": {"name": "other"},
+        "spec": {
+            "minReplicas": 3,
+            "maxReplicas": 2,
+            "scaleTargetRef": {"kind": "StatefulSet", "name": "kvist-decode", "apiVersion": "apps/v1"},
+        },
+    },
     "an unknown kind of Kubernetes": {"kind": "Depoyment", "apiVersion": "apps/v1", "metadata": {"name": "other"}},
     "an unknown field of Kubernetes": {
         "kind": "Service",

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 
 from kvist.deploy.compose_fields import compose_problems
 from kvist.deploy.description import MAX_POD_NAME, STOP_MARGIN_S
+from kvist.deploy.kubernetes_reader import GPU
 from kvist.deploy.manifest import Manifest, read_manifest
 from kvist.deploy.problem import Problem
 from kvist.deploy.schemas import schema_problems
@@ -25,6 +26,8 @@ ReadOptions = Callable[[str, Sequence[str], Mapping[str, str]], Mapping[str, obj
 """From (verb, arguments, environment) to the values of the verb's options by key. Raises `ConfigError`."""
 
 _LOOPBACK = ("127.", "localhost", "::1")
+_GPUS = f"resources.limits.{GPU}"
+_DNS = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _RELEASE = re.compile(r"v?(\d+)\.(\d+)(?:\.\d+)?\b.*")
 
 
@@ -185,6 +188,17 @@ def _memory(one: _Running) -> Iterator[Finding]:
         yield one.finding("resources.limits.memory", text, "raise the limit, or lower the size")
 
 
+def _gpus(one: _Running) -> Iterator[Finding]:
+    """The container gets the GPUs on which its worker runs."""
+    if one.container.gpus is None:
+        return
+    text = str(one.container.gpus)
+    if not text.isdecimal():
+        yield one.finding(_GPUS, f"{text} is not a number of GPUs", "use 0, or a whole number above it")
+    elif one.container.verb == "serve" and one.text("device") != "cpu" and int(text) < (tp := int(one.number("tp"))):
+        yield one.finding(_GPUS, f"the worker needs {tp} GPUs (--tp {tp}) and gets {text}", f"set it to {tp}")
+
+
 def _keys(one: _Running) -> Iterator[Finding]:
     if _is_loopback(one.text("host")):
         return
@@ -214,13 +228,22 @@ def _probes(one: _Running) -> Iterator[Finding]:
 
 
 def _names(one: _Running) -> Iterator[Finding]:
-    if len(one.workload.pod_name) > MAX_POD_NAME:
-        name = one.workload.pod_name
+    name = one.workload.pod_name
+    if not one.is_compose and not _DNS.fullmatch(name):
+        remedy = "use lower-case letters, digits and '-', also in the name of the role"
+        yield one.finding("metadata.name", f"makes the name {name}, which is not valid in DNS", remedy)
+    if len(name) > MAX_POD_NAME:
         text = f"makes the name {name} with {len(name)} characters; DNS allows {MAX_POD_NAME}"
         yield one.finding("metadata.name", text, "use a shorter one, or a shorter name of the role")
 
 
-_CHECKS = (_grace, _folders, _memory, _keys, _probes, _names)
+def _port_numbers(one: _Running) -> Iterator[Finding]:
+    for name, port in one.container.ports.items():
+        if not 0 < port < 1 << 16:
+            yield one.finding("ports", f"{port} of {name} is not a port", "use a number from 1 to 65535")
+
+
+_CHECKS = (_grace, _folders, _memory, _gpus, _keys, _probes, _names, _port_numbers)
 
 
 # ---------------------------------------------------------------- all containers

@@ -21,6 +21,7 @@ from kvist.deploy.workloads import (
     kvist_container,
 )
 
+GPU = "nvidia.com/gpu"
 _UNITS = {"": 1e-6, "k": 1e-3, "M": 1.0, "G": 1e3, "T": 1e6, "Ki": 1.024e-3, "Mi": 1.048576, "Gi": 1073.741824}
 
 
@@ -155,6 +156,7 @@ def _container(where: str, item: Json) -> Container | None:
         ports={str(port.get("name")): as_int(port.get("containerPort"), 0) for port in dicts(item.get("ports"))},
         mounts={str(one.get("mountPath")): str(one.get("name")) for one in dicts(item.get("volumeMounts"))},
         memory_mb=megabytes(limits.get("memory")),
+        gpus=limits.get(GPU),
         probes={key: str(as_dict(probe.get("httpGet")).get("path", "")) for key, probe in probes.items()},
         liveness_s=max(1.0, float(period_s * failures)) if liveness else LIVENESS_S,
     )

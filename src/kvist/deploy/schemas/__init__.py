@@ -116,6 +116,20 @@ def _kubernetes_problems(document: Json, kind: str, version: str) -> Iterator[Pr
         yield Problem("kind", f"is {kind} of {version}, which Kubernetes does not have", "correct kind or apiVersion")
     except kubernetes_validate.ValidationError as error:
         yield from _problems(list(error.path), error.validator, error.schema, error.instance, error.message)
+    else:
+        yield from _impossible_counts(document.get("spec"))
+
+
+def _impossible_counts(spec: Any) -> Iterator[Problem]:
+    """Yield the numbers of pods that the API server refuses, and the published schemas allow."""
+    counts = spec if isinstance(spec, dict) else {}
+    for field in ("replicas", "minReplicas", "maxReplicas"):
+        number = counts.get(field)
+        if isinstance(number, int) and number < 0:
+            yield Problem(f"spec.{field}", f"{number} is less than 0", "use 0 or more")
+    least, most = counts.get("minReplicas"), counts.get("maxReplicas")
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        yield Problem("spec.maxReplicas", f"{most} is below minReplicas ({least})", f"use {least} or more")
 
 
 def _problems(path: Sequence[str | int], keyword: str, schema: Json, instance: Any, message: str) -> Iterator[Problem]:
