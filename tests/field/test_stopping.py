@@ -16,6 +16,7 @@ from kvist.checkpoint import find_checkpoint
 from kvist.cli import main
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.serving import LocalEngineTransport, Serving
+from kvist.cluster.stop_requests import handle_signals
 from kvist.cluster.stopping import StopSignals
 from kvist.request import EpochId, WorkerId
 from kvist.router import LinkOptions, RouterConfig, WorkerUrls, build_router
@@ -214,6 +215,25 @@ async def test_the_signal_after_a_drain_does_not_hurry_it(monkeypatch: pytest.Mo
     stop(signal.SIGTERM, None)
     await asyncio.sleep(0)
     assert stop.hurried.is_set()
+
+
+@pytest.mark.case("signal-to-all")
+async def test_a_signal_to_a_server_that_has_ended_does_not_interrupt_the_end_of_its_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The event loop waits for its threads at its end: an interrupt there ends in their tracebacks."""
+    stop = StopSignals()
+    with handle_signals(stop, [signal.SIGTERM]):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)  # while the server starts
+        stop.watch()
+        stop.unwatch()
+        signal.raise_signal(signal.SIGTERM)
+        stop.stop()  # of the parent, which signals this process
+        await asyncio.sleep(0)
+        monkeypatch.setattr("kvist.cluster.stopping.SAME_REQUEST_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)  # something keeps the process
 
 
 async def test_kvist_drain_ends_a_server_after_its_open_requests(

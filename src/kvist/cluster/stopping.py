@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -31,12 +32,14 @@ class StopSignals:
     `KeyboardInterrupt`; after `watch`, the first signal requests a stop, and another one hurries it. A signal within
     `SAME_REQUEST_S` after the parent's request counts as the same request: both may come from one service manager.
     The first signal after `drain` counts as the same request, however late: Kubernetes runs a container's preStop
-    command, and sends the signal after it."""
+    command, and sends the signal after it. After `unwatch` the process ends by itself: requests of the next
+    `SAME_REQUEST_S` have no effect, and a later signal interrupts what keeps the process."""
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
         self.hurried = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended_s: float | None = None  # when the loop's main task had ended
         self._requested_s: float | None = None
         self._num_signals = 0
         self._drained = False
@@ -46,10 +49,13 @@ class StopSignals:
         self._loop = asyncio.get_running_loop()
 
     def unwatch(self) -> None:
+        self._ended_s = time.monotonic()
         self._loop = None
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
         if self._loop is None:
+            if self._ended_s is not None and time.monotonic() < self._ended_s + SAME_REQUEST_S:
+                return
             raise KeyboardInterrupt
         self._num_signals += 1
         requested_s = None if self._drained else self._requested_s
