@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import grafana
+from kvist.deploy.pods import QUEUE_METRIC
 from metrics_page import NODES, families
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,15 @@ def test_every_query_of_the_dashboard_names_metrics_and_labels_that_exist() -> N
     assert len(queries()) > 50
     found = {query: wrong for query in queries() if (wrong := list(problems(query.replace("$__rate_interval", "5m"))))}
     assert found == {}
+
+
+def test_the_autoscaler_scales_by_a_metric_that_exists_under_the_name_that_the_docs_give_it() -> None:
+    exists = QUEUE_METRIC.replace("_", ":", 1)
+    assert exists in EXPORTED
+    (text,) = re.findall(r"```yaml\n(rules:.*?)```", (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8"), re.S)
+    (rule,) = yaml.safe_load(text)["rules"]
+    assert rule["name"]["as"] == QUEUE_METRIC
+    assert rule["seriesQuery"].startswith(exists + "{")
 
 
 def test_panels_do_not_cover_each_other() -> None:
