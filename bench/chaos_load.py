@@ -217,6 +217,7 @@ _KINDS: dict[str, Any] = {
         "repetition_penalty": 1.15,
         "logit_bias": {"97": 1.5, "101": -2.0},
     },
+    "constrained": lambda draw: {**_seeded(draw), "structured_outputs": {"regex": "([a-z]{2,9} [0-9]{1,3}; )*"}},
     "n": lambda draw: {**_seeded(draw), "n": 3},
     "echo": lambda _draw: {**_GREEDY, "echo": True, "logprobs": 1},
     "not streamed": lambda draw: {**_seeded(draw), "stream": False, "logprobs": 1},
