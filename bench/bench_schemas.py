@@ -44,7 +44,8 @@ MAX_TOKENS = 300  # of a document; a longer one is counted as cut
 NUM_TRIES = 4  # to get a whole document
 NUM_CHANGES = 8  # changed texts of a document
 CHANGED_TO = '"{}[]:,0123456789.eE+-truefalsn aZ\\'
-TIMEOUT_S = 600.0
+TIMEOUT_S = 1800.0  # of a request: other work may keep the machine busy
+PATIENT = (f"--max-queue-wait-s={TIMEOUT_S}", f"--queue-timeout-s={TIMEOUT_S}")  # flags of the worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +236,7 @@ def main() -> None:
     print_rows("masks", rows)
     if args.served:
         with tempfile.TemporaryDirectory() as folder:
-            with BenchServer("served", [f"--model-path={args.model_path}"], Path(folder)) as server:
+            with BenchServer("served", [f"--model-path={args.model_path}", *PATIENT], Path(folder)) as server:
                 try:
                     server.start(TIMEOUT_S)
                     answered = asyncio.run(ask(cases, server, args.served, args.at_once))
