@@ -349,9 +349,9 @@ async def test_a_fault_is_an_error_with_its_path_in_the_clients_own_request(
 
 async def test_faulty_queries_are_a_400(bench: GatewayBench) -> None:
     first = response_of(await bench.post(PATH, ASKED))
-    for query in ("stream=true", "streem=1"):
+    for query in ("stream=true", "streem=1", "include[]=file_search_call.results"):
         assert (await bench.client.get(f"{PATH}/{first.id}?{query}")).status_code == 400
-    for query in ("limit=0", "limit=x", "limit=101", "order=up", "after=x"):
+    for query in ("limit=0", "limit=x", "limit=101", "limit=%C2%B2", "order=up", "after=x", "include=x"):
         refused = await bench.client.get(f"{PATH}/{first.id}/input_items?{query}")
         assert (refused.status_code, error_of(refused)["param"]) == (400, query.partition("=")[0])
     assert (await bench.client.get(f"{PATH}/{first.id}?include[]=reasoning.encrypted_content")).status_code == 200

@@ -24,7 +24,7 @@ from kvist.agents_api.chat_job import job_of_chat
 from kvist.agents_api.config import AgentApiOptions
 from kvist.agents_api.response_store import ResponseStore, Turn
 from kvist.agents_api.responses_format import ResponsesFormat, opened_response
-from kvist.agents_api.responses_request import LOGPROBS, chat_of_responses, check_request, items_of
+from kvist.agents_api.responses_request import LOGPROBS, chat_of_responses, check_includable, check_request, items_of
 from kvist.api.decoding import BodyDecoder
 from kvist.api.response_objects import DeletedResponse, InputTokens, ItemList, ResponseObject
 from kvist.api.responses import InputItem, InputPart, ResponsesRequest
@@ -47,6 +47,7 @@ _RESPONSES = BodyDecoder(ResponsesRequest)
 _CANCEL_TIMEOUT_S = 10.0
 _CONTINUABLE = ("completed", "incomplete")
 _MAX_LISTED = 100
+_INCLUDES = ("include", "include[]")
 _ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
 
@@ -159,7 +160,7 @@ class Responses:
 
     async def retrieve(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive
-        for name, value in _query(scope, ("include", "include[]", "stream")):
+        for name, value in _query(scope, (*_INCLUDES, "stream")):
             if name == "stream" and value not in ("false", "0"):
                 raise UnsupportedField("stored responses are not streamed: omit `stream`", param="stream")
         running = self._running.get(_key(scope))
@@ -193,9 +194,9 @@ class Responses:
     async def input_items(self, scope: Scope, receive: Receive, send: Send) -> None:
         """List the items of one response's own input, the last one first unless `order` is asc."""
         del receive
-        asked = dict(_query(scope, ("limit", "order", "after", "include", "include[]")))
+        asked = dict(_query(scope, ("limit", "order", "after", *_INCLUDES)))
         limit, order = asked.get("limit", "20"), asked.get("order", "desc")
-        if not limit.isdigit() or not 1 <= int(limit[:9]) <= _MAX_LISTED:
+        if not (limit.isascii() and limit.isdigit()) or not 1 <= int(limit[:9]) <= _MAX_LISTED:
             raise RequestError(f"`limit` is {limit[:64]!r}; it must be 1 to {_MAX_LISTED}", param="limit")
         if order not in ("asc", "desc"):
             raise RequestError(f"`order` is {order[:64]!r}; use asc or desc", param="order")
@@ -318,7 +319,9 @@ def _key(scope: Scope) -> tuple[str, str]:
 def _query(scope: Scope, known: Sequence[str]) -> list[tuple[str, str]]:
     query: bytes = scope["query_string"]
     found = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    for name, _ in found:
+    for name, value in found:
         if name not in known:
             raise RequestError(f"{scope['path']} takes {', '.join(known)}, not `{name[:64]}`", param=name)
+        if name in _INCLUDES:
+            check_includable(value)
     return found

@@ -46,10 +46,7 @@ _TEXTS = ("input_text", "output_text", "text")
 def check_request(request: ResponsesRequest) -> None:
     """Raise `RequestError` for fields that contradict each other, or have values that are not supported."""
     for value in request.include or ():
-        if value not in _INCLUDABLE:
-            raise UnsupportedField(
-                f"`include` has {value[:64]!r}; supported: {', '.join(_INCLUDABLE)}", param="include"
-            )
+        check_includable(value)
     if request.background and request.stream:
         raise UnsupportedField(
             "`background` and `stream` together are not supported: poll GET /v1/responses/{id} without `stream`, or "
@@ -65,6 +62,12 @@ def check_request(request: ResponsesRequest) -> None:
         raise RequestError(f"`metadata` may have {rule}", param="metadata")
     if request.input is None:
         raise RequestError("`input` is missing", param="input")
+
+
+def check_includable(value: str) -> None:
+    """Raise `UnsupportedField` for a value of `include` that names nothing here."""
+    if value not in _INCLUDABLE:
+        raise UnsupportedField(f"`include` has {value[:64]!r}; supported: {', '.join(_INCLUDABLE)}", param="include")
 
 
 def items_of(request: ResponsesRequest) -> list[InputItem]:
