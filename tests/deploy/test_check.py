@@ -251,6 +251,23 @@ def test_a_finding_names_the_fault_the_field_and_the_remedy(name: str, words: st
     assert all(finding.problem.field and finding.problem.remedy for finding in found)
 
 
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (
+            {"selector": {"matchLabels": {"app": "x"}}},
+            "spec.selector.matchLabels: selects no pod of the manifest: use labels",
+        ),
+        ({"podMetricsEndpoints": [{"port": "web"}]}, "podMetricsEndpoints.0.port: no pod has the port web: use "),
+    ],
+)
+def test_a_monitor_that_reads_nothing_is_named(spec: Json, words: str) -> None:
+    monitor = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PodMonitor", "metadata": {"name": "m"}, "spec": spec}
+    (found,) = findings(lambda _group: None, [*CLUSTER, monitor])
+    assert found.startswith("error: PodMonitor m: ")
+    assert words in found
+
+
 def of_project(change: Callable[[Json], object]) -> list[str]:
     project = copy.deepcopy(PROJECT)
     change(project)

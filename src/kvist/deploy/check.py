@@ -18,7 +18,7 @@ from kvist.deploy.kubernetes_reader import GPU
 from kvist.deploy.manifest import Manifest, read_manifest
 from kvist.deploy.problem import Problem
 from kvist.deploy.schemas import schema_problems
-from kvist.deploy.workloads import Container, Workload
+from kvist.deploy.workloads import Container, Workload, as_dict, dicts
 from kvist.errors import ConfigError
 from kvist.nodes.config import STOP_MARGIN_S as STORE_STOP_MARGIN_S
 
@@ -94,7 +94,7 @@ def check_manifest(text: str, read_options: ReadOptions) -> list[Finding]:
 
 def check_documents(manifest: Manifest, read_options: ReadOptions) -> list[Finding]:
     """Return what is wrong with the manifest, in its order."""
-    findings = list(_schema_findings(manifest))
+    findings = [*_schema_findings(manifest), *_monitor_findings(manifest)]
     running = []
     arguments = _OF_COMPOSE["args"] if manifest.is_compose else "args"
     for workload in manifest.workloads:
@@ -130,6 +130,26 @@ def _schema_findings(manifest: Manifest) -> Iterator[Finding]:
         name = metadata.get("name") if isinstance(metadata, dict) else None
         for problem in schema_problems(document):
             yield Finding(where=f"{document.get('kind')} {name}", problem=problem)
+
+
+def _monitor_findings(manifest: Manifest) -> Iterator[Finding]:
+    """A PodMonitor selects pods of the manifest, and reads ports that they have."""
+    for document in manifest.documents:
+        if document.get("kind") != "PodMonitor":
+            continue
+        where, spec = f"PodMonitor {as_dict(document.get('metadata')).get('name')}", as_dict(document.get("spec"))
+        labels = as_dict(as_dict(spec.get("selector")).get("matchLabels"))
+        chosen = [one for one in manifest.workloads if one.containers and labels.items() <= one.labels.items()]
+        if not chosen:
+            remedy = "use labels that the pods have"
+            problem = Problem("spec.selector.matchLabels", "selects no pod of the manifest", remedy)
+            yield Finding(where=where, problem=problem)
+        names = sorted({name for workload in chosen for one in workload.containers for name in one.ports})
+        for index, endpoint in enumerate(dicts(spec.get("podMetricsEndpoints"))):
+            if chosen and endpoint.get("port") not in names:
+                text = f"no pod has the port {endpoint.get('port')}"
+                field = f"spec.podMetricsEndpoints.{index}.port"
+                yield Finding(where=where, problem=Problem(field, text, f"use {' or '.join(names)}"))
 
 
 # ---------------------------------------------------------------- one container
