@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
-# Builds the CPU image where there is no registry, and lets it answer a request; then removes everything it made.
+# Builds an image where there is no registry, and lets it answer a request; then removes everything it made.
 #
 #     scripts/try_image.sh          # as root on Debian, with buildah and debootstrap; about 6 GB of disk
+#     scripts/try_image.sh cuda     # the image for NVIDIA GPUs, about 30 GB of disk; it answers on the CPU
+#     WITHOUT='torch|triton|nvidia|cuda' scripts/try_image.sh cuda      # its other packages and its last layer: no answer
 #
 # The base is debootstrap's Debian 12, from the mirror of this machine ($MIRROR), or a folder of an earlier run ($ROOTFS). The
-# packages come from pip's index as it is set up here, with the hashes of deploy/images/requirements-cpu.txt.
+# packages come from pip's index as it is set up here, or from a folder of an earlier run ($WHEELS), with the hashes of
+# deploy/images/requirements-*.txt. $WITHOUT names packages to leave out, by the beginnings of their names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 MIRROR=${MIRROR:-$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d 2> /dev/null | head -1 || true)}
 PORT=${PORT:-30111}
-NAME=kvist:cpu
+KIND=${1:-cpu}
+NAME=kvist:$KIND
+WITHOUT=${WITHOUT:-}
 
 [ "$(id -u)" = 0 ] || { echo 'try_image.sh: run it as root' >&2; exit 1; }
+[ -f "deploy/images/$KIND.Dockerfile" ] || { echo "try_image.sh: no image is called $KIND: cpu or cuda" >&2; exit 1; }
 for needed in buildah curl "$PYTHON"; do
 	command -v "$needed" > /dev/null || { echo "try_image.sh: $needed is missing" >&2; exit 1; }
 done
@@ -32,7 +38,9 @@ since=$SECONDS
 
 if [ -z "${ROOTFS:-}" ]; then
 	ROOTFS=$work/rootfs
-	debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$ROOTFS" "$MIRROR" > "$work/log"
+	needs=python3,python3-venv,ca-certificates
+	if [ "$KIND" = cuda ]; then needs=$needs,python3-dev; fi
+	debootstrap --variant=minbase --include="$needs" bookworm "$ROOTFS" "$MIRROR" > "$work/log"
 fi
 rm -rf "$ROOTFS"/var/cache/apt/archives/*.deb
 base=$(bud from scratch)
@@ -41,25 +49,32 @@ bud commit --quiet --rm "$base" kvist-base > /dev/null
 seconds 'base'
 
 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$work/context/dist" .
-"$PYTHON" -m pip download --quiet --quiet --quiet --no-deps --require-hashes -r deploy/images/requirements-cpu.txt --dest "$work/wheels"
 mkdir -p "$work/context/deploy"
 cp -r deploy/images "$work/context/deploy/"
+list=$work/context/deploy/images/requirements-$KIND.txt
+if [ -n "$WITHOUT" ]; then sed -i -E "/^($WITHOUT)/d" "$list"; fi
+if [ -z "${WHEELS:-}" ]; then
+	WHEELS=$work/wheels
+	"$PYTHON" -m pip download --quiet --quiet --quiet --no-deps --require-hashes -r "$list" --dest "$WHEELS"
+fi
 seconds 'wheels'
 
 version=$("$PYTHON" -c 'import kvist; print(kvist.__version__)')
-bud bud --quiet --isolation chroot --format docker --layers=false -f deploy/images/cpu.Dockerfile -t "$NAME" \
-	--volume "$work/wheels:/wheels:ro" --build-arg BASE=localhost/kvist-base --build-arg PIP_NO_INDEX=1 \
+bud bud --quiet --isolation chroot --format docker --layers=false -f "deploy/images/$KIND.Dockerfile" -t "$NAME" \
+	--volume "$WHEELS:/wheels:ro" --build-arg BASE=localhost/kvist-base --build-arg PIP_NO_INDEX=1 \
 	--build-arg PIP_FIND_LINKS=/wheels --build-arg VERSION="$version" "$work/context" > /dev/null
 seconds 'image'
 bud images --format '{{.Name}}:{{.Tag}} {{.Size}}'
 
 box=$(bud from --pull-never "$NAME")
 bud run --isolation chroot --user 10001:10001 "$box" kvist --version
+if [ "$KIND" = cuda ]; then bud run --isolation chroot --user 10001:10001 "$box" sh -c 'gcc --version | head -1; ls /usr/include/python3*/Python.h'; fi
+if [ -n "$WITHOUT" ]; then exit; fi
 # in a process group of its own: buildah does not pass signals on to the container
 setsid buildah --root "$work/storage" --runroot "$work/run" run --isolation chroot --user 10001:10001 "$box" \
-	kvist serve --host 127.0.0.1 --port "$PORT" --max-total-tokens 4096 &
+	kvist serve --host 127.0.0.1 --port "$PORT" --max-total-tokens 4096 --device cpu &
 server=$!
-for _ in $(seq 300); do
+for _ in $(seq 900); do
 	curl --silent --fail "http://127.0.0.1:$PORT/ready" > /dev/null && break
 	kill -0 "$server" || { echo 'try_image.sh: the server ended' >&2; exit 1; }
 	sleep 1
