@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.live import Live
 
 from kvist.cluster import start_display
-from kvist.cluster.probe import probe_child
 from kvist.cluster.start_display import StartBlock, StartLines, describe, is_routine
 from kvist.progress import REPORT_INTERVAL_S
 from kvist.supervisor.child import NO_ANSWER, Answer, Child, ChildPlan, ChildState
+from kvist.supervisor.probe import probe_child
 from kvist.testing.clocks import FakeClock
 
 

@@ -56,6 +56,14 @@ def test_the_arguments_of_every_process_can_be_read(kind: str, version: str, sha
         assert options["api_key"] == ("a" * 32,)
 
 
+def test_pre_stop_is_sent_to_the_address_of_the_pod() -> None:
+    commands = {pod.role: pod.pre_stop for pod in planned().pods if pod.name.endswith("-0")}
+    addresses = {pod.role: pod.url for pod in planned().pods if pod.name.endswith("-0")}
+    for role in ("prefill", "decode", "router"):
+        assert commands[role] == ("kvist", "drain", addresses[role])
+    assert commands["mooncake-master"] == ()
+
+
 def test_the_router_finds_its_workers_in_files() -> None:
     cluster = planned()
     (router,) = [pod for pod in cluster.pods if pod.role == "router"]

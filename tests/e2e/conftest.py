@@ -22,9 +22,9 @@ from kvist.checkpoint import find_checkpoint
 from kvist.cluster.config import ClusterConfig
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
 from kvist.cluster.ports import free_ports
-from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.supervisor.child import ChildPlan
+from kvist.supervisor.probe import probe_child
 from kvist.testing.tiny_model import write_tiny_model
 from kvist.testing.tokenizers import write_byte_tokenizer
 from kvist.testing.waits import wait_until

@@ -106,6 +106,9 @@ async def test_an_upgrade_in_place_costs_no_stream_a_token_and_keeps_the_cache(r
     assert (tally.errors, tally.wrong) == ([], [])
     assert tally.num_streams >= 10
     assert outcome.replaced == PODS
+    hooks = {line.partition(":")[0]: line for line in process.own_lines() if "preStop" in line}
+    assert list(hooks) == ["prefill-0", "decode-0"]  # the router leaves its socket to the next one
+    assert all(line.endswith("has run") for line in hooks.values()), hooks
     assert outcome.versions == dict.fromkeys(PODS[2:], NEW_VERSION)
     assert outcome.disturbance.longest_pause_s < MAX_PAUSE_S
     assert outcome.hits_before > 0.5

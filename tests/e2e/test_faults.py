@@ -27,9 +27,9 @@ from chaos_load import Case, StreamReader, difference, read_answer
 from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
 from kvist.cluster.ports import free_ports
-from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.supervisor.child import ChildPlan
+from kvist.supervisor.probe import probe_child
 from kvist.testing.rounds import check_time, in_rounds
 from kvist.testing.tcp_relay import Link, TcpRelay
 from kvist.testing.waits import wait_until

@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from kvist.cluster.ports import free_ports
-from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.supervisor.child import ChildPlan
+from kvist.supervisor.probe import probe_child
 from kvist.testing.rounds import check_time, in_rounds
 from tests.e2e.conftest import START_TIMEOUT_S
 

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from kvist.cluster.probe import probe_child
 from kvist.supervisor.child import NO_ANSWER, READY
+from kvist.supervisor.probe import probe_child
 
 KVIST = (sys.executable, "-m", "kvist")
 

@@ -19,12 +19,12 @@ from kvist.clock import Clock, MonotonicClock
 from kvist.cluster.chat_turn import TurnOptions, TurnReport, stream_turn
 from kvist.cluster.config import ChatConfig
 from kvist.cluster.ports import LOOPBACK, free_ports
-from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import Processes
 from kvist.cluster.start_display import start_display
 from kvist.cluster.up import interrupt_on_stop_signals
 from kvist.errors import EngineError, Unavailable
 from kvist.supervisor.child import ChildPlan
+from kvist.supervisor.probe import probe_child
 
 TURN_TIMEOUT_S = 600.0  # between two pieces of an answer
 MAX_HISTORY_LINES = 1000

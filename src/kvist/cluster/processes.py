@@ -179,15 +179,27 @@ class Processes:
             self._let_accept(child)
         return old
 
-    def end_one(self, child: Child, *, word: bytes = STOP, within_s: float | None = None) -> None:
+    def end_one(
+        self,
+        child: Child,
+        *,
+        word: bytes = STOP,
+        within_s: float | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         """Ask the child to end by `word`, wait for its end, and forget the child. A child that has not ended after
-        `within_s`, by default the time of open requests and a grace period, is killed."""
+        `within_s`, by default the time of open requests and a grace period, is killed. `before` runs first, as a
+        part of this time: the child is no longer restarted then."""
+        began_s = self._clock.now_s()
         with self._changed:
             child.is_leaving = True
+        if before is not None:
+            before()
+        with self._changed:
             if child.process is None:
                 child.state = ChildState.STOPPED
             child.send(word)
-        self._wait_ended([child], within_s)
+        self._wait_ended([child], None if within_s is None else within_s - (self._clock.now_s() - began_s))
         with self._changed:
             self.children = {label: each for label, each in self.children.items() if each is not child}
 

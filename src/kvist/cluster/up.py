@@ -14,12 +14,12 @@ from kvist.cluster.announce import curl_example, shown_key
 from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.plan import ROUTER, ClusterShape, plan_on_free_ports
-from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.start_display import StartBlock, start_display
 from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals, signal_self, stop_with_parent
 from kvist.output import output_to
 from kvist.service_manager import notify_ready
+from kvist.supervisor.probe import probe_child
 
 Beside = Callable[[ClusterShape, Processes, Callable[[str], None]], contextlib.AbstractContextManager[None]]
 
@@ -102,7 +102,8 @@ def _run_behind(front: socket.socket, shape: ClusterShape, beside: Beside, stop_
     return 0
 
 
-def _stop(processes: Processes) -> None:
+def request_stop(processes: Processes) -> None:
+    """Ask this process to stop, for its parent. Safe on any thread."""
     if not processes.stopping:
         signal_self()
 
@@ -110,7 +111,7 @@ def _stop(processes: Processes) -> None:
 def _start(processes: Processes, shape: ClusterShape, screen: Screen, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
         # the router's open requests, then the workers' open requests of other routers
-        stop_with_parent(stop=lambda: _stop(processes), hurry=processes.hurry, drain_s=shape.stop_s)
+        stop_with_parent(stop=lambda: request_stop(processes), hurry=processes.hurry, drain_s=shape.stop_s)
     config = shape.config
     workers = f"{config.prefill} prefill, {config.decode} decode, {config.unified} unified"
     pool = "" if shape.pool is None else f"a page pool (master, {shape.pool.num_stores} stores), "

@@ -146,6 +146,7 @@ def _container(where: str, item: Json) -> Container | None:
     limits = as_dict(as_dict(item.get("resources")).get("limits"))
     probes = {key: as_dict(item.get(key)) for key in ("readinessProbe", "livenessProbe", "startupProbe") if key in item}
     liveness = probes.get("livenessProbe", {})
+    pre_stop = as_dict(as_dict(item.get("lifecycle")).get("preStop"))
     period_s, failures = as_int(liveness.get("periodSeconds"), 10), as_int(liveness.get("failureThreshold"), 3)
     return kvist_container(
         where=f"{where}, container {item.get('name')}",
@@ -159,6 +160,7 @@ def _container(where: str, item: Json) -> Container | None:
         gpus=limits.get(GPU),
         probes={key: str(as_dict(probe.get("httpGet")).get("path", "")) for key, probe in probes.items()},
         liveness_s=max(1.0, float(period_s * failures)) if liveness else LIVENESS_S,
+        pre_stop=tuple(map(str, as_list(as_dict(pre_stop.get("exec")).get("command")))),
     )
 
 

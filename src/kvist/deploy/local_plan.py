@@ -48,6 +48,7 @@ class LocalPod:
     update_grace_s: float = 0.0  # from unready to the stop, when its image is replaced
     min_ready_s: float = 0.0  # after an update, before the next one
     surges: bool = False  # when its image is replaced, the new process is ready before the old one stops
+    pre_stop: tuple[str, ...] = ()  # the command that runs before the request to stop
 
     @property
     def url(self) -> str:
@@ -154,6 +155,7 @@ def _pod(
         update_grace_s=workload.update_grace_s,
         min_ready_s=workload.min_ready_s,
         surges=workload.surges,
+        pre_stop=tuple(word.replace("://127.0.0.1:", f"://{address}:") for word in container.pre_stop),
     )
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,16 +23,17 @@ from pathlib import Path
 
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.ports import LOOPBACK, free_ports
-from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import ChildTimeouts, Processes
-from kvist.cluster.stop_requests import RETIRE, signal_self, stop_with_parent
-from kvist.cluster.up import Screen, interrupt_on_stop_signals
+from kvist.cluster.stop_requests import RETIRE, stop_with_parent
+from kvist.cluster.up import Screen, interrupt_on_stop_signals, request_stop
 from kvist.deploy.local_plan import MAX_PODS, LocalCluster, LocalPod, Place, plan_local, updates
 from kvist.deploy.manifest import manifest_text_of, read_manifest
 from kvist.errors import ConfigError, KvistError
 from kvist.supervisor.child import ChildPlan
+from kvist.supervisor.probe import probe_child
 
 _CHECK_S = 0.5  # between looks at the file
+_LEAST_GRACE_S = 2.0  # from the end of preStop to the kill
 _KEYS = ("api-key", "cluster-key", "pages-secret")
 _SHARED_MEMORY = Path("/dev/shm")
 _NUM_NETWORKS, _MARK_PORT = 256, 30000
@@ -132,7 +135,7 @@ class _Running:
         if stop_with_stdin:
             longest_s = max(pod.grace_s for pod in self._cluster.pods)
             stop_with_parent(
-                stop=self._stop, hurry=self._processes.hurry, drain_s=3 * longest_s
+                stop=lambda: request_stop(self._processes), hurry=self._processes.hurry, drain_s=3 * longest_s
             )  # router, workers, pool
         with interrupt_on_stop_signals(self._processes):
             try:
@@ -147,10 +150,6 @@ class _Running:
         self._say("stopped")
         self._screen.flush()
         return 0
-
-    def _stop(self) -> None:
-        if not self._processes.stopping:
-            signal_self()
 
     def _say(self, text: str) -> None:
         self._screen.show("kvist", text)
@@ -223,9 +222,24 @@ class _Running:
 
     def _replace_in_place(self, pod: LocalPod) -> None:
         time.sleep(pod.update_grace_s)
-        self._processes.end_one(self._processes.children[pod.name], within_s=pod.grace_s)
+        old = self._processes.children[pod.name]
+        self._processes.end_one(old, within_s=pod.grace_s, before=lambda: self._run_pre_stop(pod, old.plan.argv[0]))
         child = self._processes.start_one(self._plan(pod))
         self._processes.wait_one(child, self._run.start_timeout_s)
+
+    def _run_pre_stop(self, pod: LocalPod, python: str) -> None:
+        """Run the command as a kubelet does: it may take the grace period, and its failure does not prevent the end."""
+        if not pod.pre_stop:
+            return
+        argv = (python, "-m", *pod.pre_stop) if pod.pre_stop[0] == "kvist" else pod.pre_stop
+        environ, what = {**os.environ, **pod.environ}, f"{pod.name}: preStop ({' '.join(pod.pre_stop)})"
+        limit_s = max(pod.grace_s - _LEAST_GRACE_S, 1.0)
+        try:
+            done = subprocess.run(argv, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s)
+            problem = "" if not done.returncode else done.stderr.decode("utf-8", "replace").strip()[-500:]
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = str(error)
+        self._say(f"{what} failed: {problem}" if problem else f"{what} has run")
 
     def _replace_by_surge(self, pod: LocalPod) -> None:
         child = self._processes.start_one(self._plan(pod))

@@ -32,6 +32,7 @@ class Container:
     memory_mb: float | None
     probes: Mapping[str, str]  # readinessProbe, livenessProbe, startupProbe -> path
     liveness_s: float = LIVENESS_S  # of silence, after which it is restarted
+    pre_stop: tuple[str, ...] = ()  # the command that runs before the request to stop
     gpus: object = None  # as the manifest has them, of any type; None: not stated
 
 
