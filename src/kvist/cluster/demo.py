@@ -20,7 +20,6 @@ from kvist.clock import MonotonicClock
 from kvist.cluster.chat_turn import Message, TurnOptions, TurnReport, stream_turn
 from kvist.cluster.leftovers import stop_and_clear
 from kvist.cluster.plan import ClusterShape, plan_on_free_ports
-from kvist.cluster.probe import probe_child
 from kvist.cluster.processes import Processes
 from kvist.cluster.start_display import StartLines
 from kvist.cluster.up import interrupt_on_stop_signals
@@ -28,6 +27,7 @@ from kvist.demo_program import run_demo_program
 from kvist.demo_schema import ask_for_json
 from kvist.errors import KvistError
 from kvist.supervisor.child import Child
+from kvist.supervisor.probe import probe_child
 
 MAX_TOKENS = 64
 TURN_TIMEOUT_S = 120.0
