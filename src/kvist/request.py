@@ -151,6 +151,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.has_penalties or has_words or self.constraint is not None
 
     @property
+    def may_exclude_all(self) -> bool:
+        """Whether fields of the request may exclude every token together, which a gateway cannot see."""
+        return bool(self.allowed_token_ids or (self.bad_words and self.constraint))
+
+    @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import pytest
 
@@ -62,13 +63,13 @@ def ended(request_id: str) -> wire.Ended:
     return wire.Ended(request_id=RequestId(request_id), outcome=Outcome.FINISHED)
 
 
-def batch(request_id: str, step_id: int = 1) -> Batch:
+def batch(request_id: str, step_id: int = 1, allowed_token_ids: tuple[int, ...] = ()) -> Batch:
     """A batch of one request, in a slot of its own."""
     slot = SlotId(next(_SLOTS))
     start = StartRequest(
         slot=slot,
         request_id=RequestId(request_id),
-        sampling=SamplingParams(max_tokens=1),
+        sampling=SamplingParams(max_tokens=1, allowed_token_ids=allowed_token_ids),
         token_ids=(1,),
         num_prompt_tokens=1,
     )
@@ -510,3 +511,18 @@ def test_a_step_with_nan_logits_is_counted_and_logged(engine: LoopBench, caplog:
     engine.clock.advance(2.0)
     engine.iterate()
     assert reports(engine, G1)[-1].totals["failed_steps"] == 11.0
+
+
+def test_fields_that_leave_no_token_fail_their_request_and_not_its_step(
+    engine: LoopBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    engine.iterate((G1, HELLO))
+    engine.runner.invalid_rows = frozenset({0})
+    engine.iterate(plan=Plan(batch=batch("a", allowed_token_ids=(1,))))
+    engine.iterate()
+    assert {record.levelname for record in caplog.records if "leave no token" in record.message} == {"INFO"}
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    engine.clock.advance(2.0)
+    engine.iterate()
+    assert reports(engine, G1)[-1].totals["failed_steps"] == 0.0

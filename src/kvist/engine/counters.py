@@ -16,7 +16,8 @@ LOOP_COUNTERS = CounterGroup(
         Counter(
             name="failed_steps",
             unit="steps",
-            text="engine steps that failed in the model or on the device, or in which a request had no valid token",
+            text="engine steps that failed in the model or on the device, or in which a request had no valid token, "
+            "although its own fields exclude only some",
         ),
         Counter(
             name="abandoned_steps",

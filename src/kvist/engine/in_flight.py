@@ -3,7 +3,7 @@
     launch(batch) ──► in flight ──► has ended ──► read_if_done() ──► StepFinished | StepFailed
 
 A step that fails fails its requests, and the engine goes on; after `MAX_FAILED_STEPS_IN_A_ROW` the engine ends, since
-its device is broken.
+its device is broken. A request whose own fields exclude every token fails, too, but not its step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvist.engine.step_abort import StepAborted
@@ -18,6 +19,7 @@ from kvist.engine.step_times import StepCpuTimes
 from kvist.errors import EngineError
 from kvist.plan.batch import Batch
 from kvist.plan.events import Event, SampledTokens, StepFailed, StepFinished
+from kvist.request import SlotId
 
 MAX_FAILED_STEPS_IN_A_ROW = 8  # the device then counts as broken, and the engine ends
 
@@ -38,6 +40,13 @@ class StepRunner(Protocol):
     def launch(self, batch: Batch) -> LaunchedStep: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    batch: Batch
+    launched: LaunchedStep | Exception  # an exception: the launch failed
+    restricted_rows: frozenset[int]  # of requests whose own fields may exclude every token
+
+
 class StepsInFlight:
     """Mutable; owned by the engine loop."""
 
@@ -50,7 +59,8 @@ class StepsInFlight:
         self._watch = watch
         self._times = times
         self._most = 2 if overlap else 1
-        self._steps: deque[tuple[Batch, LaunchedStep | Exception]] = deque()  # an exception: the launch failed
+        self._steps: deque[_Step] = deque()
+        self._restricted: set[SlotId] = set()  # slots of requests whose own fields may exclude every token
         self._oldest_since_s = 0.0  # when the oldest step was launched, or became the oldest
         self._num_failed_in_a_row = 0
         self.num_failed = 0
@@ -74,7 +84,14 @@ class StepsInFlight:
                     self._watch(launched)
             except Exception as error:  # reported after the previous batch
                 launched = error
-        self._steps.append((batch, launched))
+        self._restricted.difference_update(batch.ended)
+        self._restricted.difference_update(start.slot for start in batch.started)
+        self._restricted.update(start.slot for start in batch.started if start.sampling.may_exclude_all)
+        self._steps.append(_Step(batch, launched, self._restricted_rows(batch) if self._restricted else frozenset()))
+
+    def _restricted_rows(self, batch: Batch) -> frozenset[int]:
+        sampled = (item for item in batch.items if item.samples)
+        return frozenset(row for row, item in enumerate(sampled) if item.slot in self._restricted)
 
     def waited_s(self, now_s: float) -> float:
         """Return for how long the oldest step has been computed; 0 if none is in flight."""
@@ -82,7 +99,7 @@ class StepsInFlight:
 
     def wait(self) -> None:
         """Wait until the oldest step has ended. Raises `EngineError` if the runner does."""
-        launched = self._steps[0][1]
+        launched = self._steps[0].launched
         if not isinstance(launched, Exception):
             try:
                 launched.wait()
@@ -94,12 +111,13 @@ class StepsInFlight:
     def read_if_done(self, now_s: float) -> list[Event]:
         """Read the oldest step if it has ended. Raises `EngineError` if the runner does, and after
         `MAX_FAILED_STEPS_IN_A_ROW`."""
-        if not self._steps or not _is_done(self._steps[0][1]):
+        if not self._steps or not _is_done(self._steps[0].launched):
             return []
         self._oldest_since_s = now_s
-        return [self._read(*self._steps.popleft())]
+        return [self._read(self._steps.popleft())]
 
-    def _read(self, batch: Batch, launched: LaunchedStep | Exception) -> Event:
+    def _read(self, step: _Step) -> Event:
+        batch, launched = step.batch, step.launched
         try:
             with self._times.reading():
                 if isinstance(launched, Exception):
@@ -119,12 +137,20 @@ class StepsInFlight:
                 ) from error
             return StepFailed(step_id=batch.step_id, message=f"{type(error).__name__}: {error}")
         self._num_failed_in_a_row = 0
-        if sampled.invalid_rows:
+        excluded = sampled.invalid_rows & (step.restricted_rows | sampled.constraint_errors.keys())
+        if broken := sampled.invalid_rows - excluded:
             self.num_failed += 1
             logger.error(
-                "step %d: %d of its %d requests have no valid token (NaN, infinity, or all tokens banned) and fail",
+                "step %d: %d of its %d requests have no valid token (NaN, or infinity) and fail",
                 batch.step_id,
-                len(sampled.invalid_rows),
+                len(broken),
+                len(batch.items),
+            )
+        if excluded:
+            logger.info(
+                "step %d: %d of its %d requests end, as their own fields or constraints leave no token",
+                batch.step_id,
+                len(excluded),
                 len(batch.items),
             )
         return StepFinished(step_id=batch.step_id, sampled=sampled)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from kvist import errors
 from kvist.kv.cache import PageCache
 from kvist.plan.events import SampledTokens, StepFailed, StepFinished
-from kvist.request import Outcome, SampledToken, SamplingParams
+from kvist.request import Outcome, SampledToken
 from kvist.scheduler.active import ActiveRequest, PrefillRequest, RequestState, StoringRequest
 from kvist.scheduler.chunks import send_first_token, send_prompt_logprobs, send_tokens
 from kvist.scheduler.context import SchedulerContext
@@ -29,11 +29,6 @@ _NO_TOKEN_LEFT = (
     "`allowed_token_ids`, `bad_words` and the constraint of the answer together leave no token: omit one of them. If "
     f"requests without these fields fail, too, {_DAMAGED}"
 )
-
-
-def _may_exclude_all(sampling: SamplingParams) -> bool:
-    """Return whether fields of the request may exclude every token together, which a gateway cannot see."""
-    return bool(sampling.allowed_token_ids or (sampling.bad_words and sampling.constraint))
 
 
 class Results:
@@ -114,7 +109,7 @@ class Results:
         for row in sorted(sampled.invalid_rows):
             if sampled_requests[row].state is not RequestState.ENDED:
                 code, message = errors.EngineError.code, _INVALID_LOGITS
-                if _may_exclude_all(sampled_requests[row].sampling):
+                if sampled_requests[row].sampling.may_exclude_all:
                     code, message = errors.RequestError.code, _NO_TOKEN_LEFT
                 if (reason := sampled.constraint_errors.get(row)) is not None:
                     code, message = errors.InvalidConstraint.code, reason
