@@ -103,9 +103,24 @@ async def test_a_body_that_is_not_a_json_object_in_utf8_is_a_400(bench: GatewayB
     assert error_of(response)["code"] == "invalid_request"
 
 
-async def test_half_a_surrogate_pair_is_a_400(bench: GatewayBench) -> None:
-    response = await bench.client.post("/v1/completions", content=b'{"prompt": "\\ud800"}')
-    assert response.status_code == 400
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", b'{"prompt": "\\ud800"}', "prompt"),
+        ("chat/completions", b'{"messages": [{"role": "user", "content": "a\xff"}]}', "messages[0].content"),
+        ("chat/completions", b'{"messages": [{"role": "user", "content": [{"text": "\\udc00"}]}]}',
+         "messages[0].content[0].text"),
+        ("completions", b'{"prompt": "x", "logit_bias": {"\\ud800": 1}}', "logit_bias"),
+        ("completions", b'{"prompt": "\\ud800"', None),
+    ],
+)  # fmt: skip
+async def test_a_text_that_is_not_unicode_is_a_400_that_names_its_field(
+    bench: GatewayBench, path: str, body: bytes, param: str | None
+) -> None:
+    response = await bench.client.post(f"/v1/{path}", content=body)
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert param is None or f"`{param}` is not valid Unicode" in error["message"]
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [""], [1, "a"], [[1], 2], [300], [-1], {"a": 1}, None])

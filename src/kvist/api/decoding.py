@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from kvist.api.fields import Honoured, Refused, UnmetFieldFinder, classes_of
+from kvist.api.invalid_text import invalid_text_path
 from kvist.api.shape import check_shape
 from kvist.errors import UNDECODABLE, RequestError, UnsupportedField
 
@@ -48,7 +49,9 @@ class BodyDecoder(Generic[T]):
         except RecursionError as error:
             raise RequestError("lists and objects of the request body are nested too deeply") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RequestError(f"the request body is not valid JSON in UTF-8: {error}") from error
+            param = invalid_text_path(body)
+            where = f"`{param}` is not valid Unicode" if param else "the request body is not valid JSON in UTF-8"
+            raise RequestError(f"{where}: {error}", param=param) from error
         ignored = dict.fromkeys(_without_effect(value, "", ""))
         return value, [(IGNORED, ", ".join(ignored).encode())] if ignored else []
 
