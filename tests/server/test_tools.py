@@ -266,6 +266,42 @@ async def test_parts_of_a_schema_that_is_not_strict_are_ignored_and_named(bench:
     assert response.headers["x-kvist-ignored"].startswith("tools[0].function.parameters (not supported")
 
 
+async def test_parts_of_a_schema_that_a_format_of_tags_cannot_enforce_are_named() -> None:
+    template = TEMPLATE + "{# <tool_call> <function= <parameter= #}"
+    tokenizer = byte_tokenizer(chat_template=template, special_tokens=(END,))
+    made = gateway_bench(dispatcher=ScriptedDispatcher(tokenizer, answer=ANSWER, spec=spec_with(max_model_len=1000)))
+    parts = {
+        "a": {"type": "string", "pattern": "x"},
+        "é,\r\nb": {"anyOf": [{"format": "date", "type": "string"}, {"type": "null"}]},
+        "days": {"type": "integer", "minimum": 1},
+    }
+    schema: dict[str, Any] = {"type": "object", "properties": parts, "minProperties": 1}
+    function: dict[str, Any] = {"name": "f", "parameters": schema}
+    async with made.client:
+        response = await made.chat(tools=[{"type": "function", "function": function}], tool_choice="required")
+        where = "tools[0].function.parameters"
+        assert response.headers["x-kvist-ignored"].endswith(
+            f", {where}.minProperties, {where}.properties.a.pattern, {where}.properties.    b.anyOf[0].format"
+        )
+        schema["properties"] = {f"p{index}": parts["a"] for index in range(50)}
+        response = await made.chat(tools=[{"type": "function", "function": function}], tool_choice="required")
+        assert response.headers["x-kvist-ignored"].endswith("p14.pattern, and 35 more")
+        refused = await made.chat(tools=[{"type": "function", "function": {**function, "strict": True}}])
+        assert refused.json()["error"]["param"] == f"{where}.minProperties"
+
+
+@pytest.mark.parametrize(("last", "reason"), [("{}", "tool_calls"), ('{"a": ', "stop")])
+async def test_the_finish_reason_depends_on_the_last_call_alone(last: str, reason: str) -> None:
+    begin = '<tool_call>{"name": "now", "arguments": '
+    answer = f'{begin}{{"a": [1}}}}}}</tool_call>{begin}{last}'
+    tokenizer = byte_tokenizer(chat_template=TEMPLATE, special_tokens=(END, "<tool_call>", "</tool_call>"))
+    made = gateway_bench(dispatcher=ScriptedDispatcher(tokenizer, answer=answer, spec=spec_with(max_model_len=1000)))
+    async with made.client:
+        choice = (await made.chat(tools=[TOOL])).json()["choices"][0]
+    assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == ['{"a": [1}}}', last]
+    assert choice["finish_reason"] == reason
+
+
 async def test_a_constraint_holds_after_the_reasoning(bench: GatewayBench) -> None:
     for opens in (True, False):
         assert (await bench.chat(regex="x", chat_template_kwargs={"opens": opens})).status_code == 200

@@ -21,7 +21,7 @@ from kvist.testing.tokenizers import END, byte_tokenizer
 from kvist.tools import answer_parser
 from kvist.tools.constrained import CallableTool, calls_tag
 from kvist.tools.selection import FORMATS, AnswerFormats
-from kvist.tools.tables import MISTRAL_V11, ToolFormat
+from kvist.tools.tables import MISTRAL_V11, TaggedCall, ToolFormat
 from tests.budget import budget
 from tests.tools.cases import Answer
 from tests.tools.test_response_template import OWN_FORMATS
@@ -103,7 +103,7 @@ def compile_calls(
         CallableTool(name=name, parameters=schema, strict=True, param=f"tools[{index}]")
         for index, (name, schema) in enumerate(tools.items())
     ]
-    tag = calls_tag(form, callable_tools, required=required, parallel=parallel)
+    tag, _ = calls_tag(form, callable_tools, required=required, parallel=parallel)
     return backend(using).compile(Constraint(kind="structural_tag", text=json.dumps(tag)))
 
 
@@ -204,6 +204,9 @@ def test_xgrammar_takes_the_grammar_of_every_format(form: ToolFormat) -> None:
         ({"properties": {"a": {"pattern": "x"}}}, ".properties.a.pattern"),
         ({"properties": {"a": {"type": "string", "enum": [1]}}}, ".properties.a"),
         ({"properties": {"a": {"type": "string", "enum": ["</parameter>"]}}}, ".properties.a"),
+        ({"properties": {"a": {"enum": ["x<parameter=y"]}}}, ".properties.a"),
+        ({"properties": {"a": {"enum": ["abc"], "maxLength": 2}}}, ".properties.a"),
+        ({"properties": {"a": {"enum": ["a"], "anyOf": [{"const": "b"}]}}}, ".properties.a"),
         ({"properties": {"a>b": {"type": "integer"}}}, ".properties.a>b"),
         (
             {"properties": {"a": {"anyOf": [{"type": "string"}, {"enum": ["x"]}]}}},
@@ -222,3 +225,23 @@ def test_a_format_of_tags_refuses_parts_that_it_cannot_enforce_with_their_path(
     with pytest.raises(InvalidConstraint) as error:
         compile_calls(form, {"f": schema}, required=True, parallel=True)
     assert error.value.param == f"tools[0]{path}"
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45", "glm47"])
+@pytest.mark.parametrize("least", [0, 2])
+def test_no_text_between_tags_contains_a_mark_that_ends_it_for_the_parser(name: str, least: int) -> None:
+    form = next(form for form in FORMATS if form.name == name)
+    call = form.calls[-1]
+    assert isinstance(call, TaggedCall)
+    line = "\n" if call.newlines else ""
+    tools = {"f": {"type": "object", "properties": {"a": {"minLength": least}}, "required": ["a"]}}
+    grammar = compile_calls(form, tools, required=True, parallel=True)
+    opening = form.written_opening
+    begin = f"{opening.text}{opening.region.lead}{call.written.name_begin}f{call.written.name_end}"
+    begin += f"{call.key_begin}a{call.key_end}{call.value_lead}{line}"
+    for text in ("abc", "ab</p>", f"ab{call.end}", *(f"ab{mark}" for mark in call.value_breaks)):
+        is_read = read(form, tools, [begin + text + line + call.value_end]).calls == [
+            ["f", '{"a": ' + json.dumps(text)]
+        ]
+        assert grammar.matcher().accept(TOKENIZER.encode(begin + text + line + call.value_end)) == is_read
+        assert is_read == (text not in {f"ab{mark}" for mark in call.value_breaks})

@@ -112,7 +112,7 @@ def test_calls_in_a_format_of_the_vendors_own_are_read_whole_and_cut_anywhere(fi
         assert (answer.content.strip(), answer.reasoning) == ("I look.", "hm")
     assert formats.tools is not None
     tools = [CallableTool(name="now", parameters={}, strict=True, param="tools[0]")]
-    assert calls_tag(formats.tools, tools, required=True, parallel=True)["format"]
+    assert calls_tag(formats.tools, tools, required=True, parallel=True)[0]["format"]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def with_calls(form: RequestedConstraint | None, wanted: WantedCalls) -> Request
         if tool.parameters
     ]
     required = wanted.required or form is not None
-    tag = calls_tag(wanted.form, wanted.tools, required=required, parallel=wanted.parallel)
+    tag, unenforced = calls_tag(wanted.form, wanted.tools, required=required, parallel=wanted.parallel)
     if form is not None:
         checked.append(form)
         answer = sequence([const(wanted.form.content_begin), _as_tag(form)])
@@ -59,6 +59,7 @@ def with_calls(form: RequestedConstraint | None, wanted: WantedCalls) -> Request
         param="tools",
         parts=tuple(checked),
         has_calls=True,
+        unenforced=tuple(unenforced),
     )
 
 

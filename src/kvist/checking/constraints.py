@@ -26,6 +26,7 @@ class RequestedConstraint:
     constraint: Constraint
     param: str  # the field that has it
     has_calls: bool = False  # of tools
+    unenforced: tuple[str, ...] = ()  # paths of parts of tools' schemas that the format of the calls cannot enforce
     parts: tuple[RequestedConstraint, ...] = ()  # compiled first, on their own: their errors name their fields
 
 

@@ -39,7 +39,7 @@ class _Translation:
             "const_string": self._const_string,
             "json_schema": self._json_schema,
             "regex": self._regex,
-            "any_text": lambda _value, _path: _TEXT,
+            "any_text": self._any_text,
             "sequence": self._sequence,
             "or": self._or,
             "tag": self._tag,
@@ -90,6 +90,18 @@ class _Translation:
         whole = {**schema} if isinstance(schema, dict) else {"allOf": [schema]}
         return self._rule(f"%json {json.dumps({**whole, 'x-guidance': options})}")
 
+    def _any_text(self, value: Mapping[str, Any], path: Path) -> str:
+        """Return a text that does not contain any of the `excludes`."""
+        if not value.get("excludes"):
+            return _TEXT
+        excluded = [
+            re.escape(each) if isinstance(each, str) and each else "" for each in _list(value, "excludes", path)
+        ]
+        if "" in excluded:
+            raise _fault("must be texts that are not empty", (*path, "excludes"))
+        pattern = f"(.|\n)*({'|'.join(excluded)})(.|\n)*"
+        return f"({_TEXT} & ~{_slashed(pattern)})"
+
     def _regex(self, value: Mapping[str, Any], path: Path) -> str:
         pattern = _text(value, "pattern", path)
         return self._rule(_slashed(pattern))
@@ -105,7 +117,7 @@ class _Translation:
                 index += 1
             elif isinstance(after[0], dict) and after[0].get("type") == "const_string":
                 end = self._const_string(after[0], (*path, "elements", index + 1))
-                parts.append(self._rule(f"{_TEXT} {end}", "[lazy]"))
+                parts.append(self._rule(f"{self._any_text(elements[index], here)} {end}", "[lazy]"))
                 index += 2
             else:
                 raise _fault("any_text must be the last element, or be followed by a const_string", here)
@@ -122,7 +134,7 @@ class _Translation:
         begin, end = _text(value, "begin", path).removeprefix(skip), self._literal(_text(value, "end", path))
         content, here = value.get("content"), (*path, "content")
         if _object(content, here).get("type") == "any_text" and end:
-            body = self._rule(f"{_TEXT} {end}", "[lazy]")
+            body = self._rule(f"{self._any_text(_object(content, here), here)} {end}", "[lazy]")
         else:
             body = f"{self._format(content, here)} {end}"
         return self._rule(f"{self._literal(begin)} {body}")

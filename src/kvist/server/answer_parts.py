@@ -61,7 +61,7 @@ class AnswerParts:
         self._parsing = parsing
         self._ids = CallIds.OPENAI if formats.tools is None else formats.tools.ids
         self._parser = answer_parser(formats, reasoning_open=parsing.reasoning_open, parameters=parsing.parameters)
-        self._num_open = 0  # calls whose arguments are not complete
+        self._is_open = False  # the arguments of the last call are not complete
         self._has_calls = False
 
     def events(self, text: str, *, finished: bool) -> list[ParserEvent]:
@@ -78,11 +78,11 @@ class AnswerParts:
         return isinstance(event, ContentPiece) or event.index == 0 or self._parsing.parallel
 
     def _with_id(self, event: ParserEvent) -> ParserEvent:
-        self._num_open -= isinstance(event, CallEnded)
+        if isinstance(event, CallEnded):
+            self._is_open = False
         if not isinstance(event, CallStarted):
             return event
-        self._has_calls = True
-        self._num_open += 1
+        self._has_calls = self._is_open = True
         return CallStarted(event.index, event.name, event.call_id or _new_call_id(self._ids))
 
     def delta(self, text: str, *, finished: bool) -> dict[str, object]:
@@ -100,7 +100,7 @@ class AnswerParts:
 
     def finish_reason(self, reason: str | None) -> str | None:
         """A stop string inside of a call ends the answer with "stop": the arguments are cut off."""
-        is_called = self._has_calls and not self._num_open
+        is_called = self._has_calls and not self._is_open
         return "tool_calls" if is_called and reason == FinishReason.STOP.value else reason
 
 

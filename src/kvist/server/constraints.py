@@ -25,6 +25,8 @@ from kvist.text import Tokenizer
 if TYPE_CHECKING:
     from kvist.server.gateway import GatewayContext
 
+_MAX_UNENFORCED = 16  # parts of schemas that a header names
+
 
 def gateway_compiler(backend: str, tokenizer: Tokenizer) -> GrammarCompiler:
     """Return the compiler of a gateway. Whether a constraint compiles does not depend on the end tokens of the model,
@@ -52,10 +54,19 @@ async def compile_constraint(gateway: GatewayContext, requested: RequestedConstr
             left_s = start_s + gateway.grammar_timeout_s - gateway.clock.now_s()
             ignored = await _compiled(gateway.grammars, part, max(left_s, 0.0))
             if ignored and (part is not requested or not requested.parts):  # the parts have named theirs
-                named.append(f"{part.param} ({'; '.join(ignored)})".replace(",", " "))
+                named.append(f"{part.param} ({'; '.join(ignored)})")
     finally:
         gateway.metrics.grammar_compile_s.observe(gateway.clock.now_s() - start_s)
-    return [(IGNORED, ", ".join(named).encode("ascii", "replace"))] if named else []
+    return [(IGNORED, _list_of(named, requested.unenforced))] if named or requested.unenforced else []
+
+
+def _list_of(named: Sequence[str], unenforced: Sequence[str]) -> bytes:
+    """Return the value of a header. Names come from schemas: they may have any characters, and any number."""
+    shown = [*named, *unenforced[:_MAX_UNENFORCED]]
+    if len(unenforced) > _MAX_UNENFORCED:
+        shown.append(f"and {len(unenforced) - _MAX_UNENFORCED} more")
+    plain = ("".join(char if " " <= char <= "~" and char != "," else " " for char in each) for each in shown)
+    return ", ".join(plain).encode("ascii")
 
 
 async def _compiled(grammars: GrammarCompiler, requested: RequestedConstraint, timeout_s: float) -> Sequence[str]:

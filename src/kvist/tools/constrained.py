@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from kvist.errors import InvalidConstraint
 from kvist.tools.tables import Call, Opening, PythonCall, Region, TaggedCall, ToolFormat
-from kvist.tools.tagged_values import NOTES, embedded, tagged_value
+from kvist.tools.tagged_values import NOTES, Frame, Unenforced, embedded, tagged_value
 from kvist.tools.tags import ANY_TEXT, NOTHING, Tag, const, json_schema, one_of, regex, sequence, tag
 
 _NUMBER = r":(0|[1-9][0-9]{0,3})"  # of a call, where the model counts its calls
@@ -31,10 +31,19 @@ class CallableTool:
     param: str  # the field of the request that has the schema
 
 
-def calls_tag(form: ToolFormat, tools: Sequence[CallableTool], *, required: bool, parallel: bool) -> Tag:
-    """Return the structural tag. `required`: the answer consists of calls. `parallel`: it may have several. Raises
-    `InvalidConstraint`, whose `param` is the path of a part of a schema that the format cannot enforce."""
-    calls = [_call(form.calls[-1], tool) for tool in tools]
+def calls_tag(
+    form: ToolFormat, tools: Sequence[CallableTool], *, required: bool, parallel: bool
+) -> tuple[Tag, Sequence[str]]:
+    """Return the structural tag, and the paths of the parts of schemas that the format cannot enforce. `required`: the
+    answer consists of calls. `parallel`: it may have several. Raises `InvalidConstraint`, whose `param` is the path of
+    such a part of a strict tool."""
+    unenforced = [Unenforced(tool.strict) for tool in tools]
+    calls = [_call(form.calls[-1], tool, parts) for tool, parts in zip(tools, unenforced, strict=True)]
+    tag = _calls_tag(form, calls, required=required, parallel=parallel)
+    return tag, [path for parts in unenforced for path in parts.paths]
+
+
+def _calls_tag(form: ToolFormat, calls: Sequence[Tag], *, required: bool, parallel: bool) -> Tag:
     parallel = parallel and not form.has_one_call
     anywhere = [opening for opening in form.openings if not opening.only_first]
     bare = [opening for opening in form.openings if opening.only_first]
@@ -79,12 +88,12 @@ def _after(region: Region, calls: Sequence[Tag], *, parallel: bool) -> Tag:
     return sequence([const(region.lead), some, const(region.end)])
 
 
-def _call(call: Call, tool: CallableTool) -> Tag:
+def _call(call: Call, tool: CallableTool, unenforced: Unenforced) -> Tag:
     written, schema = call.written, tool.parameters or _NO_ARGUMENTS
     if isinstance(call, TaggedCall):
-        content = _tagged(call, tool, schema)
+        content = _tagged(call, tool, schema, unenforced)
     elif isinstance(call, PythonCall):
-        content = _python(tool, schema)
+        content = _python(tool, schema, unenforced)
     else:
         content = json_schema(schema if "type" in schema else {"type": "object", **schema}, strict=tool.strict)
     begin = written.name_begin + tool.name
@@ -101,17 +110,15 @@ class _Parameter:
     path: str
 
 
-def _parameters(tool: CallableTool, schema: Mapping[str, object]) -> Sequence[_Parameter]:
-    """Return the parameters of a format that writes them one by one: the required ones first. Raises
-    `InvalidConstraint` for a keyword about all arguments together."""
+def _parameters(tool: CallableTool, schema: Mapping[str, object], unenforced: Unenforced) -> Sequence[_Parameter]:
+    """Return the parameters of a format that writes them one by one: the required ones first. Keywords about all
+    arguments together cannot be enforced."""
     named, needed = schema.get("properties") or {}, schema.get("required") or []
     if not isinstance(named, Mapping) or not isinstance(needed, list) or not all(isinstance(n, str) for n in needed):
         raise InvalidConstraint("`properties` must be an object, and `required` a list of names", param=tool.param)
-    for keyword in schema.keys() - _OF_ALL if tool.strict else ():
-        raise InvalidConstraint(
-            f"`{keyword}` cannot be enforced where the model writes one parameter after the other",
-            param=f"{tool.param}.{keyword}",
-        )
+    for keyword in sorted(schema.keys() - _OF_ALL):
+        problem = f"`{keyword}` cannot be enforced where the model writes one parameter after the other"
+        unenforced.add(problem, f"{tool.param}.{keyword}")
     names = list(dict.fromkeys([*(name for name in named if name in needed), *needed, *named]))
     return [
         _Parameter(
@@ -124,29 +131,27 @@ def _parameters(tool: CallableTool, schema: Mapping[str, object]) -> Sequence[_P
     ]
 
 
-def _tagged(call: TaggedCall, tool: CallableTool, schema: Mapping[str, object]) -> Tag:
+def _tagged(call: TaggedCall, tool: CallableTool, schema: Mapping[str, object], unenforced: Unenforced) -> Tag:
     parts = []
-    for each in _parameters(tool, schema):
+    for each in _parameters(tool, schema, unenforced):
         if call.key_end in each.name or each.name != each.name.strip() or not each.name:
             raise InvalidConstraint("this name cannot be written in the format of the model's calls", param=each.path)
-        value = tagged_value(
-            each.schema,
-            schema,
+        frame = Frame(
             begin=f"{call.key_begin}{each.name}{call.key_end}{call.value_lead}",
             end=call.value_end,
+            breaks=call.value_breaks,
             newlines=call.newlines,
-            strict=tool.strict,
-            path=each.path,
         )
+        value = tagged_value(each.schema, schema, frame, unenforced, each.path)
         part = sequence([value, const(call.value_tail)])
         parts.append(part if each.required else one_of([part, NOTHING]))
     return sequence(parts)
 
 
-def _python(tool: CallableTool, schema: Mapping[str, object]) -> Tag:
+def _python(tool: CallableTool, schema: Mapping[str, object], unenforced: Unenforced) -> Tag:
     required: list[Tag] = []
     optional: list[Tag] = []
-    for each in _parameters(tool, schema):
+    for each in _parameters(tool, schema, unenforced):
         if not each.name.isidentifier():
             raise InvalidConstraint("this name cannot be written in the format of the model's calls", param=each.path)
         value = json_schema(embedded(each.schema, schema), strict=tool.strict)

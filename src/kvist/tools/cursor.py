@@ -118,17 +118,24 @@ class Cursor:
         found = any_of(ends).search(self.text, self.at)
         if found is not None:
             return found.start(), found[0]
-        if self.ended:
-            return len(self.text), ""
-        longest = max(map(len, ends))
+        return len(self.text) if self.ended else self.cut_end(ends), ""
+
+    def cut_end(self, ends: Sequence[str]) -> int:
+        """Return the index at which the text may have been cut inside of one of `ends`; its length if it was not."""
+        first_chars, longest = _first_chars(tuple(ends)), max(map(len, ends))
         for start in range(max(self.at, len(self.text) - longest + 1), len(self.text)):
-            if any(end.startswith(self.text[start:]) for end in ends):
-                return start, ""
-        return len(self.text), ""
+            if self.text[start] in first_chars and any(end.startswith(self.text[start:]) for end in ends):
+                return start
+        return len(self.text)
 
 
 def is_name(text: str) -> bool:
     return 0 < len(text) <= _MAX_NAME_CHARS and _NAME.fullmatch(text) is not None
+
+
+@cache
+def _first_chars(ends: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(end[0] for end in ends)
 
 
 @cache

@@ -11,6 +11,8 @@ from kvist.tools.events import EventLog, ParserEvent
 from kvist.tools.tables import Opening, ReasoningFormat, ToolFormat
 from kvist.tools.values import types_of
 
+_STRAY = frozenset("}]) \n")  # may stand between a call and its end
+_MAX_STRAY_CHARS = 16
 _PIECE_CHARS = 4096  # a longer text is parsed in pieces: committing copies the rest of a piece
 
 
@@ -30,8 +32,9 @@ class AnswerParser:
         self._reasoning_open = reasoning_open
         types = {name: _types_of_all(schema) for name, schema in (parameters or {}).items()}
         self._cursor, self._log = Cursor(), EventLog()
-        self._any = CallReader(self._cursor, self._log, types)
-        self._known = CallReader(self._cursor, self._log, types, accepts=types.__contains__)
+        if tools is not None:
+            self._any = CallReader(tools, self._cursor, self._log, types)
+            self._known = CallReader(tools, self._cursor, self._log, types, accepts=types.__contains__)
         self._openings = {opening.text: opening for opening in (tools.openings if tools is not None else ())}
         self._anywhere = tuple(text for text, opening in self._openings.items() if not opening.only_first)
         self._reading = Reading(self._answer())
@@ -147,6 +150,8 @@ class AnswerParser:
                     yield from cursor.skip_space()
                     mark = yield from cursor.take_any(tuple(filter(None, by_begin)))
                 elif not mark and has_call:
+                    if (yield from self._skip_stray_brackets()):
+                        continue
                     if not self._is_cut_mark(cursor.text[cursor.at :]):
                         cursor.at = 0  # text after a call
                         return
@@ -161,9 +166,18 @@ class AnswerParser:
                     if self._log.num_calls == num_whole:
                         raise
                     yield from cursor.skip_space()
-                    mark = yield from cursor.expect((*form.closings, *form.ends))
+                    mark = yield from cursor.take_any((*form.closings, *form.restarts))
+                    if mark and mark in by_begin:
+                        cursor.at -= len(mark)
+                        continue
+                    if mark in self._openings:
+                        cursor.at = 0
+                        return
+                    if not mark and not self._is_cut_mark(cursor.text[cursor.at :]):
+                        raise
+                    cursor.at = cursor.at if mark else len(cursor.text)
                     cursor.commit()
-                    if mark in form.closings:
+                    if mark not in form.ends:
                         break
         except MalformedCallError:
             cursor.at = max(cursor.at, 1) if cursor.text else 0
@@ -171,11 +185,28 @@ class AnswerParser:
         if self._log.num_calls > num_before:
             cursor.commit()
 
+    def _skip_stray_brackets(self) -> Waiting[bool]:
+        """Read over brackets after a call that close nothing, if a mark follows, and over the end of the call. Return
+        whether there are any."""
+        cursor, form = self._cursor, self._tools
+        assert form is not None
+        first = cursor.at
+        while cursor.at - first < _MAX_STRAY_CHARS and (yield from cursor.char()) in _STRAY:
+            cursor.at += 1
+        at = cursor.at
+        mark = (yield from cursor.take_any(form.restarts)) if at > first else ""
+        if not mark:
+            cursor.at = first
+            return False
+        cursor.at = cursor.at if mark in form.ends else at
+        cursor.commit()
+        return True
+
     def _is_cut_mark(self, rest: str) -> bool:
         """Return whether the answer ended inside the mark after a call, which is not shown."""
         form = self._tools
         assert form is not None
-        marks = (*form.closings, *form.separators, *form.ends)
+        marks = (*form.closings, *form.separators, *form.restarts)
         return self._cursor.ended and any(mark.startswith(rest) for mark in marks)
 
 

@@ -83,6 +83,7 @@ class TaggedCall:
     newlines: bool = False  # one newline on each side of a value does not belong to the value
     end: str
     end_is_closing: bool = False  # the end of the call is also the closing of the region
+    value_breaks: tuple[str, ...] = ()  # in no value: the first one ends a value whose `value_end` is missing
     written: Written
     value_lead: str = ""  # written after `key_end`, `value_begin` included
     value_tail: str = ""  # written after `value_end`
@@ -122,6 +123,17 @@ class ToolFormat:
         """The marks after single calls."""
         return tuple(end for call in self.calls if isinstance(call, NamedCall) for end in call.ends)
 
+    @property
+    def call_closings(self) -> tuple[str, ...]:
+        """The closings that no JSON and no Python contains."""
+        return tuple(closing for closing in self.closings if len(closing) > 1)
+
+    @property
+    def restarts(self) -> tuple[str, ...]:
+        """The marks at which reading goes on after a malformed call."""
+        openings = (opening.text for opening in self.openings if not opening.only_first and not opening.part_of_call)
+        return (*self.ends, *self.call_closings, *openings, *(call.begin for call in self.calls if len(call.begin) > 1))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningFormat:
@@ -143,6 +155,11 @@ class ReasoningFormat:
     def before_content(self) -> ReasoningFormat:
         """Return the format of all text before the content as one reasoning, which every answer begins with."""
         return replace(self, begin="", end=self.content_begin, closing=self.closing + self.content_begin)
+
+
+def _pairs(first: str, seconds: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the first mark with each of the others after it, on the same line and on the next one."""
+    return tuple(first + blank + second for second in seconds for blank in ("", "\n"))
 
 
 _TOOL_CALL_LINES = Region(lead="\n", between="\n</tool_call>\n<tool_call>\n", end="\n</tool_call>")
@@ -174,6 +191,11 @@ QWEN3_CODER = ToolFormat(
             value_end="</parameter>",
             newlines=True,
             end="</function>",
+            value_breaks=(
+                "<parameter=",
+                *_pairs("</function>", ("</tool_call>", "<tool_call>", "<function=")),
+                *_pairs("</tool_call>", ("<tool_call>",)),
+            ),
             written=Written(name_begin="<function=", name_end=">\n", end="</function>"),
             value_tail="\n",
         ),
@@ -187,6 +209,7 @@ _GLM_CALL = TaggedCall(
     value_end="</arg_value>",
     end="</tool_call>",
     end_is_closing=True,
+    value_breaks=("<arg_key>", *_pairs("</tool_call>", ("<tool_call>",))),
     written=Written(name_end="\n"),
     value_lead="\n<arg_value>",
     value_tail="\n",

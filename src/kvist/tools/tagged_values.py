@@ -1,15 +1,17 @@
 """The grammar of one value that is written as plain text between tags, from its JSON Schema.
 
 A value that may be a string is plain text, and every other value is JSON: the parser decides by the types alone
-(`values.typed`), and so does this file. The text of a string does not contain the mark that ends it.
+(`values.typed`), and so does this file. The text of a string does not contain the marks that end it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kvist.errors import InvalidConstraint
-from kvist.tools.tags import ANY_TEXT, Tag, const, json_schema, one_of, regex, sequence, tag
+from kvist.tools.tags import Tag, any_text, const, json_schema, one_of, regex, sequence, tag
 from kvist.tools.values import resolved, types_of
 
 NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "nullable"}
@@ -19,19 +21,44 @@ _MAX_DEPTH = 8  # of choices inside of each other
 _DEFINITIONS = ("$defs", "definitions")
 
 
-def tagged_value(
-    schema: object, root: Mapping[str, object], *, begin: str, end: str, newlines: bool, strict: bool, path: str
-) -> Tag:
-    """Return the value between `begin` and `end`. `root`: the schema of all arguments, whose definitions may be
-    referred to. `newlines`: one newline on each side of the text does not belong to the value. Raises
-    `InvalidConstraint` for a part of the schema of a string that cannot be enforced, if `strict`."""
-    types, line = types_of(schema, root), "\n" if newlines else ""
+@dataclass(frozen=True, slots=True)
+class Unenforced:
+    """The parts of a tool's schema that the format of the calls cannot enforce. Mutable: filled while the grammar is
+    written."""
+
+    strict: bool
+    paths: list[str] = field(default_factory=list)
+
+    def add(self, problem: str, path: str) -> None:
+        """Raises `InvalidConstraint` if the tool is strict."""
+        if self.strict:
+            raise InvalidConstraint(problem, param=path)
+        self.paths.append(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """The text around a value."""
+
+    begin: str
+    end: str
+    breaks: Sequence[str]  # end a value, too: in no value
+    newlines: bool  # one newline on each side of the text does not belong to the value
+
+    def holds(self, text: str) -> bool:
+        return not any(mark in text for mark in (self.end, *self.breaks))
+
+
+def tagged_value(schema: object, root: Mapping[str, object], frame: Frame, unenforced: Unenforced, path: str) -> Tag:
+    """Return the value in its frame. `root`: the schema of all arguments, whose definitions may be referred to. Raises
+    `InvalidConstraint` for a part of the schema of a string that cannot be enforced, if the tool is strict."""
+    types, line = types_of(schema, root), "\n" if frame.newlines else ""
     if types and "string" not in types:
-        return tag(begin + line, json_schema(embedded(schema, root), strict=strict), line + end)
-    text = _StringSchema(types, strict=strict)
+        return tag(frame.begin + line, json_schema(embedded(schema, root), strict=unenforced.strict), line + frame.end)
+    text = _StringSchema(types, unenforced)
     text.read(schema, path, root=root)
-    text.check_writable(end, path)
-    return text.tag(begin + line, line, end)
+    text.keep_writable(frame, path)
+    return text.tag(frame, line)
 
 
 def embedded(schema: object, root: Mapping[str, object]) -> Mapping[str, object]:
@@ -43,9 +70,9 @@ def embedded(schema: object, root: Mapping[str, object]) -> Mapping[str, object]
 class _StringSchema:
     """The demands of a schema on a value that may be a string. Mutable: filled by `read`."""
 
-    def __init__(self, types: frozenset[str], *, strict: bool) -> None:
+    def __init__(self, types: frozenset[str], unenforced: Unenforced) -> None:
         self._has_null = "null" in types
-        self._strict = strict
+        self._unenforced = unenforced
         self._texts: list[str] | None = None  # the only values; None: any
         self._least = 0  # characters
         self._most: int | None = None
@@ -61,12 +88,14 @@ class _StringSchema:
             self._read_choices(known.get(name), root, f"{path}.{name}", depth + 1)
         texts = [known["const"]] if "const" in known else known.get("enum")
         if isinstance(texts, list):
-            self._texts = [one for one in texts if isinstance(one, str)]
+            before = self._texts
+            self._texts = [one for one in texts if isinstance(one, str) and (before is None or one in before)]
             if not self._texts:
                 self._refuse("none of the values is a string", path)
         least, most = known.get("minLength"), known.get("maxLength")
         self._least = max(self._least, least if isinstance(least, int) else 0)
-        self._most = most if isinstance(most, int) else self._most
+        if isinstance(most, int):
+            self._most = most if self._most is None else min(most, self._most)
 
     def _read_choices(self, choices: object, root: Mapping[str, object], path: str, depth: int) -> None:
         """Of several kinds of strings, at most one may have limits: the text of a string does not show its kind."""
@@ -81,18 +110,25 @@ class _StringSchema:
             self._refuse("several kinds of strings look alike", path)
 
     def _refuse(self, problem: str, path: str) -> None:
-        if self._strict:
-            raise InvalidConstraint(f"{problem} where the model writes strings as plain text", param=path)
+        self._unenforced.add(f"{problem} where the model writes strings as plain text", path)
 
-    def check_writable(self, end: str, path: str) -> None:
-        if self._texts and all(end in text for text in self._texts):
-            self._refuse(f"each of the values contains {end!r}, which ends a value", path)
+    def keep_writable(self, frame: Frame, path: str) -> None:
+        """Keep the values that are within the limits and without the marks that end a value."""
+        if not self._texts:
+            return
+        most = math.inf if self._most is None else self._most
+        texts = [text for text in self._texts if self._least <= len(text) <= most]
+        if not texts:
+            self._refuse("none of the values has a length within the limits", path)
+        self._texts = [text for text in texts if frame.holds(text)]
+        if texts and not self._texts:
+            self._refuse(f"each of the values contains {frame.end!r} or another mark that ends a value", path)
 
-    def tag(self, begin: str, line: str, end: str) -> Tag:
-        """Return the text of the value after `begin`, and `line` and `end` after it."""
-        texts = [text for text in self._texts or () if end not in text]
-        if texts:
-            shown = [*texts, *(["null"] if self._has_null else [])]
+    def tag(self, frame: Frame, line: str) -> Tag:
+        """Return the text of the value in its frame, with `line` on both sides."""
+        begin, end = frame.begin + line, frame.end
+        if self._texts:
+            shown = [*self._texts, *(["null"] if self._has_null else [])]
             return tag(begin, one_of([const(text) for text in shown]), line + end)
         # Characters are counted in texts without `<`, with which the end begins.
         if self._most is not None:
@@ -100,5 +136,5 @@ class _StringSchema:
         if self._least:
             # the last of the least characters is not a newline: a newline before the end is not part of the value
             first = regex(f"[^<]{{{self._least - 1}}}[^<\\n]")
-            return sequence([const(begin), first, tag("", ANY_TEXT, end)])
-        return tag(begin, ANY_TEXT, end)
+            return sequence([const(begin), first, tag("", any_text(frame.breaks), end)])
+        return tag(begin, any_text(frame.breaks), end)

@@ -14,6 +14,11 @@ def const(text: str) -> Tag:
     return {"type": "const_string", "value": text}
 
 
+def any_text(excludes: Sequence[str]) -> Tag:
+    """Return any text without the given ones."""
+    return ANY_TEXT | {"excludes": list(excludes)} if excludes else ANY_TEXT
+
+
 def regex(pattern: str) -> Tag:
     return {"type": "regex", "pattern": pattern}
 

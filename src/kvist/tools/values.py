@@ -34,10 +34,12 @@ _LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
 class BracketScanner:
     """Finds the end of a bracketed value or string that arrives in pieces. Only brackets and quotes are checked, and
-    that no mark of a model's format (`<`, or a code block's end) stands where JSON has none: the value is then cut."""
+    that no mark of a model's format (`<`, a code block's end, or one of `breaks`) stands where JSON has none: the value
+    is then cut."""
 
-    def __init__(self, quotes: str = _JSON_QUOTES) -> None:
+    def __init__(self, quotes: str = _JSON_QUOTES, breaks: Sequence[str] = ()) -> None:
         self._quotes = quotes
+        self._breaks = breaks  # marks that begin with a bracket
         self._open: list[str] = []  # the closing brackets still to come
         self._quote = ""  # of the string that is open
         self._escapes = False  # the next character follows a backslash
@@ -46,7 +48,8 @@ class BracketScanner:
 
     def advance(self, text: str, at: int) -> int:
         """Return the end of the value, the index of the bracket that breaks it, or the length of the text. `text[at]`
-        follows the last scanned character."""
+        follows the last scanned character. A bracket at which one of `breaks` may begin is not scanned before more text
+        decides."""
         while at < len(text):
             if self._escapes:
                 self._escapes, at = False, at + 1
@@ -54,7 +57,12 @@ class BracketScanner:
             found = (_INSIDE[self._quote] if self._quote else _OUTSIDE[self._quotes]).search(text, at)
             if found is None:
                 return len(text)
-            self._see(found[0])
+            if self._breaks and not self._quote:
+                self.broken = any(text.startswith(each, found.start()) for each in self._breaks)
+                if not self.broken and any(each.startswith(text[found.start() :]) for each in self._breaks):
+                    return found.start()
+            if not self.broken:
+                self._see(found[0])
             if self.broken:
                 return found.start()
             at = found.end()
