@@ -112,7 +112,8 @@ def _run(verb: str, argv: list[str]) -> int:
     if verb not in VERBS:
         from kvist.flags import nearest
 
-        raise ConfigError(f"unknown command{nearest(verb, list(VERBS)) or '.'} Known: {', '.join(VERBS)}")
+        known = [each for each in VERBS if each.startswith(f"{verb} ")] or list(VERBS)
+        raise ConfigError(f"unknown command{nearest(verb, known) or '.'} Known: {', '.join(known)}")
     from kvist import settings, verbs
 
     if asked := {"-h", "--help", "--help-all"}.intersection(argv):

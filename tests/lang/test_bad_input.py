@@ -86,6 +86,18 @@ def _bad_temperature(s: kv.State) -> None:
     s += "Q" + kv.gen("x", temperature=-1)  # bad temperature
 
 
+def _bad_stop(s: kv.State) -> None:
+    s += "Q" + kv.gen("x", stop=5)  # type: ignore[arg-type]  # bad stop
+
+
+def _bad_method(s: kv.State) -> None:
+    s += "Q" + kv.select("x", ["a", "b"], choices_method="best")  # type: ignore[arg-type]  # bad method
+
+
+def _not_in_place(s: kv.State) -> None:
+    s = s + kv.user("Q")  # not in place
+
+
 def _useless_parameter(s: kv.State) -> None:
     s += "Q" + kv.gen("x", top_logprobs_num=3)  # useless parameter
 
@@ -139,6 +151,9 @@ def _lone_surrogate(s: kv.State) -> None:
         (_bad_schema, "bad schema", "must be a JSON object"),
         (_bad_type, "bad type", "use `dtype`"),
         (_bad_temperature, "bad temperature", "`temperature` must be at least 0"),
+        (_bad_stop, "type: ignore[arg-type]  # bad stop", "`stop` must be a text or a list of texts"),
+        (_bad_method, "type: ignore[arg-type]  # bad method", "one of kv.token_length_normalized, .* not 'best'"),
+        (_not_in_place, "not in place", r"write s \+= \.\.\."),
         (_useless_parameter, "useless parameter", "has no effect without `return_logprob"),
         (_no_branches, "no branches", "at least 1, not 0"),
         (_shifted_positions, "shifted positions", "not supported"),
@@ -184,8 +199,11 @@ def test_wrong_arguments_are_errors_that_name_them(endpoint: kv.Endpoint) -> Non
         s += question
 
     for arguments, message in (
-        ({"quesion": "a"}, "no argument 'quesion'; its arguments are question"),
+        ({"quesion": "a"}, "no argument 'quesion'; did you mean question? Its arguments are question"),
+        ({"question": "a", "temprature": 0}, "did you mean temperature?"),
         ({}, "missing a required argument: 'question'"),
+        ({"question": "a", "timeout_s": 0}, "`timeout_s` must be over 0"),
+        ({"question": "a", "seed": "1"}, "`seed` must be a whole number"),
         ({"question": "a", "temperature": -1}, "`temperature` must be at least 0"),
     ):
         with pytest.raises(ProgramError, match=re.escape(message)):
@@ -194,6 +212,8 @@ def test_wrong_arguments_are_errors_that_name_them(endpoint: kv.Endpoint) -> Non
         ask.bind(answer=1)
     with pytest.raises(ProgramError, match="num_threads"):
         ask.run_batch([{"question": "a"}], backend=endpoint, num_threads=0)
+    with pytest.raises(ProgramError, match="needs a list of mappings"):
+        ask.run_batch({"question": "a"}, backend=endpoint)  # type: ignore[arg-type]
     with pytest.raises(ProgramError, match="needs a state"):
         kv.function(lambda: None)
 
@@ -205,6 +225,35 @@ def test_the_address_of_a_server_must_be_a_url() -> None:
 
     with pytest.raises(ConfigError, match="is not the URL of a server"):
         ask.run(backend="localhost:30000")
+    with pytest.raises(ConfigError, match="a backend is a URL"):
+        ask.run(backend=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs the URL of a server"):
+        kv.set_default_backend(None)  # type: ignore[arg-type]
+
+
+def test_a_server_that_is_not_there_is_an_error_with_the_line_of_the_run() -> None:
+    @kv.function
+    def ask(s: kv.State) -> None:
+        s += "Q"
+
+    with pytest.raises(ProgramError, match=r"does not answer .* check that it runs") as raised:
+        ask.run(backend="http://127.0.0.1:1")  # no server
+    assert str(raised.value).startswith(_line_of("no server"))
+
+
+def test_a_bug_while_a_request_is_sent_ends_the_program(endpoint_for: MakeEndpoint) -> None:
+    class Broken(FakeServer):
+        async def generate(self, request: Any, push: Any) -> Any:
+            del request, push
+            raise TypeError("a bug")
+
+    @kv.function
+    def ask(s: kv.State) -> None:
+        s += "Q" + kv.gen("x")  # a bug of the client
+
+    with pytest.raises(TypeError, match="a bug") as raised:
+        ask.run(backend=endpoint_for(Broken()))
+    assert any(_line_of("a bug of the client") in note for note in raised.value.__notes__)
 
 
 def test_an_error_of_the_server_names_the_line_of_the_generation(endpoint_for: MakeEndpoint) -> None:

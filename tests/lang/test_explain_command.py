@@ -49,7 +49,9 @@ def test_the_plan_of_a_batch_is_printed_and_written_as_a_page(
         (["{file}:other"], "has no program 'other'"),
         (["{file}:ask", "--arguments", "{"], "--arguments is not JSON"),
         (["{file}:ask", "--arguments", "[]"], "must be a JSON object, or a list of objects"),
-        (["{file}:ask", "--url", "localhost"], "is not the URL of a server"),
+        (["{file}:ask"], "--arguments: ask: missing a required argument: 'topic'"),
+        (["{file}:ask", "--arguments", '{"topic": "a"}', "--html", "/nowhere/a.html"], "--html /nowhere/a.html cannot"),
+        (["{file}:ask", "--arguments", '{"topic": "a"}', "--url", "localhost"], "is not the URL of a server"),
     ],
 )
 def test_wrong_arguments_are_errors_that_say_what_is_wrong(

@@ -95,7 +95,7 @@ def test_a_batch_is_run_with_a_progress_bar_and_a_run_is_streamed(endpoint: kv.E
     assert len({state["answer"] for state in states}) == 3
     state = text_qa.run(question="What is the capital of France?", backend=endpoint, temperature=0.1, stream=True)
     pieces = list(state.text_iter())
-    assert "".join(pieces) == "What is the capital of France?" + str(state["answer"])
+    assert "".join(pieces) == f"user: What is the capital of France?\nassistant: {state['answer']}"
 
 
 @function

@@ -35,7 +35,18 @@ def test_a_variable_is_streamed_in_the_pieces_of_its_text(endpoint: kv.Endpoint)
 def test_a_whole_state_is_streamed_with_its_constants(endpoint: kv.Endpoint) -> None:
     state = story.run(topic="cats", backend=endpoint, stream=True)
     text = "".join(state.text_iter())
-    assert text == f"A story about cats. Once, {state['story']} The end. {state['moral']}"
+    assert text == f"user: A story about cats. \nassistant: Once, {state['story']} The end. {state['moral']}"
+
+
+def test_a_chat_is_streamed_as_its_text(endpoint: kv.Endpoint) -> None:
+    @kv.function
+    def chat(s: kv.State) -> None:
+        s += kv.system("Be short.") + kv.user("Q") + kv.assistant("So " + kv.gen("a"))
+        s["a"]
+        s += kv.user("More") + kv.assistant(kv.gen("b"))
+
+    state = chat.run(backend=endpoint, stream=True)
+    assert "".join(state.text_iter()) == state.text()
 
 
 def test_a_stream_that_is_sent_again_repeats_no_piece(endpoint_for: MakeEndpoint) -> None:

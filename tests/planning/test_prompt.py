@@ -14,8 +14,8 @@ from kvist.planning.prompt import (
     filled,
     hole,
     holes_of,
-    pieces_of,
     plain_text,
+    transcript_pieces,
     unsendable,
 )
 
@@ -70,7 +70,7 @@ def test_holes_are_found_filled_and_cut_off() -> None:
     assert whole.is_known
     assert whole.messages()[-1].text == "Hi three and twelve, three"
     assert prompt.filled({3: "x"}).holes == (12,)
-    assert pieces_of(prompt.outline)[-3:] == [12, ", ", 3]
+    assert transcript_pieces(prompt.outline)[-3:] == [12, ", ", 3]
     assert plain_text(_chat().outline) == "Be short.Hi"
 
 

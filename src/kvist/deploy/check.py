@@ -105,7 +105,7 @@ def check_documents(manifest: Manifest, read_options: ReadOptions) -> list[Findi
             except ConfigError as error:
                 remedy = f"`kvist {container.verb} --help-all` shows what is allowed"
                 findings.append(
-                    Finding(where=container.where, problem=Problem(arguments, error.message.rstrip("."), remedy))
+                    Finding(where=container.where, problem=Problem(arguments, error.message.rstrip(".?"), remedy))
                 )
                 continue
             running.append(_Running(workload, container, options, manifest.is_compose))

@@ -31,7 +31,8 @@ def manifest_text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", param="file") from error
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} cannot be read: {problem}", param="file") from error
 
 
 def read_manifest(text: str) -> Manifest:

@@ -280,6 +280,10 @@ class Executor:
             problem = "cancelled"
             self._fail(job, _cancelled(job))
             raise
+        except Exception as error:  # a bug of ours: the request fails, and no program waits for it
+            problem = f"{type(error).__name__}: {error}"
+            error.add_note(f"in the request of {job.operation.position}")
+            self._fail(job, error)
         finally:
             self._in_flight.pop(job.operation.operation_id, None)
             self._busy_programs.discard(job.operation.place.program)

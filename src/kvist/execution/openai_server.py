@@ -191,7 +191,7 @@ class OpenAIServer:
         return _decoded(response.content)
 
     def _unreachable(self, error: httpx.HTTPError) -> KvistError:
-        return Unavailable(f"{self.url} does not answer ({type(error).__name__}: {error})")
+        return Unavailable(f"{self.url} does not answer ({type(error).__name__}: {error}): check that it runs")
 
     @asynccontextmanager
     async def _events(self, path: str, body: Mapping[str, object]) -> AsyncIterator[AsyncIterator[Any]]:

@@ -42,11 +42,22 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 return f"`{name}` must be a whole number of at least {least}, not {value!r}"
+        if (token_ids := self.stop_token_ids) is not None and not (
+            isinstance(token_ids, list | tuple) and all(isinstance(each, int) for each in token_ids)
+        ):
+            return f"`stop_token_ids` must be a list of whole numbers, not {token_ids!r}"
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                return f"`{name}` must be a whole number, not {value!r}"
         for name, most in (("temperature", None), ("top_p", 1), ("min_p", 1)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 <= value <= (most or value)):
                 bound = "at least 0" if most is None else f"between 0 and {most}"
                 return f"`{name}` must be {bound}, not {value!r}"
+        for name in ("stop", "stop_regex"):
+            if (texts := getattr(self, name)) is not None and not _are_texts(texts):
+                return f"`{name}` must be a text or a list of texts that are not empty, not {texts!r}"
         for name in ("logprob_start_len", "top_logprobs_num"):
             if getattr(self, name) is not None and not self.return_logprob:
                 return f"`{name}` has no effect without `return_logprob=True`"
@@ -64,6 +75,11 @@ class Sampling:
 
     def stop_patterns(self) -> tuple[str, ...]:
         return _texts(self.stop_regex)
+
+
+def _are_texts(value: object) -> bool:
+    found = [value] if isinstance(value, str) else value
+    return isinstance(found, list | tuple) and all(isinstance(each, str) and each for each in found)
 
 
 def _texts(value: str | Sequence[str] | None) -> tuple[str, ...]:

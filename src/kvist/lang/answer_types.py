@@ -113,7 +113,11 @@ def _schema_of(python_type: type[object]) -> str:
     try:
         return msgspec.json.encode(_closed(msgspec.json.schema(python_type))).decode()
     except TypeError as error:
-        raise ProgramError(f"{here()}: `type` {python_type!r} has no JSON schema: {error}") from error
+        name = getattr(python_type, "__name__", repr(python_type))
+        raise ProgramError(
+            f"{here()}: `type` {name} has no JSON schema: use a dataclass, a msgspec Struct, a TypedDict, a pydantic "
+            "model or a list of one"
+        ) from error
 
 
 def _closed(schema: object) -> object:

@@ -83,6 +83,8 @@ class _Default:
 
 def set_default_backend(backend: str | Endpoint) -> None:
     """Use the server, given by its URL or as an endpoint, for all runs that name no `backend`."""
+    if backend is None:
+        raise ConfigError("set_default_backend() needs the URL of a server: http://HOST:PORT", param="backend")
     _Default.endpoint = endpoint_of(backend)
 
 
@@ -90,7 +92,9 @@ def endpoint_of(backend: str | Endpoint | None) -> Endpoint:
     """Return the endpoint of a run. Raises `ConfigError` if none is known."""
     if isinstance(backend, str):
         return RuntimeEndpoint(_url(backend))
-    found = backend or _Default.endpoint
+    found = _Default.endpoint if backend is None else backend
+    if found is not None and not isinstance(found, Endpoint):
+        raise ConfigError(f"a backend is a URL, RuntimeEndpoint or OpenAI, not {found!r}", param="backend")
     if found is None:
         raise ConfigError(
             "no server is known: call set_default_backend(URL), or run(..., backend=URL)", param="backend"

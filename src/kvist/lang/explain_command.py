@@ -39,6 +39,11 @@ def run_explain(options: ExplainOptions) -> int:
     what the program raises while it is traced."""
     function = load_function(options.program)
     arguments = _arguments(options.arguments)
+    for each in arguments if isinstance(arguments, list) else [arguments]:
+        try:
+            function.checked((), each)
+        except ValueError as error:
+            raise ConfigError(f"--arguments: {error}", param="arguments") from error
     endpoint = None if options.url is None else RuntimeEndpoint(options.url, options.api_key)
     fleet = _pair() if endpoint is None else None
     try:
@@ -51,7 +56,10 @@ def run_explain(options: ExplainOptions) -> int:
             endpoint.close()
     print(explanation, flush=True)
     if options.html is not None:
-        options.html.write_text(explanation.html(), encoding="utf-8")
+        try:
+            options.html.write_text(explanation.html(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {options.html} cannot be written: {error.strerror}", param="html") from error
     return 0
 
 

@@ -225,11 +225,12 @@ def select(
     `ProgramError` naming the program's line.
     """
     if not choices or isinstance(choices, str) or not all(isinstance(each, str) and each for each in choices):
-        raise ProgramError(f"{here()}: select() needs `choices`, a list of texts that are not empty")
+        raise ProgramError(f"{here()}: select() needs `choices`, a list of texts that are not empty, not {choices!r}")
     if len(set(choices)) != len(choices):
         raise ProgramError(f"{here()}: two choices of select() are equal")
     if not isinstance(choices_method, ChoicesMethod):
-        raise ProgramError(f"{here()}: `choices_method` must be one of {', '.join(map(str, ChoicesMethod))}")
+        methods = ", ".join(f"kv.{each}" for each in ChoicesMethod)
+        raise ProgramError(f"{here()}: `choices_method` must be one of {methods}, not {choices_method!r}")
     _check(Sampling(temperature=temperature))
     return Select(name=_name(name), choices=tuple(choices), method=choices_method, temperature=temperature, seed=seed)
 

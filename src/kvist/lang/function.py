@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from kvist.errors import ProgramError
+from kvist.errors import ProgramError, ProgramTimeout
 from kvist.execution.job import ExecutionConfig
 from kvist.execution.sampling import Sampling
+from kvist.flags import nearest
 from kvist.lang.endpoint import Endpoint, endpoint_of
 from kvist.lang.positions import here
 from kvist.lang.program_state import ProgramState
@@ -180,11 +181,23 @@ class Function:
         )
         if fleet is None:
             thread, server = endpoint_of(backend).open()
-            fleet = thread.start(server.fleet()).result(_FLEET_TIMEOUT_S)
+            try:
+                fleet = thread.start(server.fleet()).result(_FLEET_TIMEOUT_S)
+            except TimeoutError:
+                raise ProgramTimeout(f"the server has not answered within {_FLEET_TIMEOUT_S:g} s") from None
         return planned(graph, plan(graph, fleet, Running()))
 
     def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Call, Sampling]:
         """Split the keywords into the function's arguments and parameters of generations, and check both."""
+        try:
+            own, chosen = self.checked(args, kwargs)
+        except ValueError as error:
+            raise ProgramError(f"{here()}: {error}") from error
+        return Call(body=self._body, args=tuple(args), kwargs=own, position=here()), chosen
+
+    def checked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Sampling]:
+        """Return the function's keyword arguments, and the sampling. Raises `ValueError` that names a wrong one."""
+        name_of_function = self._body.__name__
         takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in self._parameters.values())
         own: dict[str, Any] = dict(self._bound)
         sampling: dict[str, Any] = {}
@@ -195,18 +208,20 @@ class Function:
             elif short in _SAMPLING:
                 sampling[short] = value
             else:
-                known = ", ".join(list(self._parameters)[1:])
-                raise ProgramError(
-                    f"{here()}: {self._body.__name__} has no argument {name!r}; its arguments are {known or 'none'}"
+                known = list(self._parameters)[1:]
+                hint = nearest(name, [*known, *_SAMPLING])
+                raise ValueError(
+                    f"{name_of_function} has no argument {name!r}{hint or '; '}"
+                    f"{' Its' if hint else 'its'} arguments are {', '.join(known) or 'none'}"
                 )
         chosen = Sampling(**sampling)
         if problem := chosen.problem():
-            raise ProgramError(f"{here()}: {problem}")
+            raise ValueError(problem)
         try:
             inspect.signature(self._body).bind(None, *args, **own)
         except TypeError as error:
-            raise ProgramError(f"{here()}: {self._body.__name__}: {error}") from error
-        return Call(body=self._body, args=tuple(args), kwargs=own, position=here()), chosen
+            raise ValueError(f"{name_of_function}: {error}") from error
+        return own, chosen
 
     def _placeholders(self) -> dict[str, object]:
         """Return a value for each argument, to check other keywords on their own."""
@@ -225,6 +240,8 @@ class Function:
     ) -> Batch:
         if num_threads != "auto" and (not isinstance(num_threads, int) or num_threads < 1):
             raise ProgramError(f"{here()}: `num_threads` must be 'auto' or at least 1, not {num_threads!r}")
+        if isinstance(batch_kwargs, Mapping) or not all(isinstance(each, Mapping) for each in batch_kwargs):
+            raise ProgramError(f"{here()}: run_batch() needs a list of mappings, one for each run: [{{...}}, {{...}}]")
         calls = [self._call((), arguments)[0] for arguments in batch_kwargs]
         width = None if isinstance(num_threads, str) else num_threads
         defaults = self._call((), {**self._placeholders(), **sampling})[1]
@@ -244,6 +261,10 @@ class Function:
         width: int | None,
         stream: bool,
     ) -> Batch:
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+            raise ProgramError(f"{here()}: `timeout_s` must be over 0, not {timeout_s!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise ProgramError(f"{here()}: `seed` must be a whole number, not {seed!r}")
         config = ExecutionConfig(planned=plan, width=width, request_timeout_s=timeout_s)
         return Batch(calls, sampling=sampling, endpoint=endpoint_of(backend), config=config, seed=seed, streams=stream)
 

@@ -1,6 +1,6 @@
 """One run of a program: its operations, its seed, and the way to its results.
 
-`Program` is what a state needs. A live program (execution.py) submits its requests to an executor; a traced one
+`Program` is what a state needs. A live program (live_program.py) submits its requests to an executor; a traced one
 (tracing.py) records them and knows no result.
 """
 

@@ -13,7 +13,7 @@ from kvist.lang.positions import here
 from kvist.lang.program import Variable
 from kvist.lang.state import State
 from kvist.planning.explanation import Explanation
-from kvist.planning.prompt import pieces_of
+from kvist.planning.prompt import transcript_pieces
 
 
 class ProgramState(State):
@@ -48,7 +48,8 @@ class ProgramState(State):
         return explained(self._live.graph(), self._report)
 
     def text_iter(self, var_name: str | None = None) -> Iterator[str]:
-        """Yield the text of a variable, or of the whole state, in pieces as it is generated. Raises `ProgramError`."""
+        """Yield the text of a variable, or `text()` of the whole state, in pieces as it is generated. Raises
+        `ProgramError`."""
         if var_name is not None:
             yield from self._variable(var_name).result.pieces(self._live.timeout_s)
             return
@@ -56,7 +57,7 @@ class ProgramState(State):
         while True:
             ended = self._live.has_ended
             outline = self.prompt.outline
-            for piece in pieces_of(outline[seen:]):
+            for piece in transcript_pieces(outline, seen):
                 if isinstance(piece, str):
                     yield piece
                 else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvist.clock import MonotonicClock
-from kvist.errors import ProgramError
+from kvist.errors import KvistError, ProgramError, ProgramTimeout
 from kvist.execution.executor import Executor
 from kvist.execution.job import ExecutionConfig
 from kvist.execution.sampling import DEFAULT_MAX_TOKENS, Sampling
@@ -69,6 +69,7 @@ class Batch:
         streams: bool,
     ) -> None:
         self._calls, self._config = calls, config
+        self._name = endpoint.name
         self._thread, backend = endpoint.open()
         self._executor = Executor(backend, config, loop=self._thread.loop, clock=MonotonicClock())
         first = secrets.randbits(_SEED_BITS) if seed is None else seed
@@ -89,9 +90,22 @@ class Batch:
             for index in range(len(calls))
         ]
 
+    def _open(self) -> None:
+        """Learn about the server's cluster. Raises `ProgramError` with the line of the run."""
+        try:
+            self._thread.start(self._executor.open()).result(_OPEN_TIMEOUT_S)
+        except (KvistError, TimeoutError) as error:
+            raise self._no_server(error) from error
+
+    def _no_server(self, error: KvistError | TimeoutError) -> ProgramError:
+        position = self._calls[0].position
+        if isinstance(error, KvistError):
+            return ProgramError(f"{position}: {error.message}")
+        return ProgramTimeout(f"{position}: {self._name} has not answered within {_OPEN_TIMEOUT_S:g} s")
+
     def run(self, *, progress_bar: bool = False) -> None:
         """Run all programs and wait for their results. Raises the first error once all programs have ended."""
-        self._thread.start(self._executor.open()).result(_OPEN_TIMEOUT_S)
+        self._open()
         try:
             with _progress(len(self._calls), shown=progress_bar) as advance:
                 if len(self._calls) == 1:
@@ -105,7 +119,7 @@ class Batch:
 
     def start(self) -> list[ProgramState]:
         """Run the programs in a thread and return their states at once."""
-        self._thread.start(self._executor.open()).result(_OPEN_TIMEOUT_S)
+        self._open()
 
         def run() -> None:
             try:
@@ -118,7 +132,10 @@ class Batch:
 
     async def run_async(self) -> None:
         """Run the one program: a coroutine in the caller's loop, a function in a thread."""
-        await asyncio.wait_for(asyncio.wrap_future(self._thread.start(self._executor.open())), _OPEN_TIMEOUT_S)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self._thread.start(self._executor.open())), _OPEN_TIMEOUT_S)
+        except (KvistError, TimeoutError) as error:
+            raise self._no_server(error) from error
         try:
             if inspect.iscoroutinefunction(self._calls[0].body):
                 await self._run_coroutine(self._calls[0], self.states[0])

@@ -44,7 +44,9 @@ class State:
 
     # -- adding
 
-    def __iadd__(self, other: str | Expression | Callable[[State], object]) -> State:
+    def __iadd__(  # type: ignore[misc]  # `s + x` is refused
+        self, other: str | Expression | Callable[[State], object]
+    ) -> State:
         if callable(other) and not isinstance(other, Expression):
             other(self)
             return self
@@ -52,6 +54,9 @@ class State:
         for part in joined((other,)).parts():
             self._add(part, position)
         return self
+
+    def __add__(self, other: object) -> State:
+        raise ProgramError(f"{here()}: a state is extended in place: write s += ... instead of s = s + ...")
 
     def _add(self, part: Part, position: Position) -> None:
         self._program.check_open(position)

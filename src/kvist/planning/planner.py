@@ -264,13 +264,14 @@ class _Planner:
     def _reason(operation: Request, first: _Worker, second: _Worker | None, num_uncached: int) -> str:
         if isinstance(operation, Score):
             return f"all {len(operation.choices)} choices in one step; nothing is generated"
+        new = f"{num_uncached} new token{'' if num_uncached == 1 else 's'}"
         if second is not None:
-            return f"{num_uncached} new tokens: prefill apart, then a handoff, is faster"
+            return f"{new}: prefill apart, then a handoff, is faster"
         if first.worker.role is Role.UNIFIED:
             return "prompt and answer on one worker"
         if first.worker.role is Role.PREFILL:
-            return f"{num_uncached} new tokens and a short answer: prefill writes it itself, without a handoff"
-        return f"{num_uncached} new tokens: decode computes them itself, without a handoff"
+            return f"{new} and a short answer: prefill writes it itself, without a handoff"
+        return f"{new}: decode computes them itself, without a handoff"
 
     def _pins(
         self, nodes: Sequence[SharedPrefix], placements: Sequence[Placement], warmed: frozenset[str]

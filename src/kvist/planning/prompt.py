@@ -58,9 +58,15 @@ def plain_text(outline: str) -> str:
     return _HEADS.sub("", outline).replace(CLOSE, "")
 
 
-def pieces_of(outline: str) -> list[str | int]:
-    """Return the texts and the operations whose results stand between them, in order."""
-    texts = _HOLES.split(_HEADS.sub("", outline).replace(CLOSE, ""))  # text, id, text, id, ..., text
+def transcript_pieces(outline: str, start: int = 0) -> list[str | int]:
+    """Return the texts and the operations whose results stand between them, in order, from the character `start` on:
+    those of `Prompt.transcript`."""
+
+    def shown_head(head: re.Match[str]) -> str:
+        return f"{head[0][1:-1]}: " if start + head.start() == 0 else f"\n{head[0][1:-1]}: "
+
+    shown = _HEADS.sub(shown_head, outline[start:])
+    texts = _HOLES.split(shown.replace(CLOSE, ""))  # text, id, text, id, ..., text
     return [int(one) if index % 2 else one for index, one in enumerate(texts) if one]
 
 
