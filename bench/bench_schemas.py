@@ -173,8 +173,8 @@ def walk(case: Case, grammar: Grammar, walker: Walker, vocabulary: Vocabulary, s
     )
 
 
-async def ask(cases: Sequence[Case], server: BenchServer, count: int, num_at_once: int) -> list[Row]:
-    """Let the model answer `count` pairs of a schema and a seed, `num_at_once` at a time."""
+async def ask(cases: Sequence[Case], server: BenchServer, numbers: range, num_at_once: int) -> list[Row]:
+    """Let the model answer the pairs of a schema and a seed with these numbers, `num_at_once` at a time."""
     places = asyncio.Semaphore(num_at_once)
 
     async def one(http: httpx.AsyncClient, number: int) -> Row:
@@ -199,7 +199,7 @@ async def ask(cases: Sequence[Case], server: BenchServer, count: int, num_at_onc
         )
 
     async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as http:
-        return list(await asyncio.gather(*(one(http, number) for number in range(count))))
+        return list(await asyncio.gather(*(one(http, number) for number in numbers)))
 
 
 def print_rows(source: str, rows: Sequence[Row]) -> None:
@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--model-path", required=True, help="a model with a tokenizer")
     parser.add_argument("--seeds", type=int, default=12, help="documents of each schema")
     parser.add_argument("--served", type=int, default=0, help="pairs that a worker with the model answers")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of these pairs, to go on after a run")
     parser.add_argument("--at-once", type=int, default=8, help="requests that are open at a time, with --served")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
@@ -239,7 +240,9 @@ def main() -> None:
             with BenchServer("served", [f"--model-path={args.model_path}", *PATIENT], Path(folder)) as server:
                 try:
                     server.start(TIMEOUT_S)
-                    answered = asyncio.run(ask(cases, server, args.served, args.at_once))
+                    answered = asyncio.run(
+                        ask(cases, server, range(args.first, args.first + args.served), args.at_once)
+                    )
                 except BenchFailure as failure:
                     sys.exit(str(failure))
             print_rows("model", answered)
