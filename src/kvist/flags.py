@@ -176,7 +176,8 @@ class _Flags:
     def _word(self, word: str) -> None:
         """Read a value without a flag."""
         if self._num_words == len(self._positional):
-            raise ConfigError(f"unexpected argument {word!r}: options start with --")
+            known = "".join(f", and {name} is given already" for name in self._positional[-1:])
+            raise ConfigError(f"unexpected argument {word!r}: options start with --{known}")
         option = self._by_key[self._positional[self._num_words]]
         self._num_words += 1
         self._set(option, f"the argument {word!r}", _read(option, option.flags[0], word))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
+from unittest import mock
 
 import httpx
 import pytest
 
 from kvist import settings
+from kvist.cluster import chat as chat_module
 from kvist.cluster.chat import COMMANDS, Conversation, Terminal
 from kvist.cluster.chat_turn import TurnOptions
 from kvist.cluster.config import ChatConfig
@@ -136,3 +140,17 @@ def test_a_chat_uses_a_url_or_starts_its_own_server(argv: list[str], url: str | 
 def test_two_servers_for_one_chat_are_an_error() -> None:
     with pytest.raises(ConfigError, match="are two targets of the chat"):
         settings.read("chat", ["http://h:1", "--model-path", "m"], {})
+
+
+@pytest.mark.parametrize(
+    ("number", "ended"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)]
+)
+def test_ctrl_c_ends_an_answer_and_other_stop_signals_the_chat_and_its_server(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, ended: type[BaseException]
+) -> None:
+    processes = mock.Mock(stopping=False, children={})
+    monkeypatch.setattr(chat_module, "Processes", lambda *_args, **_kwargs: processes)
+    monkeypatch.setattr(chat_module, "start_display", lambda *_: nullcontext())
+    with pytest.raises(ended), chat_module._own_server([], 1.0):
+        signal.raise_signal(number)
+    processes.stop.assert_called_once_with()

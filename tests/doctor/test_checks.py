@@ -119,7 +119,7 @@ def test_findings_are_printed_as_lines_and_as_one_object() -> None:
     lines = as_lines(findings).splitlines()
     assert lines[0].startswith("error")
     assert "→ use Python 3.11" in lines[1]
-    assert lines[-1] == "1 errors, 1 warnings"
+    assert lines[-1] == "1 error, 1 warning"
     read = json.loads(as_object(findings))
     assert (read["errors"], read["warnings"]) == (1, 1)
     assert read["findings"][0]["remedy"].startswith("use Python 3.11")

@@ -173,3 +173,11 @@ def test_texts_of_a_server_cannot_command_the_terminal() -> None:
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "[bold]" in text
+
+
+def test_a_long_id_of_a_request_does_not_hide_its_times() -> None:
+    slow = msgspec.structs.replace(SLOW, id="chatcmpl-" + "0" * 40)
+    for width in (60, 80, 100):
+        text = shown(Reading(snapshot=snapshot(), slowest=(slow,)), width)
+        assert all(time in text for time in ("12.5 s", "700 ms", "decode 11.0 s")), text
+        assert "chatcmpl-" in text

@@ -62,7 +62,8 @@ class PlaceOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         str | None,
         Honoured(
             '"prefill", "decode" or "unified": only workers of this role serve the request (decode: alone; prefill: '
-            "with a decode worker that writes the answer); while none can, other workers do"
+            "with a decode worker that writes the answer, or alone where the answer is short and that costs less); "
+            "while none can, other workers do"
         ),
     ] = None
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import httpx
 
@@ -21,6 +23,7 @@ from kvist.cluster.config import ChatConfig
 from kvist.cluster.ports import LOOPBACK, free_ports
 from kvist.cluster.processes import Processes
 from kvist.cluster.start_display import start_display
+from kvist.cluster.stop_requests import STOP_SIGNALS, handle_signals
 from kvist.cluster.up import interrupt_on_stop_signals
 from kvist.errors import EngineError, Unavailable
 from kvist.supervisor.child import ChildPlan
@@ -221,7 +224,16 @@ def _own_server(serve_argv: list[str], timeout_s: float) -> Iterator[str]:
     argv = (*(sys.executable, "-m", "kvist", "serve", *serve_argv), f"--port={url.rpartition(':')[2]}")
     plan = ChildPlan(name="serve", argv=(*argv, "--stop-with-stdin"), url=url)
     processes = Processes([plan], probe=probe_child, sink=lambda _name, _line: None)
-    with interrupt_on_stop_signals(processes):
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        """End the chat: Ctrl-C ends an answer."""
+        if processes.stopping:
+            processes.hurry()
+        else:
+            raise SystemExit(128 + number)
+
+    ends = tuple(number for number in STOP_SIGNALS if number is not signal.SIGINT)
+    with interrupt_on_stop_signals(processes), handle_signals(end, ends):
         try:
             processes.start()
             with start_display(processes.children, lambda text: _write(f"{text}\n")) as display:

@@ -338,5 +338,6 @@ def run_check(text: str, read_options: ReadOptions) -> int:
     for finding in findings:
         print(finding)
     errors = sum(finding.is_error for finding in findings)
-    print(f"{errors} errors, {len(findings) - errors} warnings", flush=True)
+    counts = ((errors, "error"), (len(findings) - errors, "warning"))
+    print(", ".join(f"{number} {what}{'' if number == 1 else 's'}" for number, what in counts), flush=True)
     return 1 if errors else 0

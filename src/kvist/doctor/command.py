@@ -24,7 +24,7 @@ def as_lines(findings: Sequence[Finding]) -> str:
         lines.append(f"{finding.level:<8} {finding.subject:<14} {finding.text}")
         if finding.remedy:
             lines.append(f"{'':<8} {'':<14} → {finding.remedy}")
-    return "\n".join([*lines, f"{_count(findings, ERROR)} errors, {_count(findings, WARNING)} warnings"])
+    return "\n".join([*lines, ", ".join(_amount(findings, level) for level in (ERROR, WARNING))])
 
 
 def as_object(findings: Sequence[Finding]) -> str:
@@ -35,3 +35,8 @@ def as_object(findings: Sequence[Finding]) -> str:
 
 def _count(findings: Sequence[Finding], level: str) -> int:
     return sum(finding.level == level for finding in findings)
+
+
+def _amount(findings: Sequence[Finding], level: str) -> str:
+    number = _count(findings, level)
+    return f"{number} {level}{'' if number == 1 else 's'}"

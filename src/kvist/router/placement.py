@@ -12,7 +12,7 @@ class Placement:
     session: str = ""  # a name that requests with a common prefix share; "": none (sessions.py)
     group: str = ""  # requests of one group run on one worker, or one pair of workers, while that is possible; "": none
     worker: str = ""  # URL or id of the wanted worker, which computes the prompt or generates the answer; "": any
-    role: Role | None = None  # of the workers that serve the request: DECODE alone, or with PREFILL its pair
+    role: Role | None = None  # of the workers that serve the request: DECODE alone; with PREFILL its pair, or alone too
 
     @property
     def is_bound(self) -> bool:

@@ -148,13 +148,18 @@ def _pool(pool: Pool) -> Text:
     return Text(f"{text}  {plain(pool.problem)}" if pool.problem else text, style=_BAD if pool.problem else "")
 
 
+_LEAST_ID, _FIGURES, _FEW_FIGURES = 8, 60, 40  # characters: of the id of a request, and of the columns beside it
+
+
 def _slowest(reading: Reading, width: int) -> Table:
     table = Table(box=None, padding=(0, 1), header_style=_DIM)
     wide = width >= 80
     titles = ["slowest requests", "time", "TTFT", *(["tokens in", "out"] if wide else []), "longest stage"]
     for title in titles:
         left = title in (titles[0], titles[-1])
-        table.add_column(title, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
+        # The figures beside the id stay whole: the id is the longest, and is shortened.
+        most = max(_LEAST_ID, width - (_FIGURES if wide else _FEW_FIGURES)) if title == titles[0] else None
+        table.add_column(title, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", max_width=most)
     for request in reading.slowest or ():
         longest = max(request.stages, key=lambda stage: stage.duration_s, default=None)
         sizes = [_whole(request.prompt_tokens), _whole(request.completion_tokens)] if wide else []
