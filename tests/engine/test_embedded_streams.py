@@ -38,7 +38,7 @@ WEATHER = {
     "additionalProperties": False,
 }
 TOOLS = [CallableTool(name="weather", parameters=WEATHER, strict=True, param="tools[0]")]
-TAG = calls_tag(HERMES, TOOLS, required=True, parallel=True)
+TAG, _ = calls_tag(HERMES, TOOLS, required=True, parallel=True)
 CONSTRAINTS = {
     "tool": Constraint(kind="structural_tag", text=json.dumps(TAG)),
     "schema": Constraint(kind="json_schema", text=json.dumps(WEATHER)),

@@ -43,7 +43,7 @@ LENGTHS = (9, 12, 14, 17, 20)  # of the prompts
 
 
 def sampling(seed: int) -> RequestFields:
-    tag = calls_tag(FORMAT, TOOLS, required=True, parallel=True)
+    tag, _ = calls_tag(FORMAT, TOOLS, required=True, parallel=True)
     constraint = Constraint(kind="structural_tag", text=json.dumps(tag))
     return {"temperature": 1.3, "seed": seed, "max_tokens": 60, "ignore_eos": False, "constraint": constraint}
 
