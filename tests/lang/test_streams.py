@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,31 @@ def test_an_error_reaches_the_reader_of_a_stream(endpoint_for: MakeEndpoint) -> 
         list(state.text_iter())
     with pytest.raises(ProgramError, match="broken"):
         list(state.text_iter("other"))
+
+
+def test_a_program_whose_backend_is_closed_fails_at_once(endpoint_for: MakeEndpoint) -> None:
+    class Silent(FakeServer):
+        asked = threading.Event()
+
+        async def generate(self, *_: Any) -> Any:
+            self.asked.set()
+            await asyncio.Event().wait()
+
+    @kv.function
+    def program(s: kv.State) -> None:
+        s += "Tell: " + kv.gen("first") + " and " + kv.gen("second")
+        s["first"]
+
+    server = Silent()
+    endpoint = endpoint_for(server)
+    state = program.run(backend=endpoint, stream=True)
+    assert server.asked.wait(60)
+    endpoint.close()
+    for name in ("first", "second"):
+        with pytest.raises(ProgramError, match=r"test_streams\.py:\d+"):
+            state[name]
+    with pytest.raises(ProgramError):
+        list(state.text_iter())
 
 
 async def test_programs_run_in_coroutines(endpoint: kv.Endpoint) -> None:

@@ -10,10 +10,11 @@ request out at a time, and nothing is computed ahead or kept.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvist.clock import Clock, thread_cpu_s
@@ -92,10 +93,14 @@ class Executor:
 
     def submit(self, job: Job) -> None:
         with self._lock:
-            self._incoming.append(job)
+            closed = self._closed
+            if not closed:
+                self._incoming.append(job)
             wanted, self._wanted = self._wanted, True
-        if not wanted:
-            self._loop.call_soon_threadsafe(self._tick_soon)
+        if closed:
+            _refuse(job)
+        elif not wanted:
+            self._call(self._tick_soon)
 
     def starts(self) -> None:
         """A program runs, and may add requests until it waits or ends."""
@@ -109,14 +114,14 @@ class Executor:
             self._num_active -= 1
             hurry = self._num_active <= 0 and self._wanted
         if hurry:
-            self._loop.call_soon_threadsafe(self._tick)
+            self._call(self._tick)
 
     waits = ends
 
     def tool_starts(self, tool: Tool) -> None:
         with self._lock:
             self._tools[tool.operation_id] = tool
-        self._loop.call_soon_threadsafe(self._tick)
+        self._call(self._tick)
 
     def tool_ends(self, operation_id: int) -> None:
         with self._lock:
@@ -124,7 +129,11 @@ class Executor:
 
     def cancel(self, program: int) -> None:
         """End the requests of a program whose function raised."""
-        self._loop.call_soon_threadsafe(self._cancel, program)
+        self._call(self._cancel, program)
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the backend was closed, and with it this executor
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     # -- in the loop
 
@@ -136,8 +145,13 @@ class Executor:
         self._width = Width(limit=float(most), most=most)
 
     async def close(self) -> None:
-        """Cancel what is out and end all leases. Takes bounded time."""
-        self._closed = True
+        """Cancel what is out, let all other requests fail, and end all leases. Takes bounded time."""
+        with self._lock:
+            self._closed = True
+            incoming, self._incoming = list(self._incoming), deque()
+        for job in (*incoming, *(queued.job for queued in self._queue), *self._waiting.values()):
+            _refuse(job)
+        self._queue, self._waiting = [], {}
         if self._timer is not None:
             self._timer.cancel()
         tasks = [*(sent.task for sent in self._in_flight.values()), *self._warms.values()]
@@ -167,8 +181,6 @@ class Executor:
             tools = list(self._tools.values())
             self._wanted = False
         if self._closed:
-            for job in incoming:
-                job.result.fail(ProgramError(f"{job.operation.position}: the run has ended"))
             return
         ready = [job for job in incoming if self._register(job)]
         self._schedule(ready, [job for job in incoming if job.operation.operation_id in self._waiting], tools)
@@ -404,6 +416,10 @@ class Executor:
 
     def _now_s(self) -> float:
         return self._clock.now_s() - self._start_s
+
+
+def _refuse(job: Job) -> None:
+    job.result.fail(ProgramError(f"{job.operation.position}: the run has ended"))
 
 
 def _hints(placement: Placement | None, *, separate: bool) -> Hints:

@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import TypeVar
 
+from kvist.errors import Unavailable
+
 T = TypeVar("T")
 
 _STOP_S = 5.0
@@ -27,8 +29,12 @@ class LoopThread:
         self.loop.close()
 
     def start(self, coroutine: Coroutine[object, object, T]) -> Future[T]:
-        """Run the coroutine in the loop. Never waits."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        """Run the coroutine in the loop. Never waits. Raises `Unavailable` after `close`."""
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        except RuntimeError as error:
+            coroutine.close()
+            raise Unavailable("the backend was closed while a program ran") from error
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from weakref import WeakSet
 
+from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
 from kvist.execution.backend import Backend
+from kvist.execution.executor import Executor
+from kvist.execution.job import ExecutionConfig
 from kvist.execution.loop_thread import LoopThread
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -19,6 +23,7 @@ class Endpoint:
         self.name = name
         self._make_backend = make_backend
         self._lock = threading.Lock()
+        self._executors: WeakSet[Executor] = WeakSet()
         self._thread: LoopThread | None = None
         self._backend: Backend | None = None
 
@@ -30,10 +35,21 @@ class Endpoint:
                 self._backend = self._make_backend()
             return self._thread, self._backend
 
+    def executor(self, config: ExecutionConfig) -> tuple[LoopThread, Executor]:
+        """Return the loop, and an executor for one run, which ends with the connections."""
+        thread, backend = self.open()
+        made = Executor(backend, config, loop=thread.loop, clock=MonotonicClock())
+        with self._lock:
+            self._executors.add(made)
+        return thread, made
+
     def close(self) -> None:
-        """Close the connections. A later run opens new ones."""
+        """Close the connections. Programs that run fail; a later run opens new connections."""
         with self._lock:
             if self._thread is not None and self._backend is not None:
+                for executor in list(self._executors):
+                    self._thread.start(executor.close()).result(_CLOSE_TIMEOUT_S)
+                self._executors.clear()
                 self._thread.start(self._backend.close()).result(_CLOSE_TIMEOUT_S)
                 self._thread.close()
             self._thread = self._backend = None

@@ -13,9 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from kvist.clock import MonotonicClock
-from kvist.errors import KvistError, ProgramError, ProgramTimeout
-from kvist.execution.executor import Executor
+from kvist.errors import KvistError, ProgramError, ProgramTimeout, Unavailable
 from kvist.execution.job import ExecutionConfig
 from kvist.execution.sampling import DEFAULT_MAX_TOKENS, Sampling
 from kvist.lang.endpoint import Endpoint
@@ -70,8 +68,7 @@ class Batch:
     ) -> None:
         self._calls, self._config = calls, config
         self._name = endpoint.name
-        self._thread, backend = endpoint.open()
-        self._executor = Executor(backend, config, loop=self._thread.loop, clock=MonotonicClock())
+        self._thread, self._executor = endpoint.executor(config)
         first = secrets.randbits(_SEED_BITS) if seed is None else seed
         ids = itertools.count(secrets.randbits(_RUN_BITS) << _ID_BITS)  # so that a result of another run is noticed
         self.states = [
@@ -142,8 +139,9 @@ class Batch:
             else:
                 await self._run_in_thread()
         finally:
-            closed = asyncio.wrap_future(self._thread.start(self._executor.close()))
-            await asyncio.wait_for(asyncio.shield(closed), _CLOSE_TIMEOUT_S)
+            with contextlib.suppress(Unavailable):
+                closed = asyncio.wrap_future(self._thread.start(self._executor.close()))
+                await asyncio.wait_for(asyncio.shield(closed), _CLOSE_TIMEOUT_S)
         self._raise_first()
 
     async def _run_in_thread(self) -> None:
@@ -212,7 +210,7 @@ class Batch:
         state.live.check_forks(returned)
 
     def _close(self) -> None:
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, Unavailable):  # a backend that was closed has closed the executor
             self._thread.start(self._executor.close()).result(_CLOSE_TIMEOUT_S)
 
     def _raise_first(self) -> None:
