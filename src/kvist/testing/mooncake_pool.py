@@ -11,6 +11,7 @@ Needs the extra `kvist[mooncake]` and a Linux. Memory and ports go when the pool
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -29,6 +30,17 @@ START_S = 30.0
 CLIENT_TTL_S = 2  # a store that sends no heartbeat for this time is forgotten
 
 
+_FIRST_PORT, _NUM_PORTS, _PORTS_OF_ONE = 12_300, 2_000, 20
+_processes = itertools.count()
+
+
+def _ports_of_its_own() -> dict[str, str]:
+    """Return variables that give the library ports which no earlier pool of this process had: it remembers the stores
+    that it wrote to by address, and takes a new store at the address of a dead one for that one."""
+    first = _FIRST_PORT + next(_processes) * _PORTS_OF_ONE % _NUM_PORTS
+    return {"MC_STORE_CLIENT_MIN_PORT": str(first), "MC_STORE_CLIENT_MAX_PORT": str(first + _PORTS_OF_ONE - 1)}
+
+
 class PoolProcess:
     """A process of the pool. Its output goes to a file."""
 
@@ -40,7 +52,7 @@ class PoolProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "MC_LOG_LEVEL": "ERROR"},
+                env={**os.environ, "MC_LOG_LEVEL": "ERROR", **_ports_of_its_own()},
             )
 
     @property
