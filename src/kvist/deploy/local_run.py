@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import secrets
 import shutil
 import socket
@@ -29,7 +28,7 @@ from kvist.cluster.up import Screen, interrupt_on_stop_signals, request_stop
 from kvist.deploy.local_plan import MAX_PODS, LocalCluster, LocalPod, Place, plan_local, updates
 from kvist.deploy.manifest import manifest_text_of, read_manifest
 from kvist.errors import ConfigError, KvistError
-from kvist.supervisor.child import ChildPlan
+from kvist.supervisor.child import ChildPlan, environment_of
 from kvist.supervisor.probe import probe_child
 
 _CHECK_S = 0.5  # between looks at the file
@@ -223,16 +222,16 @@ class _Running:
     def _replace_in_place(self, pod: LocalPod) -> None:
         time.sleep(pod.update_grace_s)
         old = self._processes.children[pod.name]
-        self._processes.end_one(old, within_s=pod.grace_s, before=lambda: self._run_pre_stop(pod, old.plan.argv[0]))
+        self._processes.end_one(old, within_s=pod.grace_s, before=lambda: self._run_pre_stop(pod, old.plan))
         child = self._processes.start_one(self._plan(pod))
         self._processes.wait_one(child, self._run.start_timeout_s)
 
-    def _run_pre_stop(self, pod: LocalPod, python: str) -> None:
+    def _run_pre_stop(self, pod: LocalPod, plan: ChildPlan) -> None:
         """Run the command as a kubelet does: it may take the grace period, and its failure does not prevent the end."""
         if not pod.pre_stop:
             return
-        argv = (python, "-m", *pod.pre_stop) if pod.pre_stop[0] == "kvist" else pod.pre_stop
-        environ, what = {**os.environ, **pod.environ}, f"{pod.name}: preStop ({' '.join(pod.pre_stop)})"
+        argv = (plan.argv[0], "-m", *pod.pre_stop) if pod.pre_stop[0] == "kvist" else pod.pre_stop
+        environ, what = environment_of(plan), f"{pod.name}: preStop ({' '.join(pod.pre_stop)})"
         limit_s = max(pod.grace_s - _LEAST_GRACE_S, 1.0)
         try:
             done = subprocess.run(argv, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s)

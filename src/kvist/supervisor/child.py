@@ -59,9 +59,11 @@ Probe = Callable[[str, str], Answer]  # (url, instance id) -> answer; blocks for
 Sink = Callable[[str, str], None]  # (child's name, one line of its output); must not block
 
 
-def _inherited() -> dict[str, str]:
-    """Return our environment without settings: the settings of a child are on its command line or in its plan."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("KVIST_")}
+def environment_of(plan: ChildPlan) -> dict[str, str]:
+    """Return our environment without settings, and that of the plan: the settings of a child are on its command line or
+    in its plan."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KVIST_")}
+    return inherited | plan.environ
 
 
 class Child:
@@ -100,7 +102,7 @@ class Child:
             stdin=subprocess.PIPE,  # for the lines of stop_requests.py; end of file means that this process is gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**_inherited(), **self.plan.environ, "KVIST_INSTANCE_ID": self.instance_id},
+            env=environment_of(self.plan) | {"KVIST_INSTANCE_ID": self.instance_id},
             start_new_session=True,  # Ctrl-C reaches only this process, which stops the children in order
         )
         assert self.process.stdout is not None
