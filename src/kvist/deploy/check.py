@@ -21,6 +21,7 @@ from kvist.deploy.schemas import schema_problems
 from kvist.deploy.workloads import Container, Workload, as_dict, dicts
 from kvist.errors import ConfigError
 from kvist.nodes.config import STOP_MARGIN_S as STORE_STOP_MARGIN_S
+from kvist.wording import amount
 
 ReadOptions = Callable[[str, Sequence[str], Mapping[str, str]], Mapping[str, object]]
 """From (verb, arguments, environment) to the values of the verb's options by key. Raises `ConfigError`."""
@@ -338,6 +339,5 @@ def run_check(text: str, read_options: ReadOptions) -> int:
     for finding in findings:
         print(finding)
     errors = sum(finding.is_error for finding in findings)
-    counts = ((errors, "error"), (len(findings) - errors, "warning"))
-    print(", ".join(f"{number} {what}{'' if number == 1 else 's'}" for number, what in counts), flush=True)
+    print(f"{amount(errors, 'error')}, {amount(len(findings) - errors, 'warning')}", flush=True)
     return 1 if errors else 0

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from kvist.doctor.checks import ERROR, WARNING, check
 from kvist.doctor.collect import collect
 from kvist.doctor.facts import Finding, Wants
+from kvist.wording import amount
 
 
 def run_doctor(wants: Wants, *, as_json: bool) -> int:
@@ -24,7 +25,7 @@ def as_lines(findings: Sequence[Finding]) -> str:
         lines.append(f"{finding.level:<8} {finding.subject:<14} {finding.text}")
         if finding.remedy:
             lines.append(f"{'':<8} {'':<14} → {finding.remedy}")
-    return "\n".join([*lines, ", ".join(_amount(findings, level) for level in (ERROR, WARNING))])
+    return "\n".join([*lines, ", ".join(amount(_count(findings, level), level) for level in (ERROR, WARNING))])
 
 
 def as_object(findings: Sequence[Finding]) -> str:
@@ -35,8 +36,3 @@ def as_object(findings: Sequence[Finding]) -> str:
 
 def _count(findings: Sequence[Finding], level: str) -> int:
     return sum(finding.level == level for finding in findings)
-
-
-def _amount(findings: Sequence[Finding], level: str) -> str:
-    number = _count(findings, level)
-    return f"{number} {level}{'' if number == 1 else 's'}"

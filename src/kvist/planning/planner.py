@@ -24,6 +24,7 @@ from kvist.planning.graph import Generate, Graph, Operation, Request, Score, Too
 from kvist.planning.plan import Pin, Placement, Plan, Warm, Work
 from kvist.planning.prefixes import CachedPrompts, SharedPrefix, common_beginning, depth_first, shared_prefixes
 from kvist.planning.prompt import Prompt
+from kvist.wording import amount
 
 _LEAST_PAGES = 2  # shorter prefixes are not worth a request of their own
 _ROUND_TRIP_S = 0.005  # of a request that computes nothing
@@ -264,7 +265,7 @@ class _Planner:
     def _reason(operation: Request, first: _Worker, second: _Worker | None, num_uncached: int) -> str:
         if isinstance(operation, Score):
             return f"all {len(operation.choices)} choices in one step; nothing is generated"
-        new = f"{num_uncached} new token{'' if num_uncached == 1 else 's'}"
+        new = amount(num_uncached, "new token")
         if second is not None:
             return f"{new}: prefill apart, then a handoff, is faster"
         if first.worker.role is Role.UNIFIED:
