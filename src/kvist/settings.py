@@ -28,7 +28,7 @@ from kvist.cluster.config import (
     UnifiedOptions,
 )
 from kvist.config import option
-from kvist.deploy.config import LocalRunOptions
+from kvist.deploy_run.config import LocalRunOptions
 from kvist.engine.bench_shapes import StepsConfig
 from kvist.engine.config import (
     EndpointOptions,

@@ -142,7 +142,7 @@ def run(settings: Settings) -> int:
 
 
 def _run_manifest(settings: DeployRunSettings) -> int:
-    from kvist.deploy.local_run import LocalRun, run_local
+    from kvist.deploy_run.run import LocalRun, run_local
 
     local = settings.local
     run = LocalRun(

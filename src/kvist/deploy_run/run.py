@@ -25,8 +25,8 @@ from kvist.cluster.ports import LOOPBACK, free_ports
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.stop_requests import RETIRE, stop_with_parent
 from kvist.cluster.up import Screen, interrupt_on_stop_signals, request_stop
-from kvist.deploy.local_plan import MAX_PODS, LocalCluster, LocalPod, Place, plan_local, updates
 from kvist.deploy.manifest import manifest_text_of, read_manifest
+from kvist.deploy_run.plan import MAX_PODS, LocalCluster, LocalPod, Place, plan_local, updates
 from kvist.errors import ConfigError, KvistError
 from kvist.supervisor.child import ChildPlan, environment_of
 from kvist.supervisor.probe import probe_child

@@ -1,7 +1,7 @@
 """Plans a manifest as processes of this machine: one for each pod, with the pod's own loopback address.
 
 Names, folders and keys that the cluster would provide are replaced in the arguments of the containers: Services by
-addresses, mounted folders by folders of this machine, Secrets by random values. Pure; `local_run` carries the plan out.
+addresses, mounted folders by folders of this machine, Secrets by random values. Pure; `run` carries the plan out.
 """
 
 from __future__ import annotations

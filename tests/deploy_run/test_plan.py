@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvist.deploy.local_plan import LocalCluster, Place, plan_local, updates
 from kvist.deploy.manifest import read_manifest
 from kvist.deploy.render import manifest_text
+from kvist.deploy_run.plan import LocalCluster, Place, plan_local, updates
 from kvist.errors import ConfigError
 from kvist.verbs import option_values
 from tests.deploy.test_render import SHAPES, deployment
