@@ -10,7 +10,7 @@ refuses to register memory twice.
 
 A failed call may leave bytes under way (memory/page_window.py). A write is complete only when the bytes are in the
 peer's memory: this rests on the status frames of the library, which `requirements.load` keeps on. A receiver refuses
-addresses outside its registered memory.
+addresses outside its registered memory. After a failure the library asks the peer anew where it is (`PeerNames`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from kvist.mooncake.requirements import Network, User, load, obstacle
 TRANSFER_TIMEOUT_S = 30.0  # the library fails a transfer without progress after two seconds
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 50e-6, 1e-3
 _REFUSED = (0, -1, 2**64 - 1)
+_AT_ONCE_S = 0.5  # a copy that fails sooner has not waited for a silent peer
+_NUM_NAMES = 64  # of one peer
 PIECES_AT_ONCE = 4  # reads from one peer; a larger number is not faster, and takes longer if the peer has stopped
 
 
@@ -39,6 +41,33 @@ class _Range:
     start: int
     end: int
     num_users: int = 1
+
+
+class PeerNames:
+    """The names by which the library knows peers. Thread-safe.
+
+    The library remembers for as long as it runs where the peer of a name was, and would never reach a peer that has
+    started again at the port of a dead one. Leading zeros of the port are another name of the same address, for which
+    the library asks the peer anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_zeros: dict[str, int] = {}  # by session
+
+    def of(self, session: str) -> str:
+        with self._lock:
+            num_zeros = self._num_zeros.get(session, 0)
+        host, _, port = session.rpartition(":")
+        return f"{host}:{'0' * num_zeros}{port}"
+
+    def forget(self, name: str) -> None:
+        """Use this name no longer: a copy has failed with it."""
+        host, _, port = name.rpartition(":")
+        session = f"{host}:{port.lstrip('0')}"
+        num_zeros = len(name) - len(session)
+        with self._lock:
+            if self._num_zeros.get(session, 0) == num_zeros:  # and no other copy has failed with it
+                self._num_zeros[session] = (num_zeros + 1) % _NUM_NAMES
 
 
 class _Running:
@@ -59,6 +88,7 @@ class _Running:
         self._lock = threading.Lock()
         self._ranges: list[_Range] = []
         self._abandoned: list[int] = []
+        self.peers = PeerNames()
 
     def share(self, user: User) -> MooncakeEngine:
         with self._lock:
@@ -100,6 +130,7 @@ class Pieces(Protocol):
     """The library's records of pieces under way."""
 
     library: Any
+    peers: PeerNames
 
     def abandon(self, pieces: Iterable[int]) -> None: ...
 
@@ -110,9 +141,10 @@ class Transfer:
     The library's own blocking calls poll without a pause: on two cores, copies are 1.7 times as fast if their caller
     sleeps instead, and use half the time of the CPU (docs/benchmarks.md)."""
 
-    def __init__(self, running: Pieces, pieces: Sequence[int]) -> None:
-        """`pieces`: the library's numbers for them; `_REFUSED` for those that did not begin."""
+    def __init__(self, running: Pieces, peer: str, pieces: Sequence[int]) -> None:
+        """`peer`: its name. `pieces`: the library's numbers for them; `_REFUSED` for those that did not begin."""
         self._running = running
+        self._peer = peer
         self._under_way = deque(piece for piece in pieces if piece not in _REFUSED)
         self._is_whole = len(self._under_way) == len(pieces)
 
@@ -134,6 +166,8 @@ class Transfer:
                 break
             time.sleep(min(max(waited_s / 16, _SHORTEST_NAP_S), _LONGEST_NAP_S))
         self.abandon()
+        if not self._is_whole:
+            self._running.peers.forget(self._peer)
         return self._is_whole
 
     def abandon(self) -> None:
@@ -148,9 +182,10 @@ class Reads:
     After a failure no further piece begins. Pieces under way are waited for, because bytes may still arrive in their
     memory; with few pieces, a peer that has stopped takes no more than the limit of one copy (requirements.py)."""
 
-    def __init__(self, running: Pieces, pieces: Sequence[Callable[[], int]]) -> None:
-        """`pieces`: each begins a read, and returns the library's number for it."""
+    def __init__(self, running: Pieces, peer: str, pieces: Sequence[Callable[[], int]]) -> None:
+        """`peer`: its name. `pieces`: each begins a read, and returns the library's number for it."""
         self._running = running
+        self._peer = peer
         self._left = deque(pieces)
         self._under_way: list[int] = []
         self.is_whole = True  # no piece has failed so far
@@ -172,6 +207,8 @@ class Reads:
                 self.is_whole = False
             else:
                 under_way.append(piece)
+        if not self.is_whole:
+            self._running.peers.forget(self._peer)
         self._under_way = under_way
         return bool(under_way)
 
@@ -217,23 +254,36 @@ class MooncakeEngine:
         self, session: str, ours: Sequence[int], theirs: Sequence[int], num_bytes: Sequence[int]
     ) -> Transfer:
         """Begin to copy pieces of our memory to a peer. The memory must not change until the transfer has ended."""
-        begin = self._open().library.transfer_submit_write
-        return Transfer(self._open(), [begin(session, *piece) for piece in zip(ours, theirs, num_bytes, strict=True)])
+        running = self._open()
+        peer = running.peers.of(session)
+        pieces = zip(ours, theirs, num_bytes, strict=True)
+        return Transfer(running, peer, [running.library.transfer_submit_write(peer, *piece) for piece in pieces])
 
     def write(self, session: str, ours: Sequence[int], theirs: Sequence[int], num_bytes: Sequence[int]) -> bool:
         """Copy pieces of our memory to a peer; the result is that of `Transfer.wait`."""
         return self.begin_write(session, ours, theirs, num_bytes).wait()
 
     def read(self, session: str, ours: int, theirs: int, num_bytes: int) -> bool:
-        """Copy from a peer to our memory; the result is that of `Transfer.wait`."""
-        begin = self._open().library.batch_transfer_async_read
-        return Transfer(self._open(), [begin(session, [ours], [theirs], [num_bytes])]).wait()
+        """Copy from a peer to our memory; the result is that of `Transfer.wait`. A read that fails at once is repeated:
+        the first one after a peer has started again may use a connection to its predecessor."""
+        start_s = time.monotonic()
+        if self._read_once(session, ours, theirs, num_bytes):
+            return True
+        return time.monotonic() - start_s < _AT_ONCE_S and self._read_once(session, ours, theirs, num_bytes)
+
+    def _read_once(self, session: str, ours: int, theirs: int, num_bytes: int) -> bool:
+        running = self._open()
+        peer = running.peers.of(session)
+        piece = running.library.batch_transfer_async_read(peer, [ours], [theirs], [num_bytes])
+        return Transfer(running, peer, [piece]).wait()
 
     def reads(self, session: str, ours: Sequence[int], theirs: Sequence[int], num_bytes: Sequence[int]) -> Reads:
         """Return reads from a peer to our memory, which have not begun."""
-        begin = self._open().library.batch_transfer_async_read
+        running = self._open()
+        peer = running.peers.of(session)
+        begin = running.library.batch_transfer_async_read
         pieces = zip(ours, theirs, num_bytes, strict=True)
-        return Reads(self._open(), [partial(begin, session, [here], [there], [size]) for here, there, size in pieces])
+        return Reads(running, peer, [partial(begin, peer, [here], [there], [size]) for here, there, size in pieces])
 
     def for_store(self) -> Any:
         """Return the argument `engine` of `MooncakeDistributedStore.setup`. The store must be closed before this."""
