@@ -261,9 +261,9 @@ def test_a_peer_that_starts_again_at_its_port_is_reached(shares: Shares, relay: 
 def _end_accepted_connections() -> int:
     """End the connections to ports of this process, as the end of a peer does; return how many there were."""
     opened: list[socket.socket] = []
-    for each in os.listdir("/proc/self/fd"):
+    for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # not a socket
-            opened.append(socket.socket(fileno=os.dup(int(each))))
+            opened.append(socket.socket(fileno=os.dup(int(descriptor))))
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(each) for each in opened if each.type == socket.SOCK_STREAM]
         listening = {

@@ -10,7 +10,7 @@ refuses to register memory twice.
 
 A failed call may leave bytes under way (memory/page_window.py). A write is complete only when the bytes are in the
 peer's memory: this rests on the status frames of the library, which `requirements.load` keeps on. A receiver refuses
-addresses outside its registered memory. After a failure the library asks the peer anew where it is (`PeerNames`).
+addresses outside its registered memory. After a failure the library asks the peer again where it is (`PeerNames`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PeerNames:
 
     The library remembers for as long as it runs where the peer of a name was, and would never reach a peer that has
     started again at the port of a dead one. Leading zeros of the port are another name of the same address, for which
-    the library asks the peer anew."""
+    the library asks the peer again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
