@@ -27,7 +27,7 @@ from typing import TypeVar
 
 from chaos_cluster import ChaosFailure
 from chaos_load import Answer
-from kvist.bench.http import HttpClient, read_whole
+from kvist.http_client import HttpClient, read_whole
 from upgrade_load import Disturbance, Result, add_load_options, answers_of, cases_of, report, under_load
 
 T = TypeVar("T")

@@ -8,6 +8,8 @@ Three ways do the same work on one cluster: `plan`, `no plan` (the same program,
 runs), and `by hand` (asyncio and OpenAI's API, bench/lang_by_hand.py). They take turns in another order each round;
 before each turn the cache is flushed. Times are the best of the rounds, ratios of times the median of the rounds'.
 Computed tokens and CPU seconds are the workers' own counters (no CPU seconds on a GPU); on a shared CPU, compare these.
+`client` and `gateway` are CPU milliseconds a request: of this process, and of the gateway's (a clock of 10 ms). Both
+clients of a program are made, and have asked for the model, before the time of a turn begins.
 `ideal` computes each distinct prefix of the prompts once; `in pages` is the same where only whole pages can be shared,
 as the cache does. `planning` is the planner's time for an operation, by the clock and of a processor.
 
@@ -20,9 +22,9 @@ end, and workloads are left out, before that time is over.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import importlib
+import re
 import shlex
 import statistics
 import sys
@@ -40,7 +42,7 @@ from json_report import write_report
 from kvist.execution.backend import prompt_fields
 from kvist.execution.report import Report
 from kvist.planning.graph import Generate, Score
-from lang_by_hand import BY_HAND
+from lang_by_hand import ByHand
 from lang_client import CLIENTS, usual_client
 from served import REPORT_INTERVAL_S, BenchServer
 from tiers_table import table
@@ -60,6 +62,7 @@ PLAN, NO_PLAN, BY_HAND_WAY = WAYS = ("plan", "no plan", "by hand")
 READY_TIMEOUT_S, REPORT_TIMEOUT_S, REQUEST_TIMEOUT_S, RUN_TIMEOUT_S = 300.0, 30.0, 60.0, 1800.0
 SEED = 1
 CPU_SECONDS = "process_cpu_seconds"  # of an engine
+_GATEWAY_CPU = re.compile(rf"^{CPU_SECONDS}_total (\S+)$", re.MULTILINE)
 Row = dict[str, Any]
 
 
@@ -70,6 +73,8 @@ class Turn:
     wall_s: float
     num_computed_tokens: int
     cpu_s: float  # of all workers
+    client_cpu_s: float  # of this process, the program included
+    gateway_cpu_s: float
     planning_ms: float | None = None  # for each operation
     planning_cpu_ms: float | None = None  # of it, with a processor: not in a wait for the programs' threads
 
@@ -105,19 +110,18 @@ class Cluster:
         self._counted = self._totals()
         self.page_size = max(int(each["capacity"]["page_size"]) for each in self._workers())
 
-    def take_counts(self) -> tuple[int, float]:
-        """Return the prompt tokens that all workers have computed since the last call, and their CPU seconds."""
+    def take_counts(self) -> tuple[float, ...]:
+        """Return the prompt tokens that all workers have computed since the last call, their CPU seconds, and the CPU
+        seconds of the gateway's process."""
         before, self._counted = self._counted, self._totals()
-        tokens, cpu_s = (now - then for now, then in zip(self._counted, before, strict=True))
-        return int(tokens), cpu_s
+        return tuple(now - then for now, then in zip(self._counted, before, strict=True))
 
-    def _totals(self) -> tuple[float, float]:
+    def _totals(self) -> tuple[float, ...]:
         time.sleep(REPORT_INTERVAL_S)
         totals = [each["load"]["totals"] for each in self._workers()]
-        tokens, cpu_s = (
-            sum(each.get(name) or 0 for each in totals) for name in ("computed_prompt_tokens", CPU_SECONDS)
-        )
-        return tokens, cpu_s
+        workers = [sum(each.get(name) or 0 for each in totals) for name in ("computed_prompt_tokens", CPU_SECONDS)]
+        metrics = self._http.get("/metrics").raise_for_status().text
+        return *workers, float(_GATEWAY_CPU.findall(metrics)[0])
 
     def _workers(self) -> list[Any]:
         found: list[Any] = self._http.get("/server_info").raise_for_status().json()["workers"]
@@ -153,22 +157,29 @@ def distinct_tokens(prompts: Sequence[tuple[int, ...]], page_size: int = 1) -> i
 
 
 def take_turn(
-    cluster: Cluster, endpoint: kv.Endpoint, name: str, way: str, batch: Sequence[Any], client: str
+    cluster: Cluster, endpoint: kv.Endpoint, by_hand: ByHand, name: str, way: str, batch: Sequence[Any]
 ) -> tuple[Turn, list[kv.ProgramState]]:
     """Return the turn, and the states of a program."""
     program: kv.Function = getattr(importlib.import_module(name), name)
     cluster.flush()
+    cluster.take_counts()
     states: list[kv.ProgramState] = []
-    start_s = time.monotonic()
+    start_s, start_cpu_s = time.monotonic(), time.process_time()
     if way == BY_HAND_WAY:
-        asyncio.run(BY_HAND[name](client, cluster.url, batch))
+        by_hand.run(name, batch)
     else:
         settings: dict[str, Any] = {"plan": way == PLAN, "seed": SEED, "timeout_s": RUN_TIMEOUT_S}
         states = program.run_batch(batch, backend=endpoint, temperature=0, **settings)
-    wall_s = time.monotonic() - start_s
+    wall_s, client_cpu_s = time.monotonic() - start_s, time.process_time() - start_cpu_s
     report = states[0].report if way == PLAN else None
-    num_computed, cpu_s = cluster.take_counts()
-    turn = Turn(wall_s=wall_s, num_computed_tokens=num_computed, cpu_s=cpu_s)
+    num_computed, cpu_s, gateway_cpu_s = cluster.take_counts()
+    turn = Turn(
+        wall_s=wall_s,
+        num_computed_tokens=int(num_computed),
+        cpu_s=cpu_s,
+        client_cpu_s=client_cpu_s,
+        gateway_cpu_s=gateway_cpu_s,
+    )
     if report is not None:
         took, cpu = (1000 * each / max(report.num_planned, 1) for each in (report.planning_s, report.planning_cpu_s))
         turn = replace(turn, planning_ms=took, planning_cpu_ms=cpu)
@@ -177,13 +188,21 @@ def take_turn(
 
 def measure(cluster: Cluster, args: argparse.Namespace, end_s: float) -> Iterator[Row]:
     endpoint = kv.RuntimeEndpoint(cluster.url, timeout_s=RUN_TIMEOUT_S)
+    with ByHand(args.client, cluster.url) as by_hand:
+        yield from _measure(cluster, endpoint, by_hand, args, end_s)
+    endpoint.close()
+
+
+def _measure(
+    cluster: Cluster, endpoint: kv.Endpoint, by_hand: ByHand, args: argparse.Namespace, end_s: float
+) -> Iterator[Row]:
     for name in args.workloads:
         batch = importlib.import_module(name).arguments(max(1, round(WORKLOADS[name] * args.scale)), args.length)
         found = Measured()
         for number in range(args.rounds):
             start_s = time.monotonic()
             for way in (*WAYS[number % 3 :], *WAYS[: number % 3]):
-                turn, states = take_turn(cluster, endpoint, name, way, batch, args.client)
+                turn, states = take_turn(cluster, endpoint, by_hand, name, way, batch)
                 found.turns[way].append(turn)
                 if states and number == 0:
                     found.texts[way] = [state.text() for state in states]
@@ -197,10 +216,10 @@ def measure(cluster: Cluster, args: argparse.Namespace, end_s: float) -> Iterato
         yield row_of(name, len(batch), found, cluster.page_size)
         if time.monotonic() > end_s:
             break
-    endpoint.close()
 
 
 def row_of(name: str, num_runs: int, found: Measured, page_size: int) -> Row:
+    per_request_ms = 1000 / max(len(found.prompts), 1)
     ideal, in_pages = distinct_tokens(found.prompts), distinct_tokens(found.prompts, page_size)
     num_computed = found.best(PLAN).num_computed_tokens
     return {
@@ -211,6 +230,8 @@ def row_of(name: str, num_runs: int, found: Measured, page_size: int) -> Row:
         "by hand / plan": found.ratio(BY_HAND_WAY),
         "no plan / plan": found.ratio(NO_PLAN),
         **{f"{way} CPU s": min(turn.cpu_s for turn in found.turns[way]) for way in WAYS},
+        **{f"{way} client": per_request_ms * min(turn.client_cpu_s for turn in found.turns[way]) for way in WAYS},
+        **{f"{way} gateway": per_request_ms * min(turn.gateway_cpu_s for turn in found.turns[way]) for way in WAYS},
         **{f"{way} tokens": found.best(way).num_computed_tokens for way in WAYS},
         "ideal": ideal,
         "in pages": in_pages,

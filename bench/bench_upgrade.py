@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chaos_cluster import ChaosFailure, tail
-from kvist.bench.http import HttpClient, read_whole
 from kvist.cluster.ports import LOOPBACK, free_ports
+from kvist.http_client import HttpClient, read_whole
 from kvist.testing.tiny_model import write_tiny_model
 from kvist.testing.tokenizers import write_byte_tokenizer
 from upgrade_load import Disturbance, Result, add_load_options, answers_of, cases_of, report, under_load

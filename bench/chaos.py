@@ -52,8 +52,8 @@ from chaos_load import (
 )
 from chaos_plan import check_gpus, plans_of, seconds_of_load
 from json_report import write_report
-from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
+from kvist.http_client import HttpClient, HttpFailure
 
 START_TIMEOUT_S = 240.0
 STREAM_TIMEOUT_S = 90.0

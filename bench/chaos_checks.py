@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos_cluster import ChaosCluster, ChaosFailure, Suspension, num_open_files
-from kvist.bench.http import HttpFailure
+from kvist.http_client import HttpFailure
 
 RELEASE_TIMEOUT_S = 20.0  # --gateway-timeout-s, an abort, and a report of each worker
 _MAX_MORE_DESCRIPTORS = 16  # of one process: connections that are made on demand

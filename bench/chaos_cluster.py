@@ -19,8 +19,8 @@ from pathlib import Path
 import msgspec
 
 from chaos_faults import GATEWAY, Fault, PlannedFault, may_begin, role_of
-from kvist.bench.http import HttpClient, HttpFailure, read_whole
 from kvist.cluster.ports import free_ports
+from kvist.http_client import HttpClient, HttpFailure, read_whole
 from kvist.supervisor.child import ChildPlan
 
 PROBE_INTERVAL_S = 0.25

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kvist.bench.http import HttpClient, HttpFailure
+from kvist.http_client import HttpClient, HttpFailure
 
 LOGPROB_TOLERANCE = 2e-3  # of fp32, for batches of different shapes
 PATH = "/v1/completions"

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Self
 
 import msgspec
 
@@ -120,21 +120,38 @@ async def _rag(chat: Chat, arguments: dict[str, Any]) -> str:
     return await chat.ask([*prefix, _user(text)], 32, stop="\n")
 
 
-def _batch(work: Work) -> Callable[[str, str, Sequence[dict[str, Any]]], Coroutine[Any, Any, list[object]]]:
-    async def run(client_kind: str, url: str, batch: Sequence[dict[str, Any]]) -> list[object]:
-        async with client_of(client_kind, url) as client:
-            chat = Chat(client, await client.model())
-            return await asyncio.gather(*(work(chat, arguments) for arguments in batch))
-
-    return run
-
-
-BY_HAND = {
-    "few_shot": _batch(_few_shot),
-    "tree_of_thought": _batch(_tree_of_thought),
-    "self_consistency": _batch(_self_consistency),
-    "judge": _batch(_judge),
-    "extract": _batch(_extract),
-    "chat_tools": _batch(_chat_tools),
-    "rag": _batch(_rag),
+WORKS: dict[str, Work] = {
+    "few_shot": _few_shot,
+    "tree_of_thought": _tree_of_thought,
+    "self_consistency": _self_consistency,
+    "judge": _judge,
+    "extract": _extract,
+    "chat_tools": _chat_tools,
+    "rag": _rag,
 }
+
+
+class ByHand:
+    """One client and its event loop for all batches, as kvist.lang has: making it is not part of a batch. Use as a
+    context manager."""
+
+    def __init__(self, client_kind: str, url: str) -> None:
+        self._runner = asyncio.Runner()
+        self._client = client_of(client_kind, url)
+        self._chat: Chat | None = None
+
+    def __enter__(self) -> Self:
+        self._chat = Chat(self._client, self._runner.run(self._client.model()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+    def run(self, name: str, batch: Sequence[dict[str, Any]]) -> list[object]:
+        """Run the work of that name for each of the arguments, all at once."""
+        return self._runner.run(self._run(WORKS[name], batch))
+
+    async def _run(self, work: Work, batch: Sequence[dict[str, Any]]) -> list[object]:
+        assert self._chat is not None, "used outside of its `with`"
+        return await asyncio.gather(*(work(self._chat, arguments) for arguments in batch))

@@ -7,7 +7,7 @@ harder comparison.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import httpx
 
@@ -18,17 +18,15 @@ Fields = dict[str, Any]
 
 
 class ChatClient(Protocol):
-    """One server; an async context manager."""
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(self, *_: object) -> None: ...
+    """One server, in one event loop."""
 
     async def model(self) -> str:
         """Return the name of the server's model."""
 
     async def chat(self, fields: Fields, extra: Fields) -> str:
         """Return the text of a chat completion. `extra` are the fields that OpenAI's API does not have."""
+
+    async def close(self) -> None: ...
 
 
 def usual_client() -> str:
@@ -45,10 +43,7 @@ class _OpenAIClient:
 
         self._client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_S)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
+    async def close(self) -> None:
         await self._client.close()
 
     async def model(self) -> str:
@@ -64,10 +59,7 @@ class _HttpxClient:
         limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS)
         self._client = httpx.AsyncClient(base_url=f"{url}/v1", timeout=TIMEOUT_S, limits=limits, trust_env=False)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
+    async def close(self) -> None:
         await self._client.aclose()
 
     async def model(self) -> str:

@@ -21,8 +21,8 @@ from chaos import Load, Tally
 from chaos_cluster import ChaosFailure
 from chaos_load import Answer, Case, Comparison, StreamReader, make_cases, read_answer
 from json_report import write_report
-from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
+from kvist.http_client import HttpClient, HttpFailure
 
 BEFORE_S = AFTER_S = 2.0  # load before and after the upgrade
 MAX_SHOWN = 10  # errors, and wrong answers

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from kvist.bench.completions import GREEDY, BenchRequest, CompletionClient, EventLines, RequestResult, Row
+from kvist.bench.completions import GREEDY, BenchRequest, CompletionClient, RequestResult, Row
 from kvist.bench.config import TargetConfig
-from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
 from kvist.errors import ConfigError
+from kvist.http_client import HttpClient
 from tests.bench.fake_server import Behaviour, FakeServer, answer_ids
 
 ASK = BenchRequest(prompt=b"[3,4,5]", row=Row(index=7, num_input=3, num_output=4))
@@ -137,24 +134,3 @@ async def test_events_are_read_wherever_the_network_cuts_them(server: FakeServer
     server.default = Behaviour(split_bytes=size)
     row = (await ask(server)).row
     assert (row.failure, row.num_events) == (None, 4)
-
-
-STREAM = b": ping\r\n\r\ndata: one\r\n\r\ndata:two\ndata: three\n\nevent: error\nid: 4\ndata: four\n\ndata: [DONE]\n\n"
-EVENTS = [(b"", b"one"), (b"", b"two\nthree"), (b"error", b"four"), (b"", b"[DONE]")]
-
-
-@given(st.lists(st.integers(0, len(STREAM)), max_size=12))
-def test_the_events_of_a_stream_do_not_depend_on_where_it_is_cut(cuts: list[int]) -> None:
-    places = sorted({0, *cuts, len(STREAM)})
-    lines = EventLines()
-    found = [event for low, high in itertools.pairwise(places) for event in lines.feed(STREAM[low:high])]
-    assert found == EVENTS
-
-
-def test_an_event_without_end_is_refused_above_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvist.bench.completions.MAX_EVENT_BYTES", 100)
-    lines = EventLines()
-    assert lines.feed(b"data: x\n" * 50) == []
-    assert lines.feed(b"data: x\n" * 100) == []
-    with pytest.raises(HttpFailure, match="longer than 100"):
-        lines.feed(b"data: x\n")

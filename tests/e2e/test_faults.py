@@ -24,10 +24,10 @@ import httpx
 import pytest
 
 from chaos_load import Case, StreamReader, difference, read_answer
-from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import MonotonicClock
 from kvist.cluster.ports import free_ports
 from kvist.cluster.processes import ChildTimeouts, Processes
+from kvist.http_client import HttpClient, HttpFailure
 from kvist.supervisor.child import ChildPlan
 from kvist.supervisor.probe import probe_child
 from kvist.testing.rounds import check_time, in_rounds

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import httpx
 import pytest
 
 from kvist.errors import EngineError, KvistError, Overloaded, PromptTooLong, RequestError, Unavailable
@@ -16,6 +17,7 @@ from kvist.execution.kvist_server import KvistServer
 from kvist.execution.openai_server import OpenAIServer
 from kvist.execution.results import Served
 from kvist.execution.sampling import Sampling
+from kvist.http_client import HttpFailure, HttpReply, OnBody
 from kvist.planning.fleet import Native, Role
 from kvist.planning.prompt import Prompt
 
@@ -64,35 +66,50 @@ INFO = {
     ],
 }
 
-Handler = Callable[[str, Any], httpx.Response]
+
+@dataclass(frozen=True)
+class Response:
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Recorded:
-    """A transport that keeps the requests and answers by path."""
+    """Connections that keep the requests and answer by path; bodies come in two pieces."""
 
-    def __init__(self, answers: dict[str, object]) -> None:
+    def __init__(self, answers: Mapping[str, object]) -> None:
         self.bodies: list[tuple[str, Any]] = []
+        self.methods: list[str] = []
         self._answers = answers
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        body = json.loads(request.content) if request.content else None
-        self.bodies.append((request.url.path, body))
-        answer = self._answers.get(request.url.path, httpx.Response(404, json={"detail": "Not Found"}))
-        return answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
+    async def request(self, method: str, path: str, body: bytes, on_body: OnBody) -> HttpReply:
+        self.methods.append(method)
+        self.bodies.append((path, json.loads(body) if body else None))
+        answer = self._answers.get(path, Response(404, b'{"detail": "Not Found"}'))
+        if isinstance(answer, Exception):
+            raise answer
+        found = answer if isinstance(answer, Response) else Response(200, json.dumps(answer).encode())
+        middle = len(found.body) // 2
+        for piece in (found.body[:middle], found.body[middle:]):
+            on_body(found.status, piece)
+        return HttpReply(status=found.status, retried=False, headers=found.headers)
+
+    def close(self) -> None:
+        pass
 
     def openai(self) -> OpenAIServer:
-        return OpenAIServer("http://server/v1", model="m", transport=httpx.MockTransport(self))
+        return OpenAIServer("http://server/v1", model="m", http=self)
 
     async def kvist(self) -> KvistServer:
-        server = KvistServer("http://server", transport=httpx.MockTransport(self))
+        server = KvistServer("http://server", http=self)
         await server.fleet()
         self.bodies.clear()
         return server
 
 
-def _events(*events: object) -> httpx.Response:
+def _events(*events: object) -> Response:
     lines = [f"data: {json.dumps(each)}\n\n" for each in events]
-    return httpx.Response(200, text="".join([*lines, "data: [DONE]\n\n"]))
+    return Response(200, "".join([*lines, "data: [DONE]\n\n"]).encode())
 
 
 def _piece(text: str, reason: str | None = None) -> dict[str, object]:
@@ -215,16 +232,16 @@ async def test_a_server_without_prompt_logprobs_is_an_error_with_a_remedy() -> N
 @pytest.mark.parametrize(
     ("response", "kind", "retry_after_s"),
     [
-        (httpx.Response(429, json={"error": {"message": "full"}}, headers={"retry-after": "2"}), Overloaded, 2.0),
-        (httpx.Response(503, text="down"), Unavailable, None),
-        (httpx.Response(400, json={"error": {"message": "x", "code": "context_length_exceeded"}}), PromptTooLong, None),
-        (httpx.Response(422, json={"error": {"message": "x", "code": "odd"}}), RequestError, None),
-        (httpx.Response(500, json={"error": "boom"}), EngineError, None),
-        (httpx.Response(200, text="<html>"), EngineError, None),
+        (Response(429, b'{"error": {"message": "full"}}', {"retry-after": "2"}), Overloaded, 2.0),
+        (Response(503, b"down"), Unavailable, None),
+        (Response(400, b'{"error": {"message": "x", "code": "context_length_exceeded"}}'), PromptTooLong, None),
+        (Response(422, b'{"error": {"message": "x", "code": "odd"}}'), RequestError, None),
+        (Response(500, b'{"error": "boom"}'), EngineError, None),
+        (Response(200, b"<html>"), EngineError, None),
     ],
 )
 async def test_errors_of_a_server_become_errors_of_their_kind(
-    response: httpx.Response, kind: type[KvistError], retry_after_s: float | None
+    response: Response, kind: type[KvistError], retry_after_s: float | None
 ) -> None:
     recorded = Recorded({"/v1/chat/completions": response})
     with pytest.raises(kind) as raised:
@@ -235,18 +252,28 @@ async def test_errors_of_a_server_become_errors_of_their_kind(
 
 
 async def test_a_server_that_does_not_answer_is_unavailable_and_may_be_asked_again() -> None:
-    def refuse(request: httpx.Request) -> httpx.Response:
-        raise httpx.ConnectError("refused", request=request)
-
-    server = OpenAIServer("http://server", transport=httpx.MockTransport(refuse))
+    refused = HttpFailure("connect", "cannot connect to server:80: refused")
+    server = OpenAIServer("http://server", http=Recorded({"/v1/chat/completions": refused}))
     with pytest.raises(Unavailable, match="does not answer") as raised:
         await server.generate(GenerateRequest(prompt=CHAT, sampling=Sampling()), None)
     assert raised.value.retryable
     await server.close()
 
 
+async def test_a_server_that_sends_nothing_is_unavailable_after_the_timeout() -> None:
+    class Silent(Recorded):
+        async def request(self, method: str, path: str, body: bytes, on_body: OnBody) -> HttpReply:
+            reply = await super().request(method, path, body, on_body)
+            await asyncio.sleep(60)
+            return reply
+
+    server = OpenAIServer("http://server", timeout_s=0.01, http=Silent({"/v1/chat/completions": ANSWER}))
+    with pytest.raises(Unavailable, match=r"sent nothing for 0\.01 s"):
+        await server.generate(GenerateRequest(prompt=CHAT, sampling=Sampling()), None)
+
+
 async def test_the_fleet_of_a_kvist_server_has_roles_and_measured_rates() -> None:
-    fleet = await KvistServer("http://server", transport=httpx.MockTransport(Recorded({"/server_info": INFO}))).fleet()
+    fleet = await KvistServer("http://server", http=Recorded({"/server_info": INFO})).fleet()
     prefill, decode = fleet.workers
     assert (prefill.name, prefill.role, decode.role) == ("127.0.0.1:1", Role.PREFILL, Role.DECODE)
     assert prefill.prefill_tokens_per_s == 500.0
@@ -294,7 +321,7 @@ async def test_a_kvist_server_gets_the_hints_of_the_plan_and_native_requests() -
 
 
 async def test_a_lease_is_taken_renewed_taken_again_after_its_end_and_ended() -> None:
-    gone = httpx.Response(404, json={"error": {"message": "ended", "code": "lease_not_found"}})
+    gone = Response(404, b'{"error": {"message": "ended", "code": "lease_not_found"}}')
     lease = {"id": "lease-1", "worker": "w", "cached_tokens": {"device": 16}, "computed_tokens": 3}
     recorded = Recorded({"/v1/leases": lease, "/v1/leases/lease-1/renew": lease, "/v1/leases/lease-0/renew": gone})
     server = await recorded.kvist()
@@ -308,13 +335,14 @@ async def test_a_lease_is_taken_renewed_taken_again_after_its_end_and_ended() ->
     assert await server.lease(CHAT, "lease-1", 0, hints) is None
     paths = [path.removeprefix("/v1/leases") for path, _ in recorded.bodies]
     assert paths == ["", "/lease-1/renew", "/lease-0/renew", "", "/lease-1"]
+    assert recorded.methods[-2:] == ["POST", "DELETE"]
     assert recorded.bodies[0][1]["kvist"] == {"worker": "w"}
     assert recorded.bodies[0][1]["ttl_s"] == 30
 
 
 async def test_a_server_without_room_gives_no_lease() -> None:
     for status in (429, 400):
-        recorded = Recorded({"/v1/leases": httpx.Response(status, json={"error": {"message": "no room"}})})
+        recorded = Recorded({"/v1/leases": Response(status, b'{"error": {"message": "no room"}}')})
         assert await (await recorded.kvist()).lease(CHAT, None, 30, Hints()) is None
 
 

@@ -223,8 +223,9 @@ def test_the_address_of_a_server_must_be_a_url() -> None:
     def ask(s: kv.State) -> None:
         s += "Q"
 
-    with pytest.raises(ConfigError, match="is not the URL of a server"):
-        ask.run(backend="localhost:30000")
+    for url in ("localhost:30000", "http://", "http://host:99999", "ftp://host", "http://[::1"):
+        with pytest.raises(ConfigError, match="is not the URL of a server"):
+            ask.run(backend=url)
     with pytest.raises(ConfigError, match="a backend is a URL"):
         ask.run(backend=3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="needs the URL of a server"):

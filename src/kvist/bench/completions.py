@@ -16,11 +16,10 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import replace
 
-from kvist.bench.http import HttpClient, HttpFailure
 from kvist.clock import Clock
 from kvist.errors import UNDECODABLE
+from kvist.http_client import EventLines, HttpClient, HttpFailure
 
-MAX_EVENT_BYTES = 16 << 20
 MAX_ERROR_BYTES = 64 << 10
 PATH = "/v1/completions"
 GREEDY: Mapping[str, object] = MappingProxyType({"temperature": 0})
@@ -114,34 +113,6 @@ class _Event(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Event).decode
-
-
-class EventLines:
-    """Parses server-sent events from the pieces of a body, which the network may cut anywhere."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._name = b""
-        self._lines: list[bytes] = []
-
-    def feed(self, piece: bytes) -> list[tuple[bytes, bytes]]:
-        """Return the events completed by `piece`, as (name or b"", content). Raises `HttpFailure` above the limit."""
-        lines = (self._rest + piece).split(b"\n")
-        self._rest = lines.pop()
-        if len(self._rest) + sum(map(len, self._lines)) > MAX_EVENT_BYTES:
-            raise HttpFailure("bad_stream", f"one event is longer than {MAX_EVENT_BYTES} bytes")
-        found = []
-        for line in lines:
-            line = line.removesuffix(b"\r")
-            if line.startswith(b"data:"):
-                self._lines.append(line[5:].removeprefix(b" "))
-            elif not line:
-                if self._lines:
-                    found.append((self._name, b"\n".join(self._lines)))
-                self._name, self._lines = b"", []
-            elif line.startswith(b"event:"):
-                self._name = line[6:].strip()
-        return found
 
 
 class _StreamReader:

@@ -30,11 +30,11 @@ from kvist.bench.config import (
     SingleConfig,
 )
 from kvist.bench.goodput import LONG
-from kvist.bench.http import HttpFailure
 from kvist.bench.infinite_cache import InfiniteCache
 from kvist.bench.load import DrawKind, Source, TokenHistory, Turns
 from kvist.bench.progress import ProgressLine
 from kvist.clock import Clock, cpu_s
+from kvist.http_client import HttpFailure
 
 PROBE_INTERVAL_S = 0.01  # between samples of the event loop's lag
 

@@ -19,7 +19,6 @@ from kvist.bench import report as reports
 from kvist.bench.completions import CompletionClient
 from kvist.bench.config import LOADS, CustomConfig, Load, Scenario, TargetConfig
 from kvist.bench.drive import Driver, Measured
-from kvist.bench.http import HttpClient, HttpFailure, read_whole
 from kvist.bench.load import Source
 from kvist.bench.plot import picture
 from kvist.bench.report import Report, Run
@@ -27,6 +26,7 @@ from kvist.clock import MonotonicClock
 from kvist.errors import UNDECODABLE, ConfigError, Unavailable
 from kvist.event_loop import run_in_loop
 from kvist.flags import Sources, nearest, read_settings
+from kvist.http_client import HttpClient, HttpFailure, read_whole
 from kvist.options import given_values
 
 

@@ -8,26 +8,34 @@ for each choice, for the log probabilities of the prompt (`prompt_logprobs`, as 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any, Protocol
 
-import httpx
 import msgspec
 
 from kvist.errors import EngineError, KvistError, Overloaded, RequestError, Unavailable, error_from_wire
 from kvist.execution.backend import GenerateRequest, Hints, Leased, Scored, ScoreRequest, prompt_fields, total
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.results import Answer, Served
+from kvist.http_client import EventLines, HttpClient, HttpFailure, HttpReply, OnBody
 from kvist.planning.fleet import Fleet, unknown_fleet
 from kvist.planning.prompt import Prompt
 
 _CHATS, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 NEUTRAL = Prompt("\n")  # the prompt of a likelihood without the prompt
-_MAX_CONNECTIONS = 512
 _CONNECT_TIMEOUT_S = 10.0
+
+
+class Http(Protocol):
+    """The part of `HttpClient` that a server needs."""
+
+    async def request(self, method: str, path: str, body: bytes, on_body: OnBody) -> HttpReply: ...
+
+    def close(self) -> None: ...
 
 
 class OpenAIServer:
@@ -40,22 +48,12 @@ class OpenAIServer:
         api_key: str | None = None,
         model: str | None = None,
         timeout_s: float = 600.0,
-        transport: httpx.AsyncBaseTransport | None = None,
+        http: Http | None = None,
     ) -> None:
-        """`timeout_s`: longest wait for the next bytes. `transport`: in place of connections, for tests."""
-        headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            headers["Authorization"] = f"Bearer {api_key}"
+        """`timeout_s`: longest wait for the next bytes. `http`: in place of connections, for tests."""
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._model = model
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS),
-            trust_env=False,
-            transport=transport,
-        )
+        self._model, self._timeout_s = model, timeout_s
+        self._http = http or HttpClient(self.url, api_key=api_key, connect_timeout_s=_CONNECT_TIMEOUT_S)
 
     async def fleet(self) -> Fleet:
         return unknown_fleet(self.url)
@@ -164,45 +162,42 @@ class OpenAIServer:
         raise AssertionError("a plan asks for no lease that the fleet lacks")
 
     async def close(self) -> None:
-        await self._client.aclose()
+        self._http.close()
 
     # -- HTTP
 
     async def _post(self, path: str, body: Mapping[str, object]) -> Any:
-        try:
-            response = await self._client.post(path, content=msgspec.json.encode(body))
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
-        _check(response, response.content)
-        return _decoded(response.content)
+        return await self._whole("POST", path, msgspec.json.encode(body))
 
     async def _get(self, path: str) -> Any:
-        return await self._without_body("GET", path)
+        return await self._whole("GET", path, b"")
 
     async def _delete(self, path: str) -> Any:
-        return await self._without_body("DELETE", path)
+        return await self._whole("DELETE", path, b"")
 
-    async def _without_body(self, method: str, path: str) -> Any:
+    async def _whole(self, method: str, path: str, body: bytes) -> Any:
+        pieces: list[bytes] = []
+        reply = await self._send(method, path, body, lambda _, piece: pieces.append(piece))
+        content = b"".join(pieces)
+        _check(reply, content)
+        return _decoded(content)
+
+    async def _send(self, method: str, path: str, body: bytes, on_body: OnBody) -> HttpReply:
+        """Return after the last piece. Raises `Unavailable`, and what `on_body` raises."""
+        loop = asyncio.get_running_loop()
         try:
-            response = await self._client.request(method, path)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
-        _check(response, response.content)
-        return _decoded(response.content)
+            async with asyncio.timeout(self._timeout_s) as limit:
 
-    def _unreachable(self, error: httpx.HTTPError) -> KvistError:
-        return Unavailable(f"{self.url} does not answer ({type(error).__name__}: {error}): check that it runs")
+                def on_piece(status: int, piece: bytes) -> None:
+                    limit.reschedule(loop.time() + self._timeout_s)
+                    on_body(status, piece)
 
-    @asynccontextmanager
-    async def _events(self, path: str, body: Mapping[str, object]) -> AsyncIterator[AsyncIterator[Any]]:
-        streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        try:
-            async with self._client.stream("POST", path, content=msgspec.json.encode(streamed)) as response:
-                if response.status_code != httpx.codes.OK:
-                    _check(response, await response.aread())
-                yield _events_of(response)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+                return await self._http.request(method, path, body, on_piece)
+        except HttpFailure as error:
+            raise Unavailable(f"{self.url} does not answer ({error}): check that it runs") from error
+        except TimeoutError as error:
+            problem = f"{self.url} has sent nothing for {self._timeout_s:g} s: check that it runs"
+            raise Unavailable(problem) from error
 
     async def _stream(
         self,
@@ -211,37 +206,14 @@ class OpenAIServer:
         push: Callable[[str], None],
         patterns: list[re.Pattern[str]],
     ) -> Answer:
-        text = ""
-        finish_reason: str | None = None
-        usage: dict[str, object] = {}
-        report: object = None
-        logprobs: list[object] = []
-        async with self._events(path, body) as events:
-            async for event in events:
-                if "error" in event:
-                    raise _error_of(event, 500)
-                usage = event.get("usage") or usage
-                report = event.get("kvist") or report
-                if not event.get("choices"):
-                    continue
-                choice = event["choices"][0]
-                piece = (choice["delta"].get("content") if "delta" in choice else choice.get("text")) or ""
-                finish_reason = choice.get("finish_reason") or finish_reason
-                logprobs += [choice["logprobs"]] if choice.get("logprobs") else []
-                text += piece
-                end = _first_end(text, len(text) - len(piece), patterns)
-                if end is not None:
-                    text, finish_reason = text[:end], "stop"
-                    break
-                if piece and not patterns:
-                    push(piece)
-        if finish_reason is None:
-            raise Unavailable(f"{self.url} ended the stream before the answer was complete")
-        meta: dict[str, object] = {"finish_reason": finish_reason}
-        if logprobs:
-            meta["logprobs"] = logprobs
-        whole = {"usage": usage, "kvist": report}
-        return Answer(texts=(text,), served=served_of(whole), meta=meta | _figures(whole))
+        reading = _Reading(push, patterns)
+        streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        try:
+            reply = await self._send("POST", path, msgspec.json.encode(streamed), reading.feed)
+            _check(reply, bytes(reading.refusal))
+        except _Ended:
+            pass  # the connection is closed, which ends the request on the server
+        return reading.answer(self.url)
 
     def _answer(self, answer: Any, logprob_start: int | None) -> Answer:
         choices = sorted(answer["choices"], key=lambda one: one["index"])
@@ -253,6 +225,63 @@ class OpenAIServer:
             scored = answer.get("prompt_logprobs") or choices[0].get("prompt_logprobs") or []
             meta["input_token_logprobs"] = scored[max(logprob_start, 0) :] if logprob_start != -1 else scored[-1:]
         return Answer(texts=texts, served=served_of(answer), meta=meta | _figures(answer))
+
+
+class _Ended(Exception):
+    """Raised to end a stream whose rest is not needed."""
+
+
+class _Reading:
+    """The state of one streamed answer. Mutable; `feed` gets the pieces of the body."""
+
+    def __init__(self, push: Callable[[str], None], patterns: list[re.Pattern[str]]) -> None:
+        self.refusal = bytearray()  # the body of a response that is an error
+        self._push, self._patterns = push, patterns
+        self._events = EventLines()
+        self._text = ""
+        self._finish_reason: str | None = None
+        self._usage: dict[str, object] = {}
+        self._report: object = None
+        self._logprobs: list[object] = []
+
+    def feed(self, status: int, piece: bytes) -> None:
+        """Raises `_Ended` where a pattern ends the answer, and the error of an event that is one."""
+        if status != HTTPStatus.OK:
+            self.refusal += piece
+            return
+        for _, content in self._events.feed(piece):
+            if content != b"[DONE]":
+                self._take(_decoded(content))
+
+    def _take(self, event: Any) -> None:
+        if "error" in event:
+            raise _error_of(event, HTTPStatus.INTERNAL_SERVER_ERROR)
+        self._usage = event.get("usage") or self._usage
+        self._report = event.get("kvist") or self._report
+        if not event.get("choices"):
+            return
+        choice = event["choices"][0]
+        piece = (choice["delta"].get("content") if "delta" in choice else choice.get("text")) or ""
+        self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        self._logprobs += [choice["logprobs"]] if choice.get("logprobs") else []
+        num_old = len(self._text)
+        self._text += piece
+        end = _first_end(self._text, num_old, self._patterns)
+        if end is not None:
+            self._text, self._finish_reason = self._text[:end], "stop"
+            raise _Ended
+        if piece and not self._patterns:
+            self._push(piece)
+
+    def answer(self, url: str) -> Answer:
+        """Raises `Unavailable` for a stream that ended early."""
+        if self._finish_reason is None:
+            raise Unavailable(f"{url} ended the stream before the answer was complete")
+        meta: dict[str, object] = {"finish_reason": self._finish_reason}
+        if self._logprobs:
+            meta["logprobs"] = self._logprobs
+        whole = {"usage": self._usage, "kvist": self._report}
+        return Answer(texts=(self._text,), served=served_of(whole), meta=meta | _figures(whole))
 
 
 def _first_end(text: str, num_old: int, patterns: list[re.Pattern[str]]) -> int | None:
@@ -269,15 +298,6 @@ def _ignore(piece: str) -> None:
     del piece
 
 
-async def _events_of(response: httpx.Response) -> AsyncIterator[Any]:
-    async for line in response.aiter_lines():
-        if line.startswith("data:"):
-            content = line.removeprefix("data:").strip()
-            if content == "[DONE]":
-                return
-            yield _decoded(content.encode())
-
-
 def _decoded(content: bytes) -> Any:
     try:
         return msgspec.json.decode(content)
@@ -285,16 +305,16 @@ def _decoded(content: bytes) -> Any:
         raise EngineError(f"the server's answer is not JSON: {content[:200]!r}") from error
 
 
-def _check(response: httpx.Response, content: bytes) -> None:
+def _check(reply: HttpReply, content: bytes) -> None:
     """Raise the server's error as a `KvistError`."""
-    if response.status_code == httpx.codes.OK:
+    if reply.status == HTTPStatus.OK:
         return
     try:
         body = msgspec.json.decode(content)
     except msgspec.DecodeError:
         body = {"error": {"message": content[:200].decode(errors="replace")}}
-    error = _error_of(body, response.status_code)
-    retry_after = response.headers.get("retry-after", "")
+    error = _error_of(body, reply.status)
+    retry_after = reply.headers.get("retry-after", "")
     error.retry_after_s = float(retry_after) if retry_after.isdigit() else None
     raise error
 
@@ -307,9 +327,9 @@ def _error_of(body: Any, status: int) -> KvistError:
     if type(found) is not EngineError or code == EngineError.code:
         found.param = described.get("param")
         return found
-    if status == httpx.codes.TOO_MANY_REQUESTS:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
         return Overloaded(message)
-    if status in (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT):
+    if status in (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT):
         return Unavailable(message)
     return RequestError(message) if 400 <= status < 500 else EngineError(f"{message} (status {status})")
 

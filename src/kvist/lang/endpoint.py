@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from urllib.parse import urlsplit
 from weakref import WeakSet
 
 from kvist.clock import MonotonicClock
@@ -11,7 +12,9 @@ from kvist.errors import ConfigError
 from kvist.execution.backend import Backend
 from kvist.execution.executor import Executor
 from kvist.execution.job import ExecutionConfig
+from kvist.execution.kvist_server import KvistServer
 from kvist.execution.loop_thread import LoopThread
+from kvist.execution.openai_server import OpenAIServer
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -64,8 +67,6 @@ def RuntimeEndpoint(
     url = _url(base_url)
 
     def make() -> Backend:
-        from kvist.execution.kvist_server import KvistServer  # httpx takes most of the time of the import
-
         return KvistServer(url, api_key=api_key, model=model, timeout_s=timeout_s)
 
     return Endpoint(make, name=url)
@@ -78,15 +79,18 @@ def OpenAI(
     url = _url(base_url)
 
     def make() -> Backend:
-        from kvist.execution.openai_server import OpenAIServer
-
         return OpenAIServer(url, api_key=api_key, model=model, timeout_s=timeout_s)
 
     return Endpoint(make, name=url)
 
 
 def _url(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port over 65,535, or half of an address of IPv6
+        valid = False
+    if not valid:
         raise ConfigError(f"{url!r} is not the URL of a server: write http://HOST:PORT", param="base_url")
     return url
 

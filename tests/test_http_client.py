@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvist.bench.http import HttpClient, HttpFailure
-from tests.bench.fake_server import Behaviour, FakeServer
+from kvist.http_client import EventLines, HttpClient, HttpFailure
+from tests.bench.fake_server import Behaviour, FakeServer, running
 
 BODY = json.dumps({"prompt": [1, 2], "max_tokens": 2}).encode()
 DIES = Behaviour(die_before_byte=True)
 
 Post = Callable[[], Coroutine[object, object, tuple[int, bool, bytes]]]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with running() as started:
+        yield started
 
 
 @pytest.fixture
@@ -37,6 +46,14 @@ async def test_a_connection_is_used_again(server: FakeServer, client: HttpClient
     assert [request.nth_on_connection for request in server.received] == [1, 2]
     assert client.num_connections == 1
     assert "Authorization: Bearer hush\r\n" in server.received[0].head
+    client.close()
+
+
+async def test_a_reply_has_its_headers_by_names_in_lower_case(server: FakeServer, client: HttpClient) -> None:
+    server.behaviours = [Behaviour(), Behaviour(status=429)]
+    first, second = [await client.post("/v1/completions", BODY, lambda *_: None) for _ in range(2)]
+    assert first.headers == {"content-type": "text/event-stream", "transfer-encoding": "chunked"}
+    assert (second.status, second.headers) == (429, {"content-length": str(len(Behaviour().error_body))})
     client.close()
 
 
@@ -116,3 +133,24 @@ async def test_a_base_url_may_end_in_v1(server: FakeServer, suffix: str) -> None
     await client.post("/v1/completions", BODY, lambda *_: None)
     assert server.received[0].head.startswith("POST /v1/completions HTTP/1.1\r\n")
     client.close()
+
+
+STREAM = b": ping\r\n\r\ndata: one\r\n\r\ndata:two\ndata: three\n\nevent: error\nid: 4\ndata: four\n\ndata: [DONE]\n\n"
+EVENTS = [(b"", b"one"), (b"", b"two\nthree"), (b"error", b"four"), (b"", b"[DONE]")]
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=12))
+def test_the_events_of_a_stream_do_not_depend_on_where_it_is_cut(cuts: list[int]) -> None:
+    places = sorted({0, *cuts, len(STREAM)})
+    lines = EventLines()
+    found = [event for low, high in itertools.pairwise(places) for event in lines.feed(STREAM[low:high])]
+    assert found == EVENTS
+
+
+def test_an_event_without_end_is_refused_above_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvist.http_client.MAX_EVENT_BYTES", 100)
+    lines = EventLines()
+    assert lines.feed(b"data: x\n" * 50) == []
+    assert lines.feed(b"data: x\n" * 100) == []
+    with pytest.raises(HttpFailure, match="longer than 100"):
+        lines.feed(b"data: x\n")
