@@ -92,12 +92,11 @@ def run(settings: Settings) -> int:
     if isinstance(settings, RenderSettings):
         from kvist.deploy.render import run_render
 
-        return run_render(settings.deployment(), settings.output.output)
+        return run_render(settings.deployment(), settings.output.output, option_values)
     if isinstance(settings, DeployCheckSettings):
         from kvist.deploy.check import run_check
-        from kvist.deploy.manifest import manifest_text_of
 
-        return run_check(manifest_text_of(_named(settings.checked.file, "check")), option_values)
+        return run_check(_named(settings.checked.file, "check"), option_values)
     if isinstance(settings, DeployRunSettings):
         return _run_manifest(settings)
     if isinstance(settings, UpSettings):

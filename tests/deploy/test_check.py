@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from kvist.deploy.check import Finding, check_documents, check_manifest
+from kvist.deploy.check import Finding, check_documents, check_manifest, run_check
 from kvist.deploy.compose_reader import compose_megabytes
 from kvist.deploy.kubernetes_reader import megabytes, merged
 from kvist.deploy.manifest import MAX_BYTES, manifest_of, read_manifest
@@ -131,6 +132,16 @@ WRONG: list[tuple[str, Callable[[Json], object], str]] = [
         "two containers of one pod on one port",
         lambda group: pod(group, "decode")["containers"].append({**container(group, "decode"), "name": "other"}),
         "both use the port 9001",
+    ),
+    (
+        "a port that nobody probes",
+        with_args("decode", "--port=30001"),
+        "readinessProbe.httpGet.port: asks the port 30000, and the container listens on 30001 (--port): use 30001, or",
+    ),
+    (
+        "a probe of a port without a name",
+        lambda group: container(group, "decode")["livenessProbe"]["httpGet"].update(port="web"),
+        "livenessProbe.httpGet.port: asks the port web, and the container listens on 30000",
     ),
     (
         "no readiness probe",
@@ -314,6 +325,13 @@ def test_a_fault_of_a_project_of_compose_is_named(change: Callable[[Json], objec
 def test_extensions_of_a_project_are_accepted() -> None:
     assert of_project(lambda project: project.update({"x-note": 1})) == []
     assert of_project(lambda project: project["services"]["decode-0"].update(scale="${DECODE}")) == []
+
+
+def test_the_last_line_of_a_check_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump_all(CLUSTER), encoding="utf-8")
+    assert run_check(path, option_values) == 0
+    assert capsys.readouterr().out == f"{path}: 0 errors, 0 warnings\n"
 
 
 def test_a_finding_that_only_costs_something_is_a_warning() -> None:

@@ -23,7 +23,7 @@ def test_an_example_is_what_the_renderer_writes(description: Path, capsys: pytes
 @pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda path: path.stem)
 def test_an_example_passes_the_check(description: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["deploy", "check", str(description.with_suffix(".yaml"))]) == 0
-    assert capsys.readouterr().out == "0 errors, 0 warnings\n"
+    assert capsys.readouterr().out.endswith(": 0 errors, 0 warnings\n")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from kvist.deploy.compose_fields import compose_problems
 from kvist.deploy.description import MAX_POD_NAME, STOP_MARGIN_S
+from kvist.deploy.group_rules import group_problems
 from kvist.deploy.kubernetes_reader import GPU
-from kvist.deploy.manifest import Manifest, read_manifest
+from kvist.deploy.manifest import Manifest, manifest_text_of, read_manifest
 from kvist.deploy.problem import Problem
 from kvist.deploy.schemas import schema_problems
 from kvist.deploy.workloads import Container, Workload, as_dict, dicts
@@ -53,9 +54,7 @@ class Finding:
     is_error: bool = True
 
     def __str__(self) -> str:
-        problem = self.problem
-        field = f"{problem.field}: " if problem.field else ""
-        return f"{'error' if self.is_error else 'warning'}: {self.where}: {field}{problem.text}: {problem.remedy}"
+        return f"{'error' if self.is_error else 'warning'}: {self.where}: {self.problem}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,12 @@ def check_manifest(text: str, read_options: ReadOptions) -> list[Finding]:
 
 def check_documents(manifest: Manifest, read_options: ReadOptions) -> list[Finding]:
     """Return what is wrong with the manifest, in its order."""
-    findings = [*_schema_findings(manifest), *_monitor_findings(manifest)]
+    return [*_schema_findings(manifest), *_monitor_findings(manifest), *container_findings(manifest, read_options)]
+
+
+def container_findings(manifest: Manifest, read_options: ReadOptions) -> list[Finding]:
+    """Return what is wrong with the containers: their options, and all that would hurt. Needs no further packages."""
+    findings = []
     running = []
     arguments = _OF_COMPOSE["args"] if manifest.is_compose else "args"
     for workload in manifest.workloads:
@@ -126,10 +130,10 @@ def _schema_findings(manifest: Manifest) -> Iterator[Finding]:
         for problem in compose_problems(manifest.documents[0]):
             yield Finding(where="the project", problem=problem)
         return
-    for document in manifest.documents:
-        metadata = document.get("metadata")
-        name = metadata.get("name") if isinstance(metadata, dict) else None
-        for problem in schema_problems(document):
+    named = [(as_dict(one.get("metadata")).get("name"), one) for one in manifest.documents]
+    groups = {str(name): one for name, one in named if one.get("kind") == "RoleBasedGroup"}
+    for name, document in named:
+        for problem in (*schema_problems(document), *group_problems(document, groups)):
             yield Finding(where=f"{document.get('kind')} {name}", problem=problem)
 
 
@@ -246,6 +250,10 @@ def _probes(one: _Running) -> Iterator[Finding]:
     if probes.get("livenessProbe") == "/ready":
         text = "/ready would kill the container while it loads or drains"
         yield one.finding("livenessProbe", text, "probe /health")
+    for name, port in one.container.probe_ports.items():
+        if port != (own := int(one.number("port"))):
+            text = f"asks the port {port}, and the container listens on {own} (--port)"
+            yield one.finding(f"{name}.httpGet.port", text, f"use {own}, or the name of that port in `ports`")
 
 
 def _names(one: _Running) -> Iterator[Finding]:
@@ -333,11 +341,11 @@ def _can_answer(running: list[_Running]) -> Iterator[Finding]:
 _CHECKS_OF_ALL = (_replicas, _releases, _ports, _can_answer)
 
 
-def run_check(text: str, read_options: ReadOptions) -> int:
+def run_check(path: Path, read_options: ReadOptions) -> int:
     """Print the findings; return 1 if there are errors, else 0. Raises `ConfigError`."""
-    findings = check_manifest(text, read_options)
+    findings = check_manifest(manifest_text_of(path), read_options)
     for finding in findings:
         print(finding)
     errors = sum(finding.is_error for finding in findings)
-    print(f"{amount(errors, 'error')}, {amount(len(findings) - errors, 'warning')}", flush=True)
+    print(f"{path}: {amount(errors, 'error')}, {amount(len(findings) - errors, 'warning')}", flush=True)
     return 1 if errors else 0

@@ -119,10 +119,10 @@ def _policy(deployment: Deployment, pair: list[str]) -> Document:
     }
 
 
-def _common(role: RoleSpec) -> Document:
+def _common(role: RoleSpec, recreate: str = "RecreatePod") -> Document:
     rolling: Document = {"type": "InPlaceIfPossible", "maxUnavailable": 1}
     if role.kind is Kind.ROUTER:  # nothing to keep, and no moment without one: the new one starts first
-        rolling = {"type": "RecreatePod", "maxSurge": 1, "maxUnavailable": 0}
+        rolling = {"type": recreate, "maxSurge": 1, "maxUnavailable": 0}
     elif role.drains:
         rolling["inPlaceUpdateStrategy"] = {"gracePeriodSeconds": round(DRAIN_GRACE_S)}
     common: Document = {
@@ -150,4 +150,4 @@ def _role(deployment: Deployment, role: RoleSpec) -> Document:
 
 def _old_role(deployment: Deployment, role: RoleSpec) -> Document:
     workload = {"apiVersion": f"{_GROUP}/v1alpha1", "kind": "InstanceSet"}  # the kind that is upgraded in place
-    return {**_common(role), "workload": workload, "template": pod_template(deployment, role)}
+    return {**_common(role, recreate="Recreate"), "workload": workload, "template": pod_template(deployment, role)}

@@ -147,6 +147,8 @@ def _container(where: str, item: Json) -> Container | None:
     probes = {key: as_dict(item.get(key)) for key in ("readinessProbe", "livenessProbe", "startupProbe") if key in item}
     liveness = probes.get("livenessProbe", {})
     pre_stop = as_dict(as_dict(item.get("lifecycle")).get("preStop"))
+    ports = {str(port.get("name")): as_int(port.get("containerPort"), 0) for port in dicts(item.get("ports"))}
+    asked = {key: as_dict(probe["httpGet"]).get("port") for key, probe in probes.items() if "httpGet" in probe}
     period_s, failures = as_int(liveness.get("periodSeconds"), 10), as_int(liveness.get("failureThreshold"), 3)
     return kvist_container(
         where=f"{where}, container {item.get('name')}",
@@ -154,11 +156,12 @@ def _container(where: str, item: Json) -> Container | None:
         words=[str(word) for key in ("command", "args") for word in as_list(item.get(key))],
         env=env,
         secret_keys=secret_keys,
-        ports={str(port.get("name")): as_int(port.get("containerPort"), 0) for port in dicts(item.get("ports"))},
+        ports=ports,
         mounts={str(one.get("mountPath")): str(one.get("name")) for one in dicts(item.get("volumeMounts"))},
         memory_mb=megabytes(limits.get("memory")),
         gpus=limits.get(GPU),
         probes={key: str(as_dict(probe.get("httpGet")).get("path", "")) for key, probe in probes.items()},
+        probe_ports={key: ports.get(str(port), port) for key, port in asked.items()},
         liveness_s=max(1.0, float(period_s * failures)) if liveness else LIVENESS_S,
         pre_stop=tuple(map(str, as_list(as_dict(pre_stop.get("exec")).get("command")))),
     )

@@ -12,3 +12,6 @@ class Problem:
     field: str  # its path within the document, with dots; "" is the document
     text: str
     remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.text}: {self.remedy}" if self.field else f"{self.text}: {self.remedy}"

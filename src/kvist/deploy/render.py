@@ -6,9 +6,12 @@ from pathlib import Path
 
 import yaml
 
+from kvist.deploy.check import ReadOptions, container_findings
 from kvist.deploy.compose import compose_document
 from kvist.deploy.description import Deployment
+from kvist.deploy.further_options import check_further_options
 from kvist.deploy.kubernetes import kubernetes_documents
+from kvist.deploy.manifest import manifest_of
 from kvist.deploy.pods import Document
 from kvist.errors import ConfigError
 
@@ -36,8 +39,19 @@ def manifest_text(deployment: Deployment) -> str:
     return text
 
 
-def run_render(deployment: Deployment, output: Path | None) -> int:
-    """Write the manifest to a file, or to standard output. Raises `ConfigError` for a file that cannot be written."""
+def check_deployment(deployment: Deployment, read_options: ReadOptions) -> None:
+    """Raise `ConfigError` for a description whose containers would not start or not work together."""
+    manifest = manifest_of(documents_of(deployment))
+    check_further_options(deployment.container, manifest, read_options)
+    for finding in container_findings(manifest, read_options):
+        if finding.is_error:
+            raise ConfigError(f"the manifest would not work: {finding.where}: {finding.problem}")
+
+
+def run_render(deployment: Deployment, output: Path | None, read_options: ReadOptions) -> int:
+    """Write the manifest to a file, or to standard output. Raises `ConfigError` for a manifest that would not work, and
+    for a file that cannot be written."""
+    check_deployment(deployment, read_options)
     text = manifest_text(deployment)
     if output is None:
         print(text, end="", flush=True)

@@ -31,6 +31,7 @@ class Container:
     mounts: Mapping[str, str]  # path in the container -> name of the volume
     memory_mb: float | None
     probes: Mapping[str, str]  # readinessProbe, livenessProbe, startupProbe -> path
+    probe_ports: Mapping[str, object] = field(default_factory=dict)  # of the same probes: a number, or any other value
     liveness_s: float = LIVENESS_S  # of silence, after which it is restarted
     pre_stop: tuple[str, ...] = ()  # the command that runs before the request to stop
     gpus: object = None  # as the manifest has them, of any type; None: not stated

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from kvist.deploy.problem import Problem
+from kvist.deploy.schemas.closed_sets import open_word_problems
 from kvist.errors import ConfigError
 from kvist.flags import nearest
 
@@ -20,7 +21,7 @@ _UNTYPED = frozenset({"monitoring.coreos.com/v1"})  # API groups of operators wh
 
 
 def schema_problems(document: Json) -> Iterator[Problem]:
-    """Yield each violation: of a type, an unknown field, or a rule between fields.
+    """Yield each violation: of a type, an unknown field, a closed set of words, or a rule between fields.
 
     Raises `ConfigError` if the libraries of the extra `deploy` are missing."""
     version, kind = document.get("apiVersion"), document.get("kind")
@@ -39,6 +40,7 @@ def schema_problems(document: Json) -> Iterator[Problem]:
         yield Problem("kind", f"is {kind}, unknown in {version}", f"use one of {known}, and a version that has it")
     else:
         yield from _kubernetes_problems(document, kind, version)
+    yield from open_word_problems(document)
 
 
 @cache
