@@ -25,7 +25,7 @@ def of(**container: Any) -> dict[str, Any]:
         ({"worker_args": ("--page-size",)}, "--worker-args: --page-size needs a value"),
         ({"worker_args": ("--hicache-size=5",)}, "--worker-args: the --hicache options need the host tier"),
         ({"worker_args": ("--policy=cost",)}, "--worker-args: unknown flag --policy"),
-        ({"worker_args": ("fast",)}, "--worker-args: fast is no option: give each value after a flag of its own"),
+        ({"worker_args": ("fast",)}, "--worker-args: fast is not an option: give each value after a flag of its own"),
         ({"worker_args": ("--role=decode",)}, "--worker-args sets --role, which the manifest sets to prefill: omit it"),
         ({"worker_args": ("--port=9001",)}, "--worker-args sets --port, which the manifest sets to 30000: omit it"),
         ({"worker_args": ("--model-path=/x",)}, "--worker-args sets --model-path, which the manifest sets itself"),

@@ -44,11 +44,14 @@ def rolling(name: str, **fields: object) -> Callable[[Json], object]:
         ),
         (
             lambda group: role(group, "decode").update(standalonePattern={"templateRef": {"name": "engine"}}),
-            "standalonePattern.templateRef.name: there is no template of spec.roleTemplates named engine: use one of",
+            "standalonePattern.templateRef.name: there is no template of spec.roleTemplates named engine: add it",
         ),
         (rolling("decode", maxUnavailable=0), "rollingUpdate.maxUnavailable: is 0, as is maxSurge: no pod could be"),
-        (rolling("decode", maxUnavailable=-1), "rollingUpdate.maxUnavailable: -1 is no number of pods: use 0 or more"),
-        (rolling("decode", maxSurge="many"), "rollingUpdate.maxSurge: 'many' is no number of pods"),
+        (
+            rolling("decode", maxUnavailable=-1),
+            "rollingUpdate.maxUnavailable: -1 is not a number of pods: use 0 or more",
+        ),
+        (rolling("decode", maxSurge="many"), "rollingUpdate.maxSurge: 'many' is not a number of pods"),
         (rolling("decode", partition=3), "rollingUpdate.partition: 3 pods of 3 keep their version: none would be"),
     ],
 )

@@ -34,7 +34,7 @@ def _check(flag: str, container: Container, num_own: int, read_options: ReadOpti
     except ConfigError as error:
         raise ConfigError(f"{flag}: {error.message}", param=_key(flag)) from error
     if (word := values.get("model_path")) != own.get("model_path") and word in container.args:
-        raise ConfigError(f"{flag}: {word} is no option: give each value after a flag of its own", param=_key(flag))
+        raise ConfigError(f"{flag}: {word} is not an option: give each value after a flag of its own", param=_key(flag))
     secrets = {name.removeprefix("KVIST_").lower() for name in environ}
     for key in sorted({"model_path", *secrets, *map(_key, own_args)}):
         before, now = own.get(key), values.get(key)

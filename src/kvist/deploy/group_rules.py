@@ -16,7 +16,7 @@ _COUNT_OR_SHARE = re.compile(r"\d+%?")
 
 def group_problems(document: Json, groups: Mapping[str, Json]) -> Iterator[Problem]:
     """Yield the broken rules of a RoleBasedGroup, or of the policy of a group. `groups`: the manifest's, by name."""
-    spec, name = as_dict(document.get("spec")), as_dict(document.get("metadata")).get("name")
+    spec, name = as_dict(document.get("spec")), str(as_dict(document.get("metadata")).get("name"))
     if document.get("kind") == "CoordinatedPolicy" and name in groups:
         yield from _policies(spec, "policies", _names(as_dict(groups[name].get("spec")).get("roles")))
     elif document.get("kind") == "RoleBasedGroup":
@@ -60,7 +60,9 @@ def _rollout(role: Json, path: str) -> Iterator[Problem]:
     for key in ("maxSurge", "maxUnavailable", "partition"):
         value = update.get(key)
         if (isinstance(value, int) and value < 0) or (isinstance(value, str) and not _COUNT_OR_SHARE.fullmatch(value)):
-            yield Problem(f"{path}.{key}", f"{value!r} is no number of pods", "use 0 or more, or a share such as 50%")
+            yield Problem(
+                f"{path}.{key}", f"{value!r} is not a number of pods", "use 0 or more, or a share such as 50%"
+            )
     if update.get("maxUnavailable") in (0, "0", "0%") and update.get("maxSurge", 0) in (0, "0", "0%"):
         yield Problem(
             f"{path}.maxUnavailable", "is 0, as is maxSurge: no pod could be replaced", "set one of them to 1"
@@ -94,5 +96,5 @@ def _all_before(name: str, needs: Mapping[str, Sequence[str]]) -> set[str]:
 
 
 def _unknown(path: str, what: str, name: str, known: Sequence[str]) -> Problem:
-    remedy = nearest(name, known).removeprefix("; ") or f"use one of {', '.join(known) or 'those that you add'}"
+    remedy = nearest(name, known).removeprefix("; ") or (f"use one of {', '.join(known)}" if known else "add it")
     return Problem(path, f"there is no {what} named {name}", remedy)

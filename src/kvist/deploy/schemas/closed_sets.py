@@ -78,13 +78,16 @@ _SETS: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("target", "type"): ("Utilization", "Value", "AverageValue"),
     ("unhealthyPodEvictionPolicy",): ("IfHealthyBudget", "AlwaysAllow"),
 }
-_OLD_SETS = {("rollingUpdate", "type"): (*_UPDATES, "Recreate")}  # of v1alpha1, beside the words of its successor
+_V1ALPHA1_SETS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    **_SETS,
+    ("rollingUpdate", "type"): (*_UPDATES, "Recreate"),
+}
 _OWN_NAMES = frozenset({"labels", "matchLabels", "nodeSelector", "data", "stringData"})  # maps with a user's own names
 
 
 def open_word_problems(document: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield each text of the document that is none of its field's words."""
-    sets = {**_SETS, **_OLD_SETS} if str(document.get("apiVersion")).endswith("/v1alpha1") else _SETS
+    """Yield each text of the document that is not one of its field's words."""
+    sets = _V1ALPHA1_SETS if str(document.get("apiVersion")).endswith("/v1alpha1") else _SETS
     yield from _problems(document, (str(document.get("kind")),), "", sets)
 
 
