@@ -2,12 +2,11 @@
 # Builds an image where there is no registry, and lets it answer a request; then removes everything it made.
 #
 #     scripts/try_image.sh          # as root on Debian, with buildah and debootstrap; about 6 GB of disk
-#     scripts/try_image.sh cuda     # the image for NVIDIA GPUs, about 30 GB of disk; it answers on the CPU
-#     WITHOUT='torch|triton|nvidia|cuda' scripts/try_image.sh cuda      # its other packages and its last layer: no answer
+#     scripts/try_image.sh cuda     # the image for NVIDIA GPUs, about 20 GB of disk; it answers on the CPU
 #
 # The base is debootstrap's Debian 12, from the mirror of this machine ($MIRROR), or a folder of an earlier run ($ROOTFS). The
 # packages come from pip's index as it is set up here, or from a folder of an earlier run ($WHEELS), with the hashes of
-# deploy/images/requirements-*.txt. $WITHOUT names packages to leave out, by the beginnings of their names.
+# deploy/images/requirements-*.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -15,7 +14,6 @@ MIRROR=${MIRROR:-$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.li
 PORT=${PORT:-30111}
 KIND=${1:-cpu}
 NAME=kvist:$KIND
-WITHOUT=${WITHOUT:-}
 
 [ "$(id -u)" = 0 ] || { echo 'try_image.sh: run it as root' >&2; exit 1; }
 [ -f "deploy/images/$KIND.Dockerfile" ] || { echo "try_image.sh: no image is called $KIND: cpu or cuda" >&2; exit 1; }
@@ -52,7 +50,6 @@ seconds 'base'
 mkdir -p "$work/context/deploy"
 cp -r deploy/images "$work/context/deploy/"
 list=$work/context/deploy/images/requirements-$KIND.txt
-if [ -n "$WITHOUT" ]; then sed -i -E "/^($WITHOUT)/d" "$list"; fi
 if [ -z "${WHEELS:-}" ]; then
 	WHEELS=$work/wheels
 	"$PYTHON" -m pip download --quiet --quiet --quiet --no-deps --require-hashes -r "$list" --dest "$WHEELS"
@@ -69,7 +66,6 @@ bud images --format '{{.Name}}:{{.Tag}} {{.Size}}'
 box=$(bud from --pull-never "$NAME")
 bud run --isolation chroot --user 10001:10001 "$box" kvist --version
 if [ "$KIND" = cuda ]; then bud run --isolation chroot --user 10001:10001 "$box" sh -c 'gcc --version | head -1; ls /usr/include/python3*/Python.h'; fi
-if [ -n "$WITHOUT" ]; then exit; fi
 # in a process group of its own: buildah does not pass signals on to the container
 setsid buildah --root "$work/storage" --runroot "$work/run" run --isolation chroot --user 10001:10001 "$box" \
 	kvist serve --host 127.0.0.1 --port "$PORT" --max-total-tokens 4096 --device cpu &
