@@ -150,6 +150,7 @@ def _run_manifest(settings: DeployRunSettings) -> int:
         claims=local.claim_folders,
         images=local.python_of_image,
         start_timeout_s=local.start_timeout_s,
+        read_options=option_values,
     )
     return run_local(run, stop_with_stdin=settings.parent.stop_with_stdin)
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kvist.deploy.check import Finding, check_documents, check_manifest, run_check
+from kvist.deploy.check import check_documents, check_manifest, run_check
 from kvist.deploy.compose_reader import compose_megabytes
+from kvist.deploy.finding import Finding
 from kvist.deploy.kubernetes_reader import megabytes, merged
 from kvist.deploy.manifest import MAX_BYTES, manifest_of, read_manifest
 from kvist.deploy.render import documents_of

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvist.deploy.check import ReadOptions
 from kvist.deploy.description import ContainerOptions
+from kvist.deploy.finding import ReadOptions
 from kvist.deploy.manifest import Manifest
 from kvist.deploy.workloads import Container
 from kvist.errors import ConfigError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ def workloads_of(document: Json) -> Iterator[Workload]:
             replicas=replicas,
             min_ready_s=as_int(spec.get("minReadySeconds"), 0),
             surges=surges,
+            claims=dicts(spec.get("volumeClaimTemplates")),
         )
     elif kind == "Pod":
         yield _workload(document, where=f"Pod {name}", name=name, pods=name, replicas=1)
@@ -115,6 +116,7 @@ def _workload(
     update_grace_s: float = 0.0,
     min_ready_s: float = 0.0,
     surges: bool = False,
+    claims: Sequence[Json] = (),
 ) -> Workload:
     spec = as_dict(template.get("spec"))
     containers = [_container(where, item) for item in dicts(spec.get("containers"))]
@@ -124,7 +126,10 @@ def _workload(
         name=name,
         replicas=replicas,
         containers=tuple(item for item in containers if item is not None),
-        volumes={str(item.get("name")): item for item in dicts(spec.get("volumes"))},
+        volumes={
+            **{str(as_dict(claim.get("metadata")).get("name")): {"volumeClaimTemplate": claim} for claim in claims},
+            **{str(item.get("name")): item for item in dicts(spec.get("volumes"))},
+        },
         grace_s=as_int(spec.get("terminationGracePeriodSeconds"), 30),
         host_network=spec.get("hostNetwork") is True,
         pod_name=f"{pods}-{max(0, replicas - 1)}",

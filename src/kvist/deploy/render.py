@@ -6,9 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from kvist.deploy.check import ReadOptions, container_findings
+from kvist.deploy.check import refuse_errors
 from kvist.deploy.compose import compose_document
 from kvist.deploy.description import Deployment
+from kvist.deploy.finding import ReadOptions
 from kvist.deploy.further_options import check_further_options
 from kvist.deploy.kubernetes import kubernetes_documents
 from kvist.deploy.manifest import manifest_of
@@ -43,9 +44,7 @@ def check_deployment(deployment: Deployment, read_options: ReadOptions) -> None:
     """Raise `ConfigError` for a description whose containers would not start or not work together."""
     manifest = manifest_of(documents_of(deployment))
     check_further_options(deployment.container, manifest, read_options)
-    for finding in container_findings(manifest, read_options):
-        if finding.is_error:
-            raise ConfigError(f"the manifest would not work: {finding.where}: {finding.problem}")
+    refuse_errors(manifest, read_options)
 
 
 def run_render(deployment: Deployment, output: Path | None, read_options: ReadOptions) -> int:

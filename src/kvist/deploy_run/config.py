@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,11 @@ class LocalRunOptions:
 
     @property
     def python_of_image(self) -> dict[str, str]:
-        return _pairs(self.images, "images", "IMAGE=PYTHON")
+        pythons = _pairs(self.images, "images", "IMAGE=PYTHON")
+        for image, python in pythons.items():
+            if shutil.which(python) is None:
+                raise ConfigError(f"--images {image}={python}: {python} is not a program", param="images")
+        return pythons
 
 
 def _pairs(texts: tuple[str, ...], key: str, form: str) -> dict[str, str]:

@@ -25,7 +25,9 @@ from kvist.cluster.ports import LOOPBACK, free_ports
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.cluster.stop_requests import RETIRE, stop_with_parent
 from kvist.cluster.up import Screen, interrupt_on_stop_signals, request_stop
-from kvist.deploy.manifest import manifest_text_of, read_manifest
+from kvist.deploy.check import refuse_errors
+from kvist.deploy.finding import ReadOptions
+from kvist.deploy.manifest import Manifest, manifest_text_of, read_manifest
 from kvist.deploy_run.plan import MAX_PODS, LocalCluster, LocalPod, Place, plan_local, updates
 from kvist.errors import ConfigError, KvistError
 from kvist.supervisor.child import ChildPlan, environment_of
@@ -47,9 +49,16 @@ class LocalRun:
     claims: Mapping[str, Path]
     images: Mapping[str, str]  # image -> Python of its release
     start_timeout_s: float
+    read_options: ReadOptions
 
     def python_of(self, image: str) -> str:
         return self.images.get(image, sys.executable)
+
+    def read(self, text: str) -> Manifest:
+        """Return the manifest. Raises `ConfigError` for one that would not work, on this machine as in a cluster."""
+        manifest = read_manifest(text)
+        refuse_errors(manifest, self.read_options)
+        return manifest
 
 
 def run_local(run: LocalRun, *, stop_with_stdin: bool = False) -> int:
@@ -61,7 +70,7 @@ def run_local(run: LocalRun, *, stop_with_stdin: bool = False) -> int:
         values["api-key"] = run.api_key or values["api-key"]
         network = closing.enter_context(_own_network())
         place = Place(folder=folder, memory_folder=in_memory, secret_values=values, claims=run.claims, network=network)
-        cluster = plan_local(read_manifest(manifest_text_of(run.manifest)), place)
+        cluster = plan_local(run.read(manifest_text_of(run.manifest)), place)
         _make_folders(cluster)
         fronts = {
             pod.name: closing.enter_context(bound_socket(pod.address, pod.port)) for pod in cluster.pods if pod.surges
@@ -199,7 +208,7 @@ class _Running:
                 if text == applied:
                     continue
                 applied = text
-                self._upgrade(plan_local(read_manifest(text), self._place))
+                self._upgrade(plan_local(self._run.read(text), self._place))
             except KvistError as error:
                 self._say(f"{self._run.manifest} is not applied: {error.message}")
 

@@ -147,6 +147,8 @@ def _problems(path: Sequence[str | int], keyword: str, schema: Json, instance: A
         yield Problem(_dotted(*path, missing), "is missing", "add it")
     else:
         text = f"{instance!r} has none of the allowed types" if keyword in ("anyOf", "oneOf") else message
+        if keyword == "pattern":
+            text = f"{instance!r} does not have the form of this field"
         yield Problem(_dotted(*path), text, _remedy(keyword, schema[keyword]))
 
 
@@ -185,6 +187,8 @@ def _remedy(keyword: str, limit: Any) -> str:
             [limit] if isinstance(limit, str) else [one.get("type") if isinstance(one, dict) else one for one in limit]
         )
         return f"write {', or '.join(_HOW_TO_WRITE[one] for one in types if one in _HOW_TO_WRITE) or 'another value'}"
+    if keyword == "pattern" and "[KMGTPE]i" in limit:
+        return "use a number and a unit, such as 512Mi or 2G"
     return _REMEDIES.get(keyword, "write a value that the schema allows").format(limit)
 
 
