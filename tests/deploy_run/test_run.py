@@ -28,7 +28,7 @@ def test_a_manifest_that_would_not_work_is_refused(tmp_path: Path) -> None:
         run_local(run)
     assert caught.value.message == (
         "the manifest would not work: RoleBasedGroup kvist: spec.roles.0.dependencies.0: prefill waits for router, "
-        "and router for prefill: neither would start: remove one of the dependencies (and 1 further error)"
+        "and router for prefill: neither would start: remove one of the dependencies (and 3 further errors)"
     )
 
 

@@ -39,7 +39,7 @@ def refuse_errors(manifest: Manifest, read_options: ReadOptions) -> None:
 
 
 def findings_without_schemas(manifest: Manifest, read_options: ReadOptions) -> list[Finding]:
-    """Return what is wrong with the objects and their containers, whatever the schemas say."""
+    """Return what is wrong with the objects and their containers, beside violations of schemas."""
     findings = [finding for check in OBJECT_CHECKS for finding in check(manifest)]
     running = []
     arguments = OF_COMPOSE["args"] if manifest.is_compose else "args"
