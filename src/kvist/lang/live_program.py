@@ -18,6 +18,7 @@ from kvist.execution.job import Job
 from kvist.execution.sampling import Sampling
 from kvist.lang.positions import here
 from kvist.lang.program import Program
+from kvist.lang.program_threads import Activity
 from kvist.planning.graph import Position, Tool
 from kvist.planning.prompt import Prompt
 
@@ -40,6 +41,7 @@ class LiveProgram(Program):
     ) -> None:
         super().__init__(index=index, seed=seed, sampling=sampling, ids=ids, timeout_s=timeout_s, streams=streams)
         self._executor = executor
+        self._activity: Activity = executor
         self._active = False
         self._ended = False
         self._changed = threading.Condition()
@@ -54,11 +56,12 @@ class LiveProgram(Program):
             raise ProgramError(f"{position}: the program has ended: nothing can be added to its states")
 
     @contextmanager
-    def running(self, *, is_counted: bool = False) -> Iterator[None]:
-        """The program's function runs inside of this block. `is_counted`: the executor counts it as running already."""
+    def running(self, activity: Activity | None = None) -> Iterator[None]:
+        """The program's function runs inside of this block. `activity`: learns when it waits, in place of the
+        executor."""
         self._active = True
-        if not is_counted:
-            self._executor.starts()
+        self._activity = activity or self._executor
+        self._activity.starts()
         token = CURRENT.set(self)
         try:
             yield
@@ -69,7 +72,7 @@ class LiveProgram(Program):
             CURRENT.reset(token)
             if self._active:
                 self._active = False
-                self._executor.ends()
+                self._activity.ends()
 
     def end(self) -> None:
         """Refuse further operations; readers of streams learn that no more will come."""
@@ -83,12 +86,12 @@ class LiveProgram(Program):
             yield
             return
         self._active = False
-        self._executor.waits()
+        self._activity.waits()
         try:
             yield
         finally:
             self._active = True
-            self._executor.resumes()
+            self._activity.resumes()
 
     @property
     def has_ended(self) -> bool:

@@ -15,14 +15,16 @@ from typing import Any
 
 from kvist.errors import KvistError, ProgramError, ProgramTimeout, Unavailable
 from kvist.execution.job import ExecutionConfig
+from kvist.execution.results import Result
 from kvist.execution.sampling import DEFAULT_MAX_TOKENS, Sampling
 from kvist.lang.endpoint import Endpoint
 from kvist.lang.live_program import LiveProgram
 from kvist.lang.program import seed_of
 from kvist.lang.program_state import ProgramState
+from kvist.lang.program_threads import ProgramThreads
 from kvist.planning.graph import Position
 
-_MAX_THREADS = 256  # programs that run at once
+_MAX_PROGRAMS = 256  # that run at once
 _OPEN_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 60.0
 _SEED_BITS = 62
@@ -31,11 +33,11 @@ _WAITS = 10  # a result may wait for others; each of them is bounded, and this i
 
 
 @contextlib.contextmanager
-def _to_its_end(state: ProgramState, *, is_counted: bool = False) -> Iterator[None]:
+def _to_its_end(state: ProgramState) -> Iterator[None]:
     """Run a program in the body, and end it. The state keeps the program's error; other exceptions are raised, too."""
     program = state.live
     try:
-        with program.running(is_counted=is_counted):
+        with program.running():
             yield
     except BaseException as error:
         state.fail(error)
@@ -43,6 +45,45 @@ def _to_its_end(state: ProgramState, *, is_counted: bool = False) -> Iterator[No
             raise
     finally:
         program.end()
+
+
+class _LastResult:
+    """Ends a program whose function has returned, once all its results are there. The first one that fails ends it, and
+    cancels the rest. Mutable; the thread that brings a result calls it."""
+
+    def __init__(self, state: ProgramState, cancel: Callable[[int], None], ended: Callable[[], None]) -> None:
+        self._state, self._cancel, self._ended = state, cancel, ended
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        results = [each.result for each in state.live.variables.values()]
+        self._num_left = len(results)
+        for result in results:
+            result.on_done(self._take)
+        if not results:
+            self._end()
+
+    def _take(self, result: Result) -> None:
+        with self._lock:
+            failed = self._error is None and result.error is not None
+            self._error = self._error or result.error
+            self._num_left -= 1
+            is_last = not self._num_left
+        if is_last:
+            self._end()
+        elif failed:
+            self._cancel(self._state.live.index)
+
+    def _end(self) -> None:
+        error = self._error
+        if error is None:
+            try:
+                self._state.live.check_forks(self._state.ret_value)
+            except ProgramError as found:
+                error = found
+        if error is not None:
+            self._state.fail(error)
+        self._state.live.end()
+        self._ended()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,38 +202,37 @@ class Batch:
             raise
 
     def _run_threads(self, advance: Callable[[], None]) -> None:
-        indices = iter(range(len(self._calls)))
-        lock = threading.Lock()
-        num_threads = min(len(self._calls), self._config.width or _MAX_THREADS, _MAX_THREADS)
+        most = min(self._config.width or _MAX_PROGRAMS, _MAX_PROGRAMS)
 
-        def work() -> None:
-            is_counted = True
-            while True:
-                with lock:
-                    index = next(indices, None)
-                if index is None:
-                    return
-                self._run_one(index, is_counted=is_counted)
-                is_counted = False
+        def run(threads: ProgramThreads, index: int) -> None:
+            def ended() -> None:
                 advance()
+                threads.ended()
 
-        threads = [threading.Thread(target=work, name=f"kvist-program-{n}", daemon=True) for n in range(num_threads)]
-        for _ in threads:
-            self._executor.starts()  # a plan waits until each thread has added its first requests
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+            self._run_function(index, threads, ended)
 
-    def _run_one(self, index: int, *, is_counted: bool = False) -> None:
-        """Run one program in this thread and wait for its results. The state keeps its error. `is_counted`: the
-        executor counts the program as running already."""
+        ProgramThreads(self._executor, num_programs=len(self._calls), most=most, run=run).run_all()
+
+    def _run_function(self, index: int, threads: ProgramThreads, ended: Callable[[], None]) -> None:
+        """Run the function of a program in this thread. The state keeps its error."""
         state, call = self.states[index], self._calls[index]
-        with _to_its_end(state, is_counted=is_counted):
-            found = call.body(state, *call.args, **call.kwargs)
-            if inspect.iscoroutine(found):
-                found = asyncio.run(found)
-            self._complete(state, found)
+        try:
+            with state.live.running(threads):
+                state.ret_value = _returned(call, state)
+        except BaseException as error:
+            state.fail(error)
+            state.live.end()
+            ended()
+            if not isinstance(error, Exception):
+                raise
+        else:
+            _LastResult(state, self._executor.cancel, ended)
+
+    def _run_one(self, index: int) -> None:
+        """Run one program in this thread and wait for its results. The state keeps its error."""
+        state, call = self.states[index], self._calls[index]
+        with _to_its_end(state):
+            self._complete(state, _returned(call, state))
 
     async def _run_coroutine(self, call: Call, state: ProgramState) -> None:
         program = state.live
@@ -223,6 +263,11 @@ class Batch:
         if not isinstance(error, ProgramError):
             error.add_note(f"in a program that was run at {self._calls[0].position}")
         raise error
+
+
+def _returned(call: Call, state: ProgramState) -> object:
+    found = call.body(state, *call.args, **call.kwargs)
+    return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 
 @contextlib.contextmanager
