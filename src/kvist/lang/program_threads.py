@@ -15,7 +15,7 @@ _GROWTH_S = 0.01
 
 
 class Activity(Protocol):
-    """Told when the code of a program runs, from any thread: it may add requests then. `Executor` is one."""
+    """Learns when the code of a program runs, and may add requests. Any thread may call; `Executor` is one."""
 
     def starts(self) -> None: ...
 
