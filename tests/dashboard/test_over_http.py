@@ -83,7 +83,10 @@ async def test_other_files_cannot_be_read(name: str) -> None:
         assert (await client.get(f"/dashboard/static/{name}")).status_code == 404
 
 
-@pytest.mark.parametrize(("query", "param"), [("points=-1", "points"), ("points=901", "points"), ("x=1", "x")])
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [("points=-1", "points"), ("points=901", "points"), ("x=1", "x"), ("points=1&points=2", "points")],
+)
 async def test_a_wrong_query_names_its_parameter(query: str, param: str) -> None:
     async with made().client as client:
         response = await client.get(f"/dashboard/snapshot?{query}")

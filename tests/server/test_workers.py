@@ -165,6 +165,8 @@ async def test_only_a_member_of_the_cluster_announces_a_worker(world: World) -> 
     assert (await world.announce()).status_code == 202
     assert await world.urls() == [URL]
     assert await world.metric('kvist:worker_announcements_total{outcome="repeated"} 1.0')
+    misspelt = await world.client.delete(f"/workers/{URL}?instanse=i")
+    assert (misspelt.status_code, misspelt.json()["error"]["param"]) == (400, "instanse")
     by_a_stranger = await world.client.delete(f"/workers/{URL}?instance=i")
     assert (by_a_stranger.status_code, await world.urls()) == (403, [URL])
     proof = ClusterProof(KEY).of("DELETE", URL, "i")

@@ -40,7 +40,7 @@ class Server:
 
 
 def source(server: Callable[[httpx.Request], httpx.Response], key: str | None = None) -> Source:
-    return Source(URL, key, transport=httpx.MockTransport(server))
+    return Source(OperatedServer(url=URL, api_key=key), transport=httpx.MockTransport(server))
 
 
 def test_figures_and_the_slowest_requests_are_read() -> None:
@@ -53,10 +53,17 @@ def test_figures_and_the_slowest_requests_are_read() -> None:
     assert source(server, "secret").read().slowest is None
 
 
-def test_a_wrong_key_is_an_error_at_once() -> None:
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("other", f"{URL} does not accept this API key: correct KVIST_API_KEY or --api-key"),
+        (None, f"{URL} requires an API key: set KVIST_API_KEY, or add --api-key KEY"),
+    ],
+)
+def test_a_wrong_or_missing_key_is_an_error_at_once_and_names_the_option(key: str | None, words: str) -> None:
     with pytest.raises(Unauthorized) as caught:
-        source(Server(key="secret"), "other").read_again(1.0)
-    assert "send an API key" in caught.value.message
+        source(Server(key="secret"), key).read_again(1.0)
+    assert caught.value.message == words
 
 
 def test_a_restart_of_the_server_is_survived() -> None:
@@ -107,7 +114,7 @@ def test_another_kind_of_server_is_named() -> None:
 def test_the_figures_are_shown_until_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal the view follows the server; elsewhere it is printed once."""
     server, waits = Server(), list[float]()
-    monkeypatch.setattr(command, "Source", lambda _url, key: source(server, key))
+    monkeypatch.setattr(command, "Source", lambda operated: source(server, operated.api_key))
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
@@ -126,6 +133,16 @@ def test_the_figures_are_shown_until_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> 
     assert waits == [0.5] * 3
     assert "10.0.0.1:9001" in output.getvalue()
     assert "\x1b" not in output.getvalue()
+
+
+def test_a_file_or_pipe_gets_all_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "Source", lambda operated: source(Server(), operated.api_key))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert command.run_top(OperatedServer(url=URL), TopOptions()) == 0
+    assert "stored" in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command.run_top(OperatedServer(url=URL), TopOptions()) == 0
+    assert "stored" not in capsys.readouterr().out
 
 
 def test_an_address_without_a_server_is_one_line_and_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,9 @@ async def test_a_log_of_size_0_records_nothing() -> None:
         assert await listed(bench) == []
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=1001", "order=best", "status=dead", "from=1"])
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=x", "limit=1001", "order=best", "status=dead", "from=1", "order=slowest&order=recent"]
+)
 async def test_a_wrong_query_names_its_field(query: str) -> None:
     bench = gateway_bench()
     async with bench.client:
@@ -183,6 +185,10 @@ async def test_a_wrong_trace_header_and_an_endpoint_without_traces_are_errors() 
         messages = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
         elsewhere = await bench.post("/v1/messages", messages, **{"x-kvist-trace": "1"})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "x-kvist-trace")
+    assert wrong.json()["error"]["message"] == (
+        "the header x-kvist-trace is 'yesyesyesyesyesyesyesyesyesyesye'; use 1 to see the stages of the request in its "
+        "response, or omit the header"
+    )
     assert elsewhere.status_code == 400
     assert "GET /requests/ID" in elsewhere.json()["error"]["message"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from kvist.cluster.config import OperatedServer, RoleOptions
-from kvist.errors import ConfigError, Unavailable, error_from_wire
+from kvist.errors import ConfigError, KvistError, Unauthorized, Unavailable, error_from_wire
 
 REQUEST_TIMEOUT_S = 30.0
 
@@ -52,5 +52,14 @@ def call(
         problem = decoded.get("error")
         if not isinstance(problem, dict):
             raise Unavailable(f"no Kvist server answers at {server.url}: status {answer.status_code}")
-        raise error_from_wire(str(problem.get("code")), str(problem.get("message")))
+        raise reported_error(server, str(problem.get("code")), str(problem.get("message")))
     return decoded
+
+
+def reported_error(server: OperatedServer, code: str, message: str) -> KvistError:
+    """Return the error that the server reports, with the remedy that an operator's verb has."""
+    if code != Unauthorized.code:
+        return error_from_wire(code, message)
+    if server.api_key is None:
+        return Unauthorized(f"{server.url} requires an API key: set KVIST_API_KEY, or add --api-key KEY")
+    return Unauthorized(f"{server.url} does not accept this API key: correct KVIST_API_KEY or --api-key")

@@ -12,7 +12,6 @@ GET /dashboard/events       server-sent events: first the figures with the whole
 from __future__ import annotations
 
 import asyncio
-from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -24,7 +23,7 @@ from kvist.dashboard.recorder import MAX_POINTS, Reading, Recorder
 from kvist.dashboard.snapshot import Server
 from kvist.dashboard.static_files import PAGE, StaticFiles
 from kvist.errors import RequestError
-from kvist.http.asgi import JSON_TYPE, ClientDisconnected, cancel_on_disconnect, send_bytes
+from kvist.http.asgi import JSON_TYPE, ClientDisconnected, cancel_on_disconnect, query_of, send_bytes
 from kvist.server.app import MountedApi
 from kvist.server.gateway import GatewayContext
 
@@ -102,12 +101,7 @@ def _reading(gateway: GatewayContext) -> Reading:
 
 def _num_points(scope: Scope) -> int:
     """Return ?points= of the request."""
-    query: bytes = scope["query_string"]
-    num_points = _POINTS
-    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name != "points":
-            raise RequestError(f"/dashboard/snapshot takes only `points`, not `{name[:64]}`", param=name[:64])
-        if not value.isascii() or not value.isdigit() or len(value) > 4 or int(value) > MAX_POINTS:
-            raise RequestError(f"`points` is {value[:64]!r}; use 0 to {MAX_POINTS}", param="points")
-        num_points = int(value)
-    return num_points
+    value = query_of(scope, "points").get("points", str(_POINTS))
+    if not value.isascii() or not value.isdigit() or len(value) > 4 or int(value) > MAX_POINTS:
+        raise RequestError(f"`points` is {value[:64]!r}; use 0 to {MAX_POINTS}", param="points")
+    return int(value)

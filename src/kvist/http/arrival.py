@@ -33,8 +33,10 @@ def arrival_of(scope: Scope, *, response_id: str, model: str, now_s: float) -> A
 def _wants_trace(scope: Scope) -> bool:
     given = header(scope, _TRACE_HEADER.encode())
     if given not in (None, b"0", b"1"):
+        shown = given[:32].decode("latin-1")
         raise RequestError(
-            f"the header {_TRACE_HEADER} is {given[:32]!r}; 1 asks for the stages of the request in its response",
+            f"the header {_TRACE_HEADER} is {shown!r}; use 1 to see the stages of the request in its response, or "
+            "omit the header",
             param=_TRACE_HEADER,
         )
     if given == b"1" and scope["path"] not in _TRACED_PATHS:

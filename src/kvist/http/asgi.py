@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -17,6 +18,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 _DEFAULT_RETRY_AFTER_S = 1.0
 _MAX_ERROR_CHARS = 2000
+_MAX_NAME_CHARS = 64  # of a parameter, in a message
 _MAX_LENGTH_DIGITS = 18  # of Content-Length; more digits than any limit has
 JSON_TYPE = (b"content-type", b"application/json")
 
@@ -28,6 +30,20 @@ class ClientDisconnected(Exception):
 def header(scope: Scope, name: bytes) -> bytes | None:
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     return next((value for key, value in headers if key == name), None)
+
+
+def query_of(scope: Scope, *known: str) -> dict[str, str]:
+    """Return the parameters of the query. Raise `RequestError` for one that is not `known`, or is given twice."""
+    query: bytes = scope["query_string"]
+    given: dict[str, str] = {}
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        shown = name[:_MAX_NAME_CHARS]
+        if name not in known:
+            raise RequestError(f"{scope['path']} takes {', '.join(known)}, not `{shown}`", param=shown)
+        if name in given:
+            raise RequestError(f"`{shown}` is given twice: give it once", param=shown)
+        given[name] = value
+    return given
 
 
 async def read_body(scope: Scope, receive: Receive, share: BodyShare, limits: BodyLimits) -> bytes:

@@ -11,7 +11,7 @@ DELETE /workers/{URL or id}      its open requests may finish; with ?instance=, 
 from __future__ import annotations
 
 from typing import Protocol
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
@@ -19,7 +19,7 @@ from kvist.api.decoding import BodyDecoder
 from kvist.api.schemas import WorkerRequest
 from kvist.channel import PROOF_HEADER
 from kvist.errors import RequestError, UnknownWorker
-from kvist.http.asgi import header, send_json
+from kvist.http.asgi import header, query_of, send_json
 from kvist.http.caller import own_key
 from kvist.request import Role
 from kvist.router.members import MemberCounts
@@ -89,12 +89,12 @@ class Workers:
             await send_json(send, self._find(name))
             return
         members, sender = self._require_members(), sender_of(scope)
-        instance = parse_qs(scope["query_string"].decode("latin-1")).get("instance")
+        instance = query_of(scope, "instance").get("instance")
         if instance is None:
             require_operator(self._gateway.config, scope)
             name = members.remove(name, sender=sender)
         else:
-            members.withdraw(name, _instance(instance[0]), sender=sender, proof=_proof(scope))
+            members.withdraw(name, _instance(instance), sender=sender, proof=_proof(scope))
         message = "the worker gets no new request; its open requests may finish"
         await send_json(send, {"status": "accepted", "worker_id": name, "message": message}, status=202)
 

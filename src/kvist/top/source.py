@@ -8,8 +8,10 @@ from typing import TypeVar
 import httpx
 import msgspec
 
+from kvist.cluster.config import OperatedServer
+from kvist.cluster.operate import reported_error
 from kvist.dashboard.snapshot import Snapshot
-from kvist.errors import UNDECODABLE, KvistError, Unavailable, error_from_wire
+from kvist.errors import UNDECODABLE, KvistError, Unavailable
 
 T = TypeVar("T")
 
@@ -54,11 +56,11 @@ class Reading:
 class Source:
     """Mutable; owned by one `kvist top`. Keeps its connection."""
 
-    def __init__(self, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None) -> None:
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._url = url
+    def __init__(self, server: OperatedServer, transport: httpx.BaseTransport | None = None) -> None:
+        headers = {} if server.api_key is None else {"Authorization": f"Bearer {server.api_key}"}
+        self._server, self._url = server, server.url
         self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False, transport=transport
+            base_url=server.url, headers=headers, timeout=TIMEOUT_S, trust_env=False, transport=transport
         )
         self._last = Reading()
 
@@ -100,7 +102,7 @@ class Source:
                 f"no Kvist server answers at {self._url}: {str(error) or type(error).__name__}"
             ) from error
         if not answer.is_success:
-            raise _reported(self._url, answer.status_code, bytes(body))
+            raise _reported(self._server, answer.status_code, bytes(body))
         try:
             return msgspec.json.decode(bytes(body), type=kind)
         except UNDECODABLE as error:
@@ -110,9 +112,9 @@ class Source:
             ) from error
 
 
-def _reported(url: str, status: int, body: bytes) -> KvistError:
+def _reported(server: OperatedServer, status: int, body: bytes) -> KvistError:
     try:
         problem = msgspec.json.decode(body)["error"]
-        return error_from_wire(str(problem["code"]), str(problem["message"]))
+        return reported_error(server, str(problem["code"]), str(problem["message"]))
     except (*UNDECODABLE, LookupError, TypeError):
-        return Unavailable(f"{url} is not a Kvist server of this version: status {status}")
+        return Unavailable(f"{server.url} is not a Kvist server of this version: status {status}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import heapq
 from itertools import islice
-from urllib.parse import parse_qsl
 
 from starlette.types import Receive, Scope, Send
 
 from kvist.errors import RequestError, RequestNotFound
 from kvist.flight.records import Status
-from kvist.http.asgi import send_json
+from kvist.http.asgi import query_of, send_json
 from kvist.server.gateway import GatewayContext
 from kvist.server.operations import require_operator
 
@@ -35,7 +34,7 @@ class Requests:
     async def all(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive
         require_operator(self._gateway.config, scope)
-        asked = _query(scope)
+        asked = query_of(scope, *_FIELDS)
         limit, order, statuses = _limit(asked.get("limit")), _order(asked.get("order")), _statuses(asked.get("status"))
         records = (each for each in self._gateway.flights.records() if each.status in statuses)
         if order == "slowest":
@@ -55,16 +54,6 @@ class Requests:
                 "response, and this server keeps only the newest requests (--request-log-size)"
             )
         await send_json(send, record)
-
-
-def _query(scope: Scope) -> dict[str, str]:
-    query: bytes = scope["query_string"]
-    asked = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-    for name in asked:
-        if name not in _FIELDS:
-            message = f"/requests takes {', '.join(_FIELDS)}, not `{name[:_MAX_SHOWN_CHARS]}`"
-            raise RequestError(message, param=name[:_MAX_SHOWN_CHARS])
-    return asked
 
 
 def _limit(given: str | None) -> int:
