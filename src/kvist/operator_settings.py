@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvist.cluster.config import OperatedServer, PairOptions, PoolNodesOptions, RoleOptions, UnifiedOptions
+from kvist.cluster.config import PairOptions, PoolNodesOptions, UnifiedOptions
 from kvist.deploy.config import CheckedFile, OutputOptions
 from kvist.deploy.description import ContainerOptions, Deployment, ManifestOptions, RoleCounts
 from kvist.doctor.config import DoctorOptions
@@ -13,6 +13,7 @@ from kvist.engine.config import EndpointOptions, EngineOptions, RuntimeOptions
 from kvist.flags import FileConfig
 from kvist.log import LogConfig
 from kvist.nodes.config import DrainOptions
+from kvist.operate.config import OperatedServer, RoleOptions
 from kvist.options import group
 from kvist.server.config import ServerConfig
 from kvist.store.file_options import FileStoreOptions

@@ -82,11 +82,11 @@ def run(settings: Settings) -> int:
     if isinstance(settings, MasterSettings | StoreSettings | DrainSettings):
         return _run_node(settings)
     if isinstance(settings, RoleSettings):
-        from kvist.cluster.operate import switch_role
+        from kvist.operate.calls import switch_role
 
         return switch_role(settings.operated, settings.switch)
     if isinstance(settings, DrainServerSettings):
-        from kvist.cluster.operate import drain_server
+        from kvist.operate.calls import drain_server
 
         return drain_server(settings.operated)
     if isinstance(settings, RenderSettings):

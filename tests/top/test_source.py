@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from kvist.cli import main
-from kvist.cluster.config import OperatedServer
 from kvist.cluster.ports import free_ports
 from kvist.errors import Unauthorized, Unavailable
+from kvist.operate.config import OperatedServer
 from kvist.top import command
 from kvist.top.config import TopOptions
 from kvist.top.source import MAX_BYTES, Reading, Source

@@ -11,7 +11,6 @@ from kvist.engine.config import NameOptions
 from kvist.errors import ConfigError
 from kvist.flight.config import FlightOptions
 from kvist.grammar.config import GrammarOptions
-from kvist.request import Role
 from kvist.router.addresses import normal_url
 from kvist.server.config import InstanceOptions, ServerConfig, TlsOptions
 from kvist.text import TextConfig
@@ -133,28 +132,6 @@ class ClusterConfig:
     @property
     def num_workers(self) -> int:
         return self.prefill + self.decode + self.unified
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OperatedServer:
-    """The running server that an operator's verb is sent to. Raises `ConfigError`."""
-
-    url: str = option("http://127.0.0.1:30000", "URL of the router, or of the worker itself")
-    api_key: str | None = option(None, "API key of that server", secret=True)
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url {self.url} is not a URL: use http://HOST:PORT", param="url")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleOptions:
-    """Raises `ConfigError`."""
-
-    worker: str | None = option(None, "URL or id of the worker, as GET /workers lists it")
-    role: str | None = option(
-        None, "the worker's role from now on", choices=tuple(map(str, Role)), unset="none: it has to be given"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

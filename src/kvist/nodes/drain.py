@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 from kvist.clock import MonotonicClock
-from kvist.cluster.config import OperatedServer
-from kvist.cluster.operate import call
 from kvist.errors import Timeout, Unavailable
 from kvist.nodes.config import DrainOptions
+from kvist.operate.calls import call
+from kvist.operate.config import OperatedServer
 
 POLL_S = 0.5
 HTTP_TIMEOUT_S = 10.0

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 
 from kvist.clock import unix_time_s
-from kvist.cluster.config import OperatedServer
+from kvist.operate.config import OperatedServer
 from kvist.top.config import TopOptions
 from kvist.top.source import Source
 from kvist.top.view import view

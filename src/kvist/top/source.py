@@ -8,10 +8,10 @@ from typing import TypeVar
 import httpx
 import msgspec
 
-from kvist.cluster.config import OperatedServer
-from kvist.cluster.operate import reported_error
 from kvist.dashboard.snapshot import Snapshot
 from kvist.errors import UNDECODABLE, KvistError, Unavailable
+from kvist.operate.calls import reported_error
+from kvist.operate.config import OperatedServer
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ from urllib.parse import quote
 import httpx
 
 from kvist.clock import MonotonicClock
-from kvist.cluster.config import OperatedServer
-from kvist.cluster.operate import call
 from kvist.errors import KvistError, Timeout, Unavailable
+from kvist.operate.calls import call
+from kvist.operate.config import OperatedServer
 from kvist.request import Role
 from kvist.upgrade.report import PauseCounts
 

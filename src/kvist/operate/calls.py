@@ -1,4 +1,4 @@
-"""The verbs of an operator, as one HTTP request each: `kvist role`, `kvist drain`."""
+"""Sends a request to a running server, and reports its errors as an operator can mend them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from kvist.cluster.config import OperatedServer, RoleOptions
 from kvist.errors import ConfigError, KvistError, Unauthorized, Unavailable, error_from_wire
+from kvist.operate.config import OperatedServer, RoleOptions
 
 REQUEST_TIMEOUT_S = 30.0
 
