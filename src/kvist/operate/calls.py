@@ -1,4 +1,4 @@
-"""Sends a request to a running server, and reports its errors as an operator can mend them."""
+"""Sends a request to a running server; its errors name the remedy that an operator has."""
 
 from __future__ import annotations
 
