@@ -177,9 +177,15 @@ def test_equal_descriptions_give_equal_texts() -> None:
 @pytest.mark.parametrize(
     ("described", "words"),
     [
-        ({"name": "Chat"}, "--name Chat is not a valid name"),
+        ({"name": "Chat"}, "--name 'Chat' is not a valid name"),
+        ({"name": ""}, "--name '' is not a valid name"),
+        ({"monitoring_namespace": "A_B"}, "--monitoring-namespace 'A_B' is not a valid name"),
+        ({"container": {"model_claim": "My_Claim"}}, "--model-claim 'My_Claim' is not a valid name"),
+        ({"container": {"model_folder": "models"}}, "--model-folder models is not an absolute path"),
+        ({"container": {"image": "kvist latest"}}, "--image 'kvist latest' is empty or has a space in it"),
+        ({"container": {"model_path": ""}}, "--model-path '' is empty or has a space in it"),
         ({"name": "x" * 60}, "has 60 characters"),
-        ({"namespace": "a_b"}, "--namespace a_b"),
+        ({"namespace": "a_b"}, "--namespace 'a_b'"),
         ({"counts": {"prefill": 0}}, "cannot answer a request"),
         ({"counts": {"prefill": 3, "max_replicas": 2}}, "--max-replicas 2 is below"),
         ({"counts": {"stores": 1}, "container": {"hicache_size": 1.0}}, "more than --stores 1"),

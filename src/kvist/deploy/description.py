@@ -19,6 +19,15 @@ _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LONGEST_SUFFIX = len("-mooncake-master-99")
 
 
+def _check_name(key: str, value: str | None) -> None:
+    if value is not None and not _LABEL.fullmatch(value):
+        raise ConfigError(
+            f"--{key.replace('_', '-')} {value!r} is not a valid name in Kubernetes: use lower-case letters, digits "
+            "and '-', with a letter first and no '-' at the end",
+            param=key,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestOptions:
     """Which documents are written."""
@@ -42,13 +51,8 @@ class ManifestOptions:
     )
 
     def __post_init__(self) -> None:
-        for value, flag in ((self.name, "--name"), (self.namespace, "--namespace"), (self.secret, "--secret")):
-            if value is not None and not _LABEL.fullmatch(value):
-                raise ConfigError(
-                    f"{flag} {value} is not a valid name in Kubernetes: use lower-case letters, digits and '-', with a "
-                    "letter first and no '-' at the end",
-                    param=flag.removeprefix("--"),
-                )
+        for key in ("name", "namespace", "secret", "monitoring_namespace"):
+            _check_name(key, getattr(self, key))
         if len(self.name) > MAX_POD_NAME - _LONGEST_SUFFIX:
             raise ConfigError(
                 f"--name {self.name} has {len(self.name)} characters, and the host names of its pods at most "
@@ -124,6 +128,16 @@ class ContainerOptions:
     )
 
     def __post_init__(self) -> None:
+        if self.model_claim is not None:
+            _check_name("model_claim", self.model_claim.replace(".", "-"))  # the name of a claim may have dots
+        for key, value in (("image", self.image), ("model_path", self.model_path)):
+            if value is not None and (not value or value != "".join(value.split())):
+                flag = f"--{key.replace('_', '-')}"
+                raise ConfigError(f"{flag} {value!r} is empty or has a space in it: correct it", param=key)
+        if self.model_folder is not None and not self.model_folder.startswith("/"):
+            raise ConfigError(
+                f"--model-folder {self.model_folder} is not an absolute path, as /srv/models is", param="model_folder"
+            )
         if self.model_claim is not None and self.model_folder is not None:
             raise ConfigError(
                 "--model-claim and --model-folder are both set: the models are in one of them", param="model_claim"
