@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 
 import kvist.lang as kv
+from kvist.errors import ProgramError
 from kvist.testing.rounds import check_time, in_rounds
 from tests.e2e.conftest import MODEL, Cluster
 from tests.e2e.test_failover import kill
@@ -55,6 +58,28 @@ def test_a_program_gives_the_same_tokens_however_it_is_sent(endpoint: kv.Endpoin
     assert (score.work, score.worker) == ("prefill", settled.prefill.removeprefix("http://"))
     assert "no /v1/continuations/score" in str(compatible.explain())
     assert httpx.get(f"{settled.router}/v1/leases").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"json_schema": {"type": "foo"}}, "`json_schema`: "),
+        ({"regex": "(?=a)b"}, "`regex`: "),
+        ({"return_logprob": True, "top_logprobs_num": 1000}, "`top_logprobs_num` must be 0 to 20"),
+        ({"choices": ["word " * 5000, "b"]}, "`choices[0]` must have 1 to "),
+        ({"stop": ["a"] * 40}, "`stop` may have at most "),
+    ],
+)
+def test_an_argument_that_the_server_refuses_is_named_with_its_line(
+    endpoint: kv.Endpoint, options: dict[str, Any], name: str
+) -> None:
+    @kv.function
+    def ask(s: kv.State) -> None:
+        s += kv.user("Q")
+        s += kv.assistant(kv.gen("x", max_tokens=4, **options))
+
+    with pytest.raises(ProgramError, match=r"^test_programs\.py:\d+: " + re.escape(name)):
+        ask.run(backend=endpoint)
 
 
 @kv.function

@@ -251,6 +251,49 @@ async def test_errors_of_a_server_become_errors_of_their_kind(
         await recorded.openai().generate(GenerateRequest(prompt=CHAT, sampling=Sampling()), print)
 
 
+def _refusal(message: str, param: str) -> Response:
+    error = {"message": message, "param": param, "code": "invalid_request"}
+    return Response(400, json.dumps({"error": error}).encode())
+
+
+SCHEMA = "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize(
+    ("form", "argument", "top", "message", "param", "expected"),
+    [
+        ("json_schema", "json_schema", None, f"`{SCHEMA}`: no type foo", SCHEMA, "`json_schema`: no type foo"),
+        ("json_schema", "type", None, f"`{SCHEMA}`: no type foo", SCHEMA, "`type`: no type foo"),
+        ("json_schema", "type", None, "no type foo", "response_format", "`type`: no type foo"),
+        ("regex", "regex", None, "`structured_outputs.regex`: a(", "structured_outputs.regex", "`regex`: a("),
+        ("regex", "dtype", None, "`structured_outputs.regex`: a(", "structured_outputs.regex", "`dtype`: a("),
+        ("", "", 21, "`top_logprobs` must be 0 to 20", "top_logprobs", "`top_logprobs_num` must be 0 to 20"),
+        ("", "", 21, "`logprobs` must be 0 to 20", "logprobs", "`top_logprobs_num` must be 0 to 20"),
+        ("", "", None, "`logprobs` is off here", "logprobs", "`return_logprob` is off here"),
+        ("", "", None, "`stop` has 17 strings", "stop", "`stop` has 17 strings"),
+    ],
+)
+async def test_a_refusal_names_the_argument_of_the_program(
+    form: str, argument: str, top: int | None, message: str, param: str, expected: str
+) -> None:
+    recorded = Recorded({"/v1/chat/completions": _refusal(message, param)})
+    sampling = Sampling(return_logprob=True, top_logprobs_num=top)
+    request = GenerateRequest(prompt=CHAT, sampling=sampling, form=form, form_source="{}", form_argument=argument)
+    for push in (None, print):
+        with pytest.raises(RequestError) as raised:
+            await recorded.openai().generate(request, push)
+        assert (raised.value.message, str(raised.value)) == (expected, expected)
+        assert f"`{raised.value.param}`" in expected
+
+
+async def test_a_refused_choice_is_named_by_its_number() -> None:
+    refusal = _refusal("`continuations[1]` must have 1 to 4096 tokens", "continuations[1]")
+    server = await Recorded({"/server_info": INFO, "/v1/continuations/score": refusal}).kvist()
+    with pytest.raises(RequestError, match=r"^`choices\[1\]` must have 1 to 4096 tokens$") as raised:
+        await server.score(ScoreRequest(prompt=CHAT, choices=("a", "b")))
+    assert raised.value.param == "choices"
+
+
 async def test_a_server_that_does_not_answer_is_unavailable_and_may_be_asked_again() -> None:
     refused = HttpFailure("connect", "cannot connect to server:80: refused")
     server = OpenAIServer("http://server", http=Recorded({"/v1/chat/completions": refused}))

@@ -135,6 +135,30 @@ def _lone_surrogate(s: kv.State) -> None:
     s += "bad \ud800"  # lone surrogate
 
 
+def _unsendable_choice(s: kv.State) -> None:
+    s += "Q" + kv.select("x", ["a", "\ud800"])  # unsendable choice
+
+
+def _unsendable_pattern(s: kv.State) -> None:
+    s += "Q" + kv.gen("x", regex="\ud800")  # unsendable pattern
+
+
+def _unsendable_schema(s: kv.State) -> None:
+    s += "Q" + kv.gen("x", json_schema={"const": "\ud800"})  # unsendable schema
+
+
+def _empty_pattern(s: kv.State) -> None:
+    s += "Q" + kv.gen("x", regex="")  # empty pattern
+
+
+def _schema_without_end(s: kv.State) -> None:
+    s += "Q" + kv.gen("x", json_schema={"maximum": float("inf")})  # schema with infinity
+
+
+def _drawn_seed(s: kv.State) -> None:
+    s += "Q" + kv.gen("x", seed=-1)  # drawn seed
+
+
 @pytest.mark.parametrize(
     ("body", "mark", "message"),
     [
@@ -150,7 +174,7 @@ def _lone_surrogate(s: kv.State) -> None:
         (_bad_pattern, "bad pattern", "not a regular expression"),
         (_bad_schema, "bad schema", "must be a JSON object"),
         (_bad_type, "bad type", "use `dtype`"),
-        (_bad_temperature, "bad temperature", "`temperature` must be at least 0"),
+        (_bad_temperature, "bad temperature", "`temperature` must be a number of at least 0"),
         (_bad_stop, "type: ignore[arg-type]  # bad stop", "`stop` must be a text or a list of texts"),
         (_bad_method, "type: ignore[arg-type]  # bad method", "one of kv.token_length_normalized, .* not 'best'"),
         (_not_in_place, "not in place", r"write s \+= \.\.\."),
@@ -162,6 +186,12 @@ def _lone_surrogate(s: kv.State) -> None:
         (_too_few_items, "too few items", "2 items for 3 branches"),
         (_never_joined, "never joined", "is never joined"),
         (_lone_surrogate, "lone surrogate", "UTF-8 cannot encode"),
+        (_unsendable_choice, "unsendable choice", "`choices` contain .* UTF-8 cannot encode"),
+        (_unsendable_pattern, "unsendable pattern", "`regex` contains .* UTF-8 cannot encode"),
+        (_unsendable_schema, "unsendable schema", "`json_schema` contains .* UTF-8 cannot encode"),
+        (_empty_pattern, "empty pattern", "`regex` must be a text that is not empty"),
+        (_schema_without_end, "schema with infinity", "`json_schema` is not JSON"),
+        (_drawn_seed, "drawn seed", "`seed` must be between 0 and"),
     ],
 )
 def test_a_mistake_in_a_program_is_an_error_with_its_line(
@@ -193,6 +223,23 @@ def test_a_reference_to_a_result_of_another_program_is_an_error_with_its_line(en
     assert take.trace(text="nothing").operations, "the program itself is in order"
 
 
+def test_a_refused_argument_of_the_run_is_an_error_that_says_so(endpoint_for: MakeEndpoint) -> None:
+    refused = RequestError("`stop` may have at most 16 strings, not 17", param="stop")
+    endpoint = endpoint_for(FakeServer(failures=lambda _: refused))
+
+    @kv.function
+    def ask(s: kv.State, own: list[str] | None) -> None:
+        s += "Q" + kv.gen("x", stop=own)  # refused
+
+    with pytest.raises(ProgramError) as of_run:
+        ask.run(own=None, stop=["a"] * 17, backend=endpoint)
+    with pytest.raises(ProgramError) as of_generation:
+        ask.run(own=["a"] * 17, backend=endpoint)
+    assert str(of_generation.value) == f"{_line_of('refused')}: {refused.message}"
+    more = " (`stop` is not given here, but to the run, or has its default)"
+    assert str(of_run.value) == str(of_generation.value) + more
+
+
 def test_wrong_arguments_are_errors_that_name_them(endpoint: kv.Endpoint) -> None:
     @kv.function
     def ask(s: kv.State, question: str) -> None:
@@ -204,7 +251,11 @@ def test_wrong_arguments_are_errors_that_name_them(endpoint: kv.Endpoint) -> Non
         ({}, "missing a required argument: 'question'"),
         ({"question": "a", "timeout_s": 0}, "`timeout_s` must be over 0"),
         ({"question": "a", "seed": "1"}, "`seed` must be a whole number"),
-        ({"question": "a", "temperature": -1}, "`temperature` must be at least 0"),
+        ({"question": "a", "temperature": float("inf")}, "`temperature` must be a number of at least 0, not inf"),
+        ({"question": "a", "frequency_penalty": "2"}, "`frequency_penalty` must be a number between -2 and 2, not '2'"),
+        ({"question": "a", "ignore_eos": 1}, "`ignore_eos` must be True or False"),
+        ({"question": "a", "stop": ["a", "\udc80"]}, "`stop` contains '\\udc80', which UTF-8 cannot encode"),
+        ({"question": "a", "temperature": -1}, "`temperature` must be a number of at least 0"),
     ):
         with pytest.raises(ProgramError, match=re.escape(message)):
             ask.run(backend=endpoint, **arguments)

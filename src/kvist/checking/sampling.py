@@ -13,6 +13,7 @@ from kvist.errors import PromptTooLong, RequestError, Unavailable
 from kvist.fit import Limit
 from kvist.request import SamplingParams
 from kvist.text import SamplingDefaults
+from kvist.wording import amount
 
 T = TypeVar("T")
 
@@ -175,7 +176,7 @@ def num_choices(n: int | None, num_prompts: int, limit: int, names: FieldNames) 
     require(count >= 1, names.inside + "n", "must be at least 1", count)
     if count * num_prompts > limit:
         raise RequestError(
-            f"{num_prompts} prompts times n={count} exceeds the limit of {limit} answers (--max-choices)",
+            f"{amount(num_prompts, 'prompt')} times n={count} exceeds the limit of {limit} answers (--max-choices)",
             param=names.prompt if count == 1 else names.inside + "n",
         )
     return count
@@ -207,7 +208,7 @@ def output_limit(
         )
     if room < min(wanted, 1):
         raise PromptTooLong(
-            f"the prompt has {num_prompt_tokens} tokens; this server holds {limit.text}",
+            f"the prompt has {amount(num_prompt_tokens, 'token')}; this server holds {limit.text}",
             param=prompt,
         )
     if asked is None:
@@ -215,8 +216,8 @@ def output_limit(
     require(asked >= least, param, f"must be at least {least}", asked)
     if asked > room:
         raise PromptTooLong(
-            f"the prompt has {num_prompt_tokens} tokens and `{param}` is {asked}, but only {room} more tokens fit: "
-            f"this server holds {limit.text}",
+            f"the prompt has {amount(num_prompt_tokens, 'token')} and `{param}` is {asked}, but only {room} more "
+            f"tokens fit: this server holds {limit.text}",
             param=param,
         )
     return asked

@@ -30,6 +30,7 @@ class GenerateRequest:
     sampling: Sampling
     form: str = ""  # of the answer: "" (any text), "regex" or "json_schema"
     form_source: str = ""
+    form_argument: str = ""  # the argument of the program that gives the form, for errors
     hints: Hints = Hints()
 
 

@@ -19,6 +19,8 @@ class Job:
     sampling: Sampling
     form: str = ""
     form_source: str = ""
+    form_argument: str = ""  # the argument of the program that gives the form, for errors
+    defaults: frozenset[str] = frozenset()  # the parts of `sampling` that the generation itself does not give
     method: ChoicesMethod = ChoicesMethod.TOKEN_LENGTH_NORMALIZED  # of a Score
     streams: bool = False  # somebody may read the pieces
 

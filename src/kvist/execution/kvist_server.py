@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 from kvist.errors import Overloaded, RequestError
+from kvist.execution.argument_names import named
 from kvist.execution.backend import Hints, Leased, Scored, ScoreRequest, prefix_fields, prompt_fields, total
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.fleet_report import fleet_of
@@ -60,7 +61,8 @@ class KvistServer(OpenAIServer):
 
     async def _continuations(self, prompt: Prompt, request: ScoreRequest) -> Any:
         body = _with_hints(prompt_fields(prompt), request.hints)
-        return await self._post(_SCORE, body | {"continuations": list(request.choices)})
+        with named({"continuations": "choices"}):
+            return await self._post(_SCORE, body | {"continuations": list(request.choices)})
 
     async def prefill(self, prompt: Prompt, hints: Hints) -> Served:
         body = _with_hints(prefix_fields(prompt), hints)

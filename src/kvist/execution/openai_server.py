@@ -18,9 +18,11 @@ from typing import Any, Protocol
 import msgspec
 
 from kvist.errors import EngineError, KvistError, Overloaded, RequestError, Unavailable, error_from_wire
+from kvist.execution.argument_names import named
 from kvist.execution.backend import GenerateRequest, Hints, Leased, Scored, ScoreRequest, prompt_fields, total
 from kvist.execution.choices import ScoredChoice
 from kvist.execution.results import Answer, Served
+from kvist.execution.sampling import Sampling
 from kvist.http_client import EventLines, HttpClient, HttpFailure, HttpReply, OnBody
 from kvist.planning.fleet import Fleet, unknown_fleet
 from kvist.planning.prompt import Prompt
@@ -60,7 +62,12 @@ class OpenAIServer:
 
     async def generate(self, request: GenerateRequest, push: Callable[[str], None] | None) -> Answer:
         path, body = self._generation(request)
-        sampling = request.sampling
+        with named(_arguments(request)):
+            return await self._generate(request.sampling, path, body, push)
+
+    async def _generate(
+        self, sampling: Sampling, path: str, body: Mapping[str, object], push: Callable[[str], None] | None
+    ) -> Answer:
         scores_prompt = sampling.logprob_start_len is not None
         patterns = [re.compile(pattern) for pattern in sampling.stop_patterns()]
         streams = bool(push or patterns) and not scores_prompt and (sampling.n or 1) == 1
@@ -225,6 +232,14 @@ class OpenAIServer:
             scored = answer.get("prompt_logprobs") or choices[0].get("prompt_logprobs") or []
             meta["input_token_logprobs"] = scored[max(logprob_start, 0) :] if logprob_start != -1 else scored[-1:]
         return Answer(texts=texts, served=served_of(answer), meta=meta | _figures(answer))
+
+
+def _arguments(request: GenerateRequest) -> dict[str, str]:
+    """Return the argument of the program for each field of `_generation` that has another name."""
+    form = request.form_argument or request.form
+    top = "top_logprobs_num" if request.sampling.top_logprobs_num is not None else "return_logprob"
+    fields = {"response_format": form, "structured_outputs": form} if form else {}
+    return fields | {"logprobs": top, "top_logprobs": top, "prompt_logprobs": "logprob_start_len"}
 
 
 class _Ended(Exception):

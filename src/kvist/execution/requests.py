@@ -47,6 +47,8 @@ class Carrier:
             raise
         except KvistError as error:
             message = f"{position}: {error.message}"
+            if error.param in job.defaults:
+                message += f" (`{error.param}` is not given here, but to the run, or has its default)"
             raise ProgramError(message, param=error.param, retry_after_s=error.retry_after_s) from error
 
     async def _attempts(self, job: Job, hints: Hints) -> Carried:
@@ -77,6 +79,7 @@ class Carrier:
                 sampling=job.sampling,
                 form=job.form,
                 form_source=job.form_source,
+                form_argument=job.form_argument,
                 hints=hints,
             )
             return await self._backend.generate(request, push)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from kvist.planning.prompt import unsendable
+
 DEFAULT_MAX_TOKENS = 128
+MAX_SEED = 2**63  # of Kvist's API; a server with a smaller limit says so
+_RANGES = (  # of numbers; None: servers have a limit of their own
+    ("temperature", 0, None),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("frequency_penalty", -2, 2),
+    ("presence_penalty", -2, 2),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +47,10 @@ class Sampling:
         pairs = ((one.name, getattr(self, one.name), getattr(defaults, one.name)) for one in fields(self))
         return Sampling(**{name: default if own is None else own for name, own, default in pairs})
 
+    def given(self) -> frozenset[str]:
+        """Return the names of the values that are not None."""
+        return frozenset(one.name for one in fields(self) if getattr(self, one.name) is not None)
+
     def problem(self) -> str | None:
         """Return what is wrong with a value that no server accepts; None if nothing is."""
         for name, least in (("max_tokens", 1), ("min_tokens", 0), ("n", 1), ("top_logprobs_num", 0)):
@@ -46,18 +61,25 @@ class Sampling:
             isinstance(token_ids, list | tuple) and all(isinstance(each, int) for each in token_ids)
         ):
             return f"`stop_token_ids` must be a list of whole numbers, not {token_ids!r}"
-        for name in ("top_k", "seed"):
+        for name in ("ignore_eos", "return_logprob"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, bool):
+                return f"`{name}` must be True or False, not {value!r}"
+        for name in ("top_k", "seed", "logprob_start_len"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 return f"`{name}` must be a whole number, not {value!r}"
-        for name, most in (("temperature", None), ("top_p", 1), ("min_p", 1)):
+        if self.seed is not None and not 0 <= self.seed < MAX_SEED:
+            return f"`seed` must be between 0 and {MAX_SEED - 1}, not {self.seed}"
+        for name, least, most in _RANGES:
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 <= value <= (most or value)):
-                bound = "at least 0" if most is None else f"between 0 and {most}"
+            if value is not None and not (_is_number(value) and least <= value <= (value if most is None else most)):
+                bound = f"a number of at least {least}" if most is None else f"a number between {least} and {most}"
                 return f"`{name}` must be {bound}, not {value!r}"
         for name in ("stop", "stop_regex"):
             if (texts := getattr(self, name)) is not None and not _are_texts(texts):
                 return f"`{name}` must be a text or a list of texts that are not empty, not {texts!r}"
+            if bad := unsendable("".join(_texts(texts))):
+                return f"`{name}` contains {bad!r}, which UTF-8 cannot encode: remove it"
         for name in ("logprob_start_len", "top_logprobs_num"):
             if getattr(self, name) is not None and not self.return_logprob:
                 return f"`{name}` has no effect without `return_logprob=True`"
@@ -75,6 +97,10 @@ class Sampling:
 
     def stop_patterns(self) -> tuple[str, ...]:
         return _texts(self.stop_regex)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _are_texts(value: object) -> bool:

@@ -16,6 +16,7 @@ import msgspec
 
 from kvist.errors import ProgramError
 from kvist.lang.positions import here
+from kvist.planning.prompt import unsendable
 
 Scalar: TypeAlias = int | float | bool | str
 _SCALARS: dict[type[object], str] = {
@@ -33,6 +34,7 @@ class AnswerType:
 
     kind: str = ""
     source: str = ""
+    argument: str = ""  # of the program, which gave the form
     python_type: type[object] | None = None
 
     @classmethod
@@ -51,16 +53,16 @@ class AnswerType:
             raise ProgramError(f"{here()}: an answer has one form: give only one of {' and '.join(names)}")
         if regex is not None:
             _check_pattern(regex)
-            return cls(kind="regex", source=regex)
+            return cls(kind="regex", source=regex, argument="regex")
         if json_schema is not None:
-            return cls(kind="json_schema", source=_schema_text(json_schema))
+            return cls(kind="json_schema", source=_schema_text(json_schema), argument="json_schema")
         if dtype is not None:
             scalar = _NAMED.get(dtype) if isinstance(dtype, str) else dtype
             if scalar not in _SCALARS:
                 raise ProgramError(f"{here()}: `dtype` must be one of int, float, bool and str, not {dtype!r}")
-            return cls(kind="regex", source=_SCALARS[scalar], python_type=scalar)
+            return cls(kind="regex", source=_SCALARS[scalar], argument="dtype", python_type=scalar)
         if python_type is not None:
-            return cls(kind="json_schema", source=_schema_of(python_type), python_type=python_type)
+            return cls(kind="json_schema", source=_schema_of(python_type), argument="type", python_type=python_type)
         return cls()
 
     def value_of(self, text: str) -> object:
@@ -84,30 +86,35 @@ TEXT = AnswerType()
 
 
 def _check_pattern(pattern: str) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ProgramError(f"{here()}: `regex` must be a text that is not empty, not {pattern!r}")
+    _check_sendable(pattern, "regex")
     try:
         re.compile(pattern)
     except re.error as error:
         raise ProgramError(f"{here()}: `regex` is not a regular expression: {error}") from error
 
 
+def _check_sendable(text: str, argument: str) -> None:
+    if bad := unsendable(text):
+        raise ProgramError(f"{here()}: `{argument}` contains {bad!r}, which UTF-8 cannot encode: remove it")
+
+
 def _schema_text(schema: str | Mapping[str, object]) -> str:
-    if not isinstance(schema, str):
-        try:
-            return json.dumps(schema, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise ProgramError(f"{here()}: `json_schema` is not JSON: {error}") from error
     try:
-        found = json.loads(schema)
-    except ValueError as error:
+        found = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ProgramError(f"{here()}: `json_schema` is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ProgramError(f"{here()}: `json_schema` must be a JSON object, not {schema[:40]!r}")
-    return schema
+        raise ProgramError(f"{here()}: `json_schema` must be a JSON object, not {text[:40]!r}")
+    _check_sendable(text, "json_schema")
+    return text
 
 
 def _schema_of(python_type: type[object]) -> str:
     if hasattr(python_type, "model_json_schema"):
-        return json.dumps(cast(Any, python_type).model_json_schema(), ensure_ascii=False)
+        return _pydantic_schema(python_type)
     if python_type in _SCALARS:
         raise ProgramError(f"{here()}: `type` is for objects and lists; for {python_type.__name__} use `dtype`")
     try:
@@ -118,6 +125,15 @@ def _schema_of(python_type: type[object]) -> str:
             f"{here()}: `type` {name} has no JSON schema: use a dataclass, a msgspec Struct, a TypedDict, a pydantic "
             "model or a list of one"
         ) from error
+
+
+def _pydantic_schema(model: type[object]) -> str:
+    try:
+        text = json.dumps(cast(Any, model).model_json_schema(), ensure_ascii=False)
+    except Exception as error:  # of pydantic, which is not imported here
+        raise ProgramError(f"{here()}: `type` {model.__name__} has no JSON schema: {error}") from error
+    _check_sendable(text, "type")
+    return text
 
 
 def _closed(schema: object) -> object:

@@ -12,6 +12,7 @@ from kvist.execution.choices import ChoicesMethod
 from kvist.execution.sampling import Sampling
 from kvist.lang.answer_types import AnswerType, Scalar
 from kvist.lang.positions import here
+from kvist.planning.prompt import unsendable
 
 
 class Expression(ABC):
@@ -226,6 +227,8 @@ def select(
     """
     if not choices or isinstance(choices, str) or not all(isinstance(each, str) and each for each in choices):
         raise ProgramError(f"{here()}: select() needs `choices`, a list of texts that are not empty, not {choices!r}")
+    if bad := unsendable("".join(choices)):
+        raise ProgramError(f"{here()}: `choices` contain {bad!r}, which UTF-8 cannot encode: remove it")
     if len(set(choices)) != len(choices):
         raise ProgramError(f"{here()}: two choices of select() are equal")
     if not isinstance(choices_method, ChoicesMethod):

@@ -101,17 +101,20 @@ class Program:
         self._forks.append(forks)
 
     def submit(self, variable: Variable, *, sampling: Sampling, method: ChoicesMethod) -> None:
+        """`sampling`: as the program's code gives it; the rest is the run's."""
         operation = variable.operation
         self.variables[operation.operation_id] = variable
-        if sampling.seed is None:
-            sampling = Sampling(seed=seed_of(self.seed, operation.place.path)).over(sampling)
+        defaults = self.sampling if isinstance(operation, Generate) else Sampling(seed=self.sampling.seed)
+        whole = sampling.over(defaults).over(Sampling(seed=seed_of(self.seed, operation.place.path)))
         self._send(
             Job(
                 operation=operation,
                 result=variable.result,
-                sampling=sampling,
+                sampling=whole,
+                defaults=whole.given() - sampling.given(),
                 form=variable.answer_type.kind,
                 form_source=variable.answer_type.source,
+                form_argument=variable.answer_type.argument,
                 method=method,
                 streams=self._streams,
             )

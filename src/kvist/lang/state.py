@@ -111,7 +111,7 @@ class State:
             place=self._place(position),
         )
         variable = Variable(operation=operation, result=Result(position), answer_type=part.answer_type)
-        self._request(variable, sampling)
+        self._request(variable, part.sampling)
 
     def _select(self, part: Select, position: Position) -> None:
         self._check_place(position)
@@ -123,8 +123,7 @@ class State:
             place=self._place(position),
         )
         variable = Variable(operation=operation, result=Result(position))
-        sampling = Sampling(temperature=part.temperature, seed=part.seed)
-        self._request(variable, sampling.over(Sampling(seed=self._program.sampling.seed)), part.method)
+        self._request(variable, Sampling(temperature=part.temperature, seed=part.seed), part.method)
 
     def _request(
         self, variable: Variable, sampling: Sampling, method: ChoicesMethod = ChoicesMethod.TOKEN_LENGTH_NORMALIZED
