@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvist.fairness import CallerCounts, CallerPath, FairQueue, caller_path, weight_of, weighted_name
-from kvist.service_time import DrainRate, ServiceTime, retry_after_s
 
 CALLERS = st.tuples(st.sampled_from("kl"), st.sampled_from("hi"), st.sampled_from("123"))
 
@@ -97,16 +96,6 @@ def _counts(places: list[CallerPath]) -> CallerCounts:
     return counts
 
 
-@pytest.mark.parametrize(("num_ahead", "wait_s"), [(0, 1.0), (10, 5.0), (100, 50.0), (1000, 60.0)])
-def test_retry_after_is_the_queue_length_times_the_recent_service_time(num_ahead: int, wait_s: float) -> None:
-    service = ServiceTime()
-    assert retry_after_s(service.mean_s, num_ahead=10, num_served=20) == 1.0, "no request has ended yet"
-    service.add(100.0)
-    for _ in range(200):
-        service.add(10.0)
-    assert retry_after_s(service.mean_s, num_ahead=num_ahead, num_served=20) == pytest.approx(wait_s, rel=0.01)
-
-
 WEIGHTED = st.tuples(st.sampled_from(["k", "l:2", "m:5"]), st.sampled_from("hi"), st.sampled_from("12"))
 
 
@@ -160,20 +149,3 @@ def test_the_number_ahead_is_the_number_of_turns_before_a_newcomer(
         turns.take(item[0], item)
         num_before += 1
     assert _counts(places).num_ahead(newcomer) == pytest.approx(num_before, abs=1)
-
-
-def test_the_drain_rate_counts_only_requests_that_waited_and_only_time_with_a_queue() -> None:
-    rate, now_s = DrainRate(), 0.0
-    rate.begin(now_s)
-    rate.left(1000)  # admitted at once
-    rate.end(has_queue=True)
-    assert rate.tokens_per_s is None
-    for _ in range(100):
-        now_s += 0.5
-        rate.begin(now_s)
-        rate.left(40)
-        rate.end(has_queue=True)
-    assert rate.tokens_per_s == pytest.approx(80.0, rel=0.05)
-    rate.end(has_queue=False)
-    rate.begin(now_s + 1000.0)  # idle
-    assert rate.tokens_per_s == pytest.approx(80.0, rel=0.05)

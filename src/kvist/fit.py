@@ -1,4 +1,4 @@
-"""Decides whether a request fits an engine: the tokens that it needs there, and which limit applies. Pure.
+"""Decides whether a request fits an engine: the tokens that it needs and computes there, and which limit applies. Pure.
 
 An engine that generates the answer needs room for prompt and answer. A prefill engine needs room for the prompt and one
 token.
@@ -29,6 +29,13 @@ def num_tokens_needed(request: EngineRequest, mode: Mode) -> int:
     if mode is Mode.PREFILL:
         return request.num_prompt_tokens + len(request.output_token_ids) + min(1, request.sampling.max_tokens)
     return request.num_prompt_tokens + request.sampling.max_tokens
+
+
+def num_tokens_to_compute(request: EngineRequest, mode: Mode, num_uncomputed: int | None) -> int:
+    """Return how many tokens an engine computes before it generates: `num_uncomputed` by the gateway, or all (None)."""
+    if mode is Mode.DECODE:
+        return 0
+    return request.num_prompt_tokens + len(request.output_token_ids) if num_uncomputed is None else num_uncomputed
 
 
 def limit_text(max_model_len: int, num_pages: int, page_size: int) -> str:

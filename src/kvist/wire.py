@@ -126,6 +126,8 @@ class Submit(_Message, frozen=True):
     handoff_id: HandoffId | None = None  # set for PREFILL and DECODE, if the handoff is direct
     prefill: PrefillPeer | None = None  # set for DECODE
     target_epoch: EpochId | None = None  # set for a direct PREFILL: only a Grant of this decode engine is accepted
+    # By the gateway's estimate: neither cached here nor computed here for another request. None: it has none.
+    num_uncomputed_tokens: int | None = None
 
 
 class SubmitTogether(_Message, frozen=True):  # to engines of protocol version 6
@@ -339,7 +341,7 @@ class LoadReport(_Message, frozen=True):
     num_in_flight_pages: int
     leases: LeaseCounts = LeaseCounts()
     service_s: float | None = None  # recent mean time of a request from its first admission to its end
-    queue_wait_s: float | None = None  # how long the queue lasts, by the measured rate; None: not measured yet
+    queue_wait_s: float | None = None  # how long the queue lasts (service_time.py); None: not measured yet
     num_host_pages: dict[str, int] = {}  # by state: free, cached, in_flight; empty without a host tier
     storage: StorageStatus | None = None  # None without a host tier
     draining: bool = False  # the engine takes no new request, and exits after its last one

@@ -178,6 +178,21 @@ def test_a_request_with_a_value_that_cannot_be_computed_is_refused_alone(name: s
     assert "token id" in ended.message or name in ended.message
 
 
+@pytest.mark.parametrize("num_tokens", [-1, 4, 2**40])
+def test_a_request_with_an_impossible_number_of_uncomputed_tokens_is_refused(num_tokens: int) -> None:
+    """Such a number would make the queue look endless, or empty."""
+    good = submit_full(make_request("r", (1, 2), max_tokens=2, output_token_ids=(3,)))
+    inbox = inbox_of(Role.UNIFIED)
+    bad = msgspec.structs.replace(good, num_uncomputed_tokens=num_tokens)
+    events, (reply,) = inbox.translate([(b"gateway", bad)], 1.0)
+    assert events == []
+    assert isinstance(reply, Reply)
+    assert isinstance(reply.message, wire.StepOutputs)
+    assert f"num_uncomputed_tokens is {num_tokens}, which a gateway must not send" in reply.message.ended[0].message
+    most = msgspec.structs.replace(good, num_uncomputed_tokens=3)
+    assert inbox.translate([(b"gateway", most)], 1.0)[0] == [most]
+
+
 @pytest.mark.parametrize("token_id", [-1, 100, 2**40])
 def test_a_first_token_outside_the_vocabulary_fails_its_handoff_alone(token_id: int) -> None:
     inbox = inbox_of(Role.DECODE)

@@ -175,7 +175,12 @@ class Messages:
         )
         peer = wire.PrefillPeer(worker_id=WorkerId("p"), endpoint="tcp://p", epoch=source)
         return wire.Submit(
-            request=request, mode=dice.choice(tuple(Mode)), handoff_id=handoff, prefill=peer, target_epoch=target
+            request=request,
+            mode=dice.choice(tuple(Mode)),
+            handoff_id=handoff,
+            prefill=peer,
+            target_epoch=target,
+            num_uncomputed_tokens=dice.choice((None, 0, 1)),
         )
 
     def to_gateway(self, request_id: RequestId) -> Any:

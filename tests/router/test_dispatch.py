@@ -380,6 +380,10 @@ async def test_requests_with_one_prefix_at_once_go_to_the_worker_that_computes_i
     assert sorted(len(world.engines.submits(worker)) for worker in workers) == [0, 0, 20]
     (busy,) = (worker for worker in workers if worker.in_flight)
     assert busy.num_pending_tokens <= len(prefix) + 20 * 16
+    first, *others = [submit.num_uncomputed_tokens for submit in world.engines.submits(busy)]
+    assert first == len(prefix) + 1
+    assert len(others) == 19
+    assert all(number is not None and 1 <= number <= 16 for number in others)
     for task in tasks:
         task.cancel()
 
@@ -434,6 +438,8 @@ async def test_prompt_tokens_are_pending_at_prefill_until_the_first_token() -> N
     prefill, decode = world.pair()
     task = await world.ask()
     assert (prefill.num_pending_tokens, decode.num_pending_tokens) == (len(PROMPT), 0)
+    sent = [world.engines.submits(worker)[0].num_uncomputed_tokens for worker in (prefill, decode)]
+    assert sent == [len(PROMPT), 0]
     world.engines.emit(prefill, 0, 7)
     assert prefill.num_pending_tokens == 0
     task.cancel()

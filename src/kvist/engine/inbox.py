@@ -25,7 +25,6 @@ from kvist.request import (
     MAX_BAD_WORDS,
     MAX_LEASE_TTL_S,
     MAX_LOGIT_BIAS,
-    EngineRequest,
     Outcome,
     RequestId,
     SamplingParams,
@@ -167,7 +166,7 @@ class Inbox:
                 "this worker is stopping: send the request to another worker", retry_after_s=1.0
             )
             return refusal(gateway.identity, request.request_id, error)
-        problem = _find_invalid_field(request, self._spec.vocab_size)
+        problem = _find_invalid_field(submit, self._spec.vocab_size)
         if problem is not None:
             return refusal(gateway.identity, request.request_id, RequestError(problem))
         if not self._gateways.add_request(gateway, request.request_id):
@@ -176,10 +175,10 @@ class Inbox:
         return submit
 
 
-def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
+def _find_invalid_field(submit: wire.Submit, vocab_size: int) -> str | None:
     """Return why the request would fail its whole batch; None if it would not. Gateways check each field first, under
     the name that the client uses."""
-    sampling = request.sampling
+    request, sampling = submit.request, submit.request.sampling
     for token_ids in (request.prompt_token_ids, request.output_token_ids, *_named_token_ids(sampling)):
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             return f"a token id is outside the vocabulary of {vocab_size}"
@@ -195,6 +194,7 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
     kind = None if sampling.constraint is None else sampling.constraint.kind
     lease_id, ttl_s = ("", None) if request.lease is None else (request.lease.lease_id, request.lease.ttl_s)
     shortest = min(map(len, sampling.bad_words), default=1)
+    num_tokens, num_left = request.num_prompt_tokens + len(request.output_token_ids), submit.num_uncomputed_tokens
     for name, value, allowed in (
         ("temperature", sampling.temperature, 0 <= sampling.temperature <= _MAX_FACTOR),
         ("top_k", sampling.top_k, 0 <= sampling.top_k < 2**31),
@@ -214,6 +214,7 @@ def _find_invalid_field(request: EngineRequest, vocab_size: int) -> str | None:
         ("a value of logit_bias", wrong_bias, wrong_bias is None),
         ("the number of bad_words", len(sampling.bad_words), len(sampling.bad_words) <= MAX_BAD_WORDS),
         ("num_shared_tokens", request.num_shared_tokens, request.num_shared_tokens >= 0),
+        ("num_uncomputed_tokens", num_left, num_left is None or 0 <= num_left <= num_tokens),
         ("the length of a lease's id", len(lease_id), len(lease_id) <= MAX_REQUEST_ID_CHARS),
         ("the time of a lease", ttl_s, ttl_s is None or is_lease_ttl(ttl_s)),
         ("the kind of constraint", kind, kind is None or kind in CONSTRAINT_KINDS),

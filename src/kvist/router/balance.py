@@ -1,11 +1,11 @@
 """PURE. Decides which worker should be switched between prefill and decode, by the time that requests wait for each.
 
-The wait of a role is the mean of the waits that its workers report: the queued tokens over the rate at which they leave
-the queue, measured while there is one. A burst that a worker admits at once is therefore no wait. A worker is
-switched to the role where requests wait, if they have waited there for `hold_s` and longer than `wait_s`, many times
-longer than in the other role, and the other role keeps a worker. While that wait becomes shorter, no further worker
-follows: those that are there suffice. After a switch, also one by an operator or another router, nothing is decided for
-`pause_s`: the queues show the effect of a switch late. Unified workers are left alone.
+The wait of a role is the mean of the waits that its workers report (service_time.py), each estimated from measured
+rates and times. A burst that a worker admits at once is therefore no wait. A worker is switched to the role where
+requests wait, if they have waited there for `hold_s` and longer than `wait_s`, many times longer than in the other
+role, and the other role keeps a worker. While that wait becomes shorter, no further worker follows: those that are
+there suffice. After a switch, also one by an operator or another router, nothing is decided for `pause_s`: the queues
+show the effect of a switch late. Unified workers are left alone.
 """
 
 from __future__ import annotations

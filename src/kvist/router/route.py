@@ -21,6 +21,7 @@ from kvist.router.handoff_ways import HandoffWay
 from kvist.router.pairs import Pairs
 from kvist.router.placement import ANYWHERE, Placement
 from kvist.router.policies import POLICIES
+from kvist.router.policies.cost import num_missing_tokens
 from kvist.router.policy import FleetView, Path, Prompt, Reason, WorkerView
 from kvist.router.registry import Registry, Worker, WorkerState
 from kvist.router.sessions import Sessions
@@ -264,7 +265,6 @@ class Router:
                 may_pair=lambda p, d: self._pairs.may_pair(workers[p], workers[d]),
             ),
         )
-        left = max(1, prompt.num_tokens - min(path.prefill.num_hit_tokens, prompt.num_cacheable_tokens))
         prefill, decode = (workers[worker_id] for worker_id in path.worker_ids)
         writes_long = path.reason is Reason.SHORT_ANSWER and look.request.sampling.max_tokens > MAX_SHORT_ANSWER
         return Route(
@@ -272,7 +272,7 @@ class Router:
             prefill=prefill,
             decode=decode,
             token_ids=token_ids,
-            num_prompt_tokens_left=left,
+            num_prompt_tokens_left=num_missing_tokens(prompt, path.prefill),
             handoff=None if path.is_alone else self._pairs.way(prefill, decode),
             reason=Reason.NO_DECODE if writes_long else path.reason,
             cost_ms=path.cost_ms,

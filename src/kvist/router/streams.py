@@ -341,7 +341,7 @@ class Streams:
         worker.take(attempt.request_id, num_left, caller_path(request.client))
         if submit.mode is not Mode.DECODE:
             worker.coming.add(attempt.request_id, route.token_ids, request.cache_salt)
-        self.sends.append((worker, submit))
+        self.sends.append((worker, msgspec.structs.replace(submit, num_uncomputed_tokens=num_left)))
 
     def _on_failure(
         self,

@@ -90,6 +90,7 @@ class ActiveRequest:
     priority: int = 0
     request: EngineRequest
     arrived_s: float
+    num_uncomputed: int  # tokens that this engine has to compute for it, as expected on its arrival
     eos_token_ids: InitVar[tuple[int, ...]]
     from_store: bool = False  # a prefill engine has stored the pages of its prompt
     state: RequestState = RequestState.WAITING

@@ -73,10 +73,9 @@ class Allocator:
         self._victims = Victims(requests)
         self._last_failed: _FailedAllocation | None = None
         self.deferred_victims: set[ActiveRequest] = set()  # victims whose pages the pending step still writes
-        self.out_of_pages = False  # a running request found no page in the step being planned
 
     def begin_step(self) -> None:
-        self.out_of_pages = False
+        self._context.lacks_pages = False
         self.deferred_victims.clear()
         self._queue_released()
 
@@ -97,7 +96,7 @@ class Allocator:
         while not self._cache.grow(lease, num_tokens):
             if self._requests.fetching.give_up_early_loads():
                 continue
-            self.out_of_pages = True
+            self._context.lacks_pages = True
             if self._cache.waits_for_copies(lease, num_tokens):
                 return False
             victim = self._victims.ungranted() or self._victims.for_page_of(request)

@@ -90,8 +90,11 @@ class Batcher:
                 if self._allocator.may_run(request):
                     budget -= self._add_chunk(request, budget, items, step)
             budget = self._admit(ungranted, budget, items, step)
+        begun = {*prompts, *(request for request, *_ in step.chunks)}
+        self._context.num_begun_tokens = sum(len(each.token_ids) - each.num_planned for each in begun)
         if not items:
             return None
+        step.is_full = budget <= 0
         ended, started = self._requests.slots.drain()
         batch = Batch(step_id=self._pending.next_id, ended=ended, started=started, items=tuple(items))
         self._pending.push(step)
@@ -198,9 +201,9 @@ class Batcher:
     ) -> int:
         """Admit requests from the head of the queue while pages and budget are left; return the budget left. With
         `before`, admit only requests of a lower priority value."""
-        requests, allocator = self._requests, self._allocator
-        most = self._context.config.max_running_requests
-        while not allocator.out_of_pages and requests.num_counted_as_running < most:
+        requests, allocator, context = self._requests, self._allocator, self._context
+        most = context.config.max_running_requests
+        while not context.lacks_pages and requests.num_counted_as_running < most:
             request = requests.waiting.head()
             if request is None or request.ungranted is not ungranted:
                 break
@@ -210,7 +213,8 @@ class Batcher:
                 break
             allocation = allocator.allocate(request)
             if allocation is Allocation.NO_PAGES:
-                note_no_pages(request, self._context.now_s)
+                context.lacks_pages = True
+                note_no_pages(request, context.now_s)
                 break
             if allocation is Allocation.READY:
                 self._start(request)

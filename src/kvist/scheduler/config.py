@@ -46,7 +46,7 @@ class SchedulerOptions:
     max_queue_wait_s: float | None = option(
         None,
         "a request whose turn would come later than this is refused as overloaded at once. The wait is estimated from "
-        "the queued tokens ahead of the request and the measured rate. By default the limit is --queue-timeout-s",
+        "the tokens and the requests ahead, and measured rates. By default the limit is --queue-timeout-s",
         unit="s",
         minimum=0.001,
     )

@@ -10,7 +10,7 @@ from kvist.scheduler.config import SchedulerConfig
 from kvist.scheduler.counters import SCHEDULER_COUNTERS
 from kvist.scheduler.outbox import Outbox
 from kvist.scheduler.timers import Timers
-from kvist.service_time import DrainRate, ServiceTime
+from kvist.service_time import PromptRate, ServiceTime
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -25,7 +25,9 @@ class SchedulerContext:
     step_count: int = 0
     timers: Timers = field(default_factory=Timers)
     out: Outbox = field(default_factory=Outbox)
-    drain_rate: DrainRate = field(default_factory=DrainRate)  # of the queue
+    num_begun_tokens: int = 0  # of running prompts, in no step when the last batch was planned
+    lacks_pages: bool = False  # a request found too few pages when the last batch was planned
+    prompt_rate: PromptRate = field(default_factory=PromptRate)
     service_time: ServiceTime = field(default_factory=ServiceTime)
     totals: dict[str, float] = field(default_factory=SCHEDULER_COUNTERS.zeros)
 

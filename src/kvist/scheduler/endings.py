@@ -14,7 +14,7 @@ from kvist.request import Outcome, RequestId
 from kvist.scheduler.active import ActiveRequest, RequestState
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.pending import PendingSteps
-from kvist.scheduler.queue_wait import queue_wait_s
+from kvist.scheduler.queue_wait import whole_wait_s
 from kvist.scheduler.states import Requests
 from kvist.scheduler.timers import TimerKind
 from kvist.service_time import bounded_retry_after_s
@@ -84,7 +84,7 @@ class Endings:
         context.count(_COUNTERS[outcome])
         retry_after_s = None
         if code == "overloaded":
-            retry_after_s = bounded_retry_after_s(queue_wait_s(context, requests) if wait_s is None else wait_s)
+            retry_after_s = bounded_retry_after_s(whole_wait_s(context, requests) if wait_s is None else wait_s)
         context.out.ended.append(
             Ended(
                 request_id=request_id,

@@ -12,7 +12,7 @@ from typing import TypedDict
 
 from kvist.errors import Unavailable
 from kvist.fairness import CallerPath
-from kvist.fit import limit_text, num_tokens_needed
+from kvist.fit import limit_text, num_tokens_needed, num_tokens_to_compute
 from kvist.kv.cache import PageCache
 from kvist.request import BACKGROUND_PRIORITY, PRIORITY, EngineRequest, Mode, Role, SamplingParams
 from kvist.scheduler.active import ActiveRequest, DecodeRequest, PrefillRequest, RequestState, StoringRequest
@@ -40,6 +40,7 @@ class _CommonFields(TypedDict):
     priority: int
     request: EngineRequest
     arrived_s: float
+    num_uncomputed: int
     eos_token_ids: tuple[int, ...]
 
 
@@ -87,6 +88,7 @@ def make_request(event: Submit, config: SchedulerConfig, *, number: int, now_s: 
         priority=BACKGROUND_PRIORITY if event.request.background else priority,
         request=event.request,
         arrived_s=now_s,
+        num_uncomputed=num_tokens_to_compute(event.request, event.mode, event.num_uncomputed_tokens),
         eos_token_ids=config.eos_token_ids,
     )
     if event.mode is Mode.FULL:

@@ -16,6 +16,7 @@ class PendingStep:
     chunks: list[tuple[ActiveRequest, int, bool]]  # request, end position of its chunk, whether it samples a token
     planned_s: float = 0.0
     num_prompt_tokens: int = 0  # of all chunks
+    is_full: bool = False  # has no room for another token
 
     def requests(self) -> list[ActiveRequest]:
         return [*self.decodes, *(request for request, *_ in self.chunks)]

@@ -1,8 +1,9 @@
-"""Estimates how long requests wait in the queue: the queued tokens ahead, over the measured rate.
+"""Estimates how long requests wait in the queue (service_time.py), from the state of the scheduler.
 
-Before a rate is known, the time of a request from admission to end gives the rate at which places become free (Little's
-law), if all are taken. While places are free, that time says nothing: a burst at an idle worker does not wait for
-places.
+The tokens to be computed are those that begun prompts have left, and those that the gateway expects of waiting ones
+(`Submit.num_uncomputed_tokens`). While places are free, the mean time of a request counts only if it is that of several
+requests: a burst at an idle worker does not wait as long as the one request before it took. Before a request has ended,
+the age of the oldest one stands for that time: the first ones to end are short.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 from kvist.scheduler.active import ActiveRequest
 from kvist.scheduler.context import SchedulerContext
 from kvist.scheduler.states import Requests
+from kvist.service_time import Queue, queue_wait_s
 
 
-def queue_wait_s(context: SchedulerContext, requests: Requests) -> float | None:
+def whole_wait_s(context: SchedulerContext, requests: Requests) -> float | None:
     """Return how long the queue lasts; None if nothing has been measured yet."""
-    return _wait_s(context, requests, len(requests.unadmitted))
+    return _wait_s(context, requests, len(requests.unadmitted), most_at_once=0)
 
 
 def wait_before_s(context: SchedulerContext, requests: Requests, newcomer: ActiveRequest) -> float | None:
@@ -22,26 +24,33 @@ def wait_before_s(context: SchedulerContext, requests: Requests, newcomer: Activ
 
     The requests that the next step can admit do not count: it has places and tokens for them."""
     num_queued, num_tokens = len(requests.unadmitted), requests.unadmitted.num_tokens
-    num_free = _num_free(context, requests)
-    if num_free > 0 and context.drain_rate.tokens_per_s is None:
-        return None
     per_step = max(1, context.config.max_prefill_tokens * num_queued // max(1, num_tokens))
-    num_ahead = requests.unadmitted.num_ahead(newcomer) - max(0, min(num_free, per_step))
-    return 0.0 if num_ahead <= 0 else _wait_s(context, requests, num_ahead)
+    num_ahead = requests.unadmitted.num_ahead(newcomer)
+    return _wait_s(context, requests, num_ahead, most_at_once=per_step)
 
 
-def _wait_s(context: SchedulerContext, requests: Requests, num_ahead: int) -> float | None:
-    num_queued, rate = len(requests.unadmitted), context.drain_rate.tokens_per_s
-    if not num_queued:
+def _wait_s(context: SchedulerContext, requests: Requests, num_ahead: int, *, most_at_once: int) -> float | None:
+    """Return the wait for the first `num_ahead` requests. The next step has tokens for `most_at_once` of them."""
+    num_free = _num_free(context, requests)
+    num_at_once = min(num_free, most_at_once)
+    if num_ahead <= num_at_once:
         return 0.0
-    if rate is not None:
-        return requests.unadmitted.num_tokens * num_ahead / num_queued / rate
-    if _num_free(context, requests) > 0:
-        return None
-    service_s, num_served = context.service_time.mean_s, len(requests.live) - requests.num_waiting
-    return None if service_s is None else service_s * num_ahead / max(1, num_served)
+    num_served, service = len(requests.live) - requests.num_waiting, context.service_time
+    queue = Queue(
+        num_requests=num_ahead,
+        num_tokens=context.num_begun_tokens
+        + requests.unadmitted.num_tokens * (num_ahead - num_at_once) / len(requests.unadmitted),
+        num_free=num_free,
+        num_places=max(num_served, context.config.max_running_requests) if num_free else num_served,
+    )
+    service_s = service.mean_s if service.is_settled or not num_free else None
+    if service.mean_s is None and not num_free:
+        service_s = context.now_s - next(iter(requests.live.values())).arrived_s
+    return queue_wait_s(queue, tokens_per_s=context.prompt_rate.tokens_per_s, service_s=service_s)
 
 
 def _num_free(context: SchedulerContext, requests: Requests) -> int:
-    """Return the number of free places."""
-    return context.config.max_running_requests - requests.num_counted_as_running
+    """Return the number of places that requests can have at once."""
+    if context.lacks_pages:
+        return 0
+    return max(0, context.config.max_running_requests - requests.num_counted_as_running)

@@ -68,6 +68,8 @@ class Results:
         if step.num_prompt_tokens:
             context.count("prompt_step_tokens", step.num_prompt_tokens)
             context.count("prompt_step_seconds", duration_s)
+            if step.is_full:
+                context.prompt_rate.add(step.num_prompt_tokens, duration_s)
         else:
             context.count("decode_steps")
             context.count("decode_step_seconds", duration_s)

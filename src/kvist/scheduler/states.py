@@ -130,7 +130,6 @@ class Requests:
         if not request.was_admitted:
             if to in _STARTED:
                 request.admitted_s = self._context.now_s
-                self._context.drain_rate.left(request.num_tokens_on_arrival)
             if to in _STARTED or to is RequestState.ENDED:
                 self.unadmitted.remove(request)
         self.by_state[to].enter(request)

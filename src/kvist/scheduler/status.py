@@ -17,6 +17,6 @@ class SchedulerStatus:
     pages: PageCounts
     totals: Mapping[str, float]  # SCHEDULER_COUNTERS, and the cache's CACHE_COUNTERS
     service_s: float | None = None  # recent mean time from admission to end; None: no request has ended yet
-    queue_wait_s: float | None = None  # how long the queue lasts at the measured rate; None: not measured yet
+    queue_wait_s: float | None = None  # how long the queue lasts (service_time.py); None: not measured yet
     leases: LeaseCounts = field(default_factory=LeaseCounts)
     host_pages: HostCounts | None = None  # None: there is no host tier

@@ -32,7 +32,7 @@ from kvist.scheduler.handoff.stored import StoredHandoffs
 from kvist.scheduler.handoff.target import TargetSide
 from kvist.scheduler.leases import Leases
 from kvist.scheduler.pending import PendingSteps
-from kvist.scheduler.queue_wait import queue_wait_s
+from kvist.scheduler.queue_wait import whole_wait_s
 from kvist.scheduler.results import Results
 from kvist.scheduler.states import Requests
 from kvist.scheduler.status import SchedulerStatus
@@ -115,7 +115,6 @@ class Steps:
         context = self._context
         context.now_s = now_s
         context.step_count += 1
-        context.drain_rate.begin(now_s)
         for event in events:
             self._handlers[type(event)](event)
         self._handoffs.stored.end_settled()
@@ -126,7 +125,6 @@ class Steps:
         self._admission.queue_fetched()
         batch = self._batcher.plan() if with_batch else None
         self._batcher.load_early()
-        context.drain_rate.end(has_queue=len(self.requests.unadmitted) > 0)
         return context.out.take(
             batch=batch,
             tier_jobs=self._cache.plan_jobs(),
@@ -147,7 +145,7 @@ class Steps:
             pages=self._cache.counts(),
             leases=self._leases.counts(),
             service_s=self._context.service_time.mean_s,
-            queue_wait_s=queue_wait_s(self._context, self.requests),
+            queue_wait_s=whole_wait_s(self._context, self.requests),
             host_pages=self._cache.host_counts(),
             totals={**self._context.totals, **self._cache.totals()},
         )

@@ -11,17 +11,17 @@ class Unadmitted:
 
     def __init__(self) -> None:
         self._counts: dict[int, CallerCounts] = {}  # by priority; none is empty
-        self.num_tokens = 0  # of all these requests, on their arrival
+        self.num_tokens = 0  # to be computed here for all these requests
 
     def __len__(self) -> int:
         return sum(map(len, self._counts.values()))
 
     def add(self, request: ActiveRequest) -> None:
-        self.num_tokens += request.num_tokens_on_arrival
+        self.num_tokens += request.num_uncomputed
         self._counts.setdefault(request.priority, CallerCounts()).add(request.caller)
 
     def remove(self, request: ActiveRequest) -> None:
-        self.num_tokens -= request.num_tokens_on_arrival
+        self.num_tokens -= request.num_uncomputed
         counts = self._counts[request.priority]
         counts.remove(request.caller)
         if not len(counts):
