@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,15 @@ def test_the_curl_example_is_a_valid_shell_command() -> None:
     assert words[:2] == ["curl", "http://h:1/v1/chat/completions"]
     assert "Authorization: Bearer s3cret" in words
     assert "Authorization" not in curl_example("http://h:1")
+
+
+def test_the_shell_of_the_curl_example_reads_the_key_from_its_file(tmp_path: Path) -> None:
+    key = tmp_path / "api-key"
+    key.write_text("s3cret", encoding="ascii")
+    shown = curl_example("http://h:1", key_file=key).replace("curl ", "printf '%s\\n' ", 1)
+    words = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "Authorization: Bearer s3cret" in words
+    assert words[0] == "http://h:1/v1/chat/completions"
     assert router_example("http://h:1", Role.DECODE) == "kvist router --prefill PREFILL_URL --decode http://h:1"
 
 

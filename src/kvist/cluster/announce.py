@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from kvist.request import Role
@@ -27,9 +28,11 @@ class Readiness(Protocol):
     def snapshot(self) -> ClusterSnapshot: ...
 
 
-def curl_example(url: str, *, api_key: str | None = None) -> str:
-    """Return an example request: one line to paste into a shell."""
+def curl_example(url: str, *, api_key: str | None = None, key_file: Path | None = None) -> str:
+    """Return an example request: one line to paste into a shell, which reads the key from its file, if it has one."""
     key = "" if api_key is None else f" -H 'Authorization: Bearer {api_key}'"
+    if key_file is not None:
+        key = f' -H "Authorization: Bearer $(cat {key_file})"'
     return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{_QUESTION}'"
 
 

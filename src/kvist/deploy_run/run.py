@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvist.cluster.announce import curl_example
 from kvist.cluster.listener import bound_socket
 from kvist.cluster.ports import LOOPBACK, free_ports
 from kvist.cluster.processes import ChildTimeouts, Processes
@@ -195,7 +196,7 @@ class _Running:
         routers = [pod for pod in self._cluster.pods if pod.args[0] == "router"]
         if routers:
             self._say(f"ready at {routers[0].url}    (Ctrl-C stops everything; the API key is in {key}). Try:")
-            self._say(f'curl {routers[0].url}/v1/models -H "Authorization: Bearer $(cat {key})"')
+            self._say(curl_example(routers[0].url, key_file=key))
         self._say(f"a change of images in {self._run.manifest} is an upgrade")
 
     def _follow(self) -> None:
