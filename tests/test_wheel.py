@@ -105,4 +105,6 @@ def test_kvist_runs_from_the_wheel_alone(unpacked: Path) -> None:
     assert kvist(unpacked, ["--version"]) == f"kvist {__version__}\n"
     manifest = unpacked.parent / "cluster.yaml"
     kvist(unpacked, ["deploy", "render", "--stores=3", "--hicache-size=1", f"--output={manifest}"])
-    assert kvist(unpacked, ["deploy", "check", str(manifest)]) == f"{manifest}: 0 errors, 0 warnings\n"  # by the schemas inside
+    assert (
+        kvist(unpacked, ["deploy", "check", str(manifest)]) == f"{manifest}: 0 errors, 0 warnings\n"
+    )  # by the schemas inside
