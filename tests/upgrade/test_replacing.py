@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
@@ -20,13 +22,15 @@ from kvist.cluster.plan import ClusterShape
 from kvist.cluster.processes import ChildTimeouts, Processes
 from kvist.errors import KvistError, Unavailable
 from kvist.request import Role
-from kvist.supervisor.child import ALIVE, READY, Answer, ChildPlan, ChildState
+from kvist.supervisor.child import ALIVE, NO_ANSWER, READY, Answer, ChildPlan, ChildState
 from kvist.upgrade.order import How, Kind, Step
 from kvist.upgrade.replacing import Outcome, Replacing, Successor
 from kvist.upgrade.report import PauseCounts
 from kvist.upgrade.view import ServerView, WorkerView
 
-STAYS = "import sys; [sys.exit() for line in sys.stdin if line.strip() in ('stop', 'retire')]"
+# A process answers probes once it has made the file of its instance, as a real one does once it runs.
+ANSWERS = "import os, sys; open(os.path.join(os.environ['ANSWERS'], os.environ['KVIST_INSTANCE_ID']), 'x').close(); "
+STAYS = ANSWERS + "[sys.exit() for line in sys.stdin if line.strip() in ('stop', 'retire')]"
 DIES = "import sys; print('cannot do this', flush=True); sys.exit(3)"
 REFUSES = "import sys; print('no such flag', flush=True); sys.exit(2)"
 TIMEOUT_S = 30.0
@@ -94,6 +98,7 @@ class Bench:
 
     processes: Processes
     view: FakeView
+    answers: Path  # the folder of the instances that answer
     lines: list[str] = field(default_factory=list)
     new_program: str = STAYS  # of all successors
     never_ready: set[str] = field(default_factory=set)  # programs
@@ -112,7 +117,7 @@ class Bench:
                 at = words.index("-c") + 1
                 argv = (sys.executable, *words[1:at], bench.new_program, *words[at + 1 :])
                 url = plan.url if plan.name != "router" else "http://router:2"
-                return super()._started(replace(plan, argv=argv, url=url))
+                return super()._started(replace(plan, argv=argv, url=url, environ={"ANSWERS": str(bench.answers)}))
 
         shape = ClusterShape(config=ClusterConfig())
         successor = Successor(python=sys.executable, start_timeout_s=timeout_s)
@@ -135,13 +140,17 @@ def running(*plans: ChildPlan) -> Iterator[Bench]:
             view.known[each.url] = WorkerView(role=Role(role), is_usable=True)
     never_ready: set[str] = set()
 
-    def probe(url: str, _instance_id: str) -> Answer:
-        return ALIVE if url in never_ready else READY
+    with tempfile.TemporaryDirectory() as answers:
 
-    timeouts = ChildTimeouts(drain_s=TIMEOUT_S)
-    with Processes(plans, probe=probe, sink=lambda _name, _line: None, timeouts=timeouts) as processes:
-        processes.wait_ready(TIMEOUT_S)
-        yield Bench(processes=processes, view=view, never_ready=never_ready)
+        def probe(url: str, instance_id: str) -> Answer:
+            if not Path(answers, instance_id).exists():
+                return NO_ANSWER
+            return ALIVE if url in never_ready else READY
+
+        timeouts, named = ChildTimeouts(drain_s=TIMEOUT_S), [replace(p, environ={"ANSWERS": answers}) for p in plans]
+        with Processes(named, probe=probe, sink=lambda _name, _line: None, timeouts=timeouts) as processes:
+            processes.wait_ready(TIMEOUT_S)
+            yield Bench(processes=processes, view=view, answers=Path(answers), never_ready=never_ready)
 
 
 @pytest.fixture
@@ -295,7 +304,7 @@ def test_a_stop_during_an_upgrade_ends_both_versions_and_the_upgrade(
 
 
 def test_a_child_that_dies_beside_its_successor_is_not_restarted_once_the_other_has_its_place(bench: Bench) -> None:
-    new = bench.processes.start_one(plan("decode-0", 9))
+    new = bench.processes.start_one(replace(plan("decode-0", 9), environ={"ANSWERS": str(bench.answers)}))
     bench.processes.wait_one(new, TIMEOUT_S)
     old = bench.processes.take_place(new)
     assert (new.label, old.label) == ("decode-0", "decode-0-")
