@@ -138,7 +138,7 @@ def test_a_prefill_worker_writes_a_short_answer_itself() -> None:
     assert (long.work, long.prefill_worker, long.decode_worker) == (Work.SPLIT, "p", "d")
 
 
-def test_a_short_answer_is_handed_over_where_the_server_cannot_be_told_otherwise() -> None:
+def test_a_short_answer_is_handed_over_at_a_server_without_the_hint_for_it() -> None:
     writer = Worker(name="p", role=Role.PREFILL, max_answer_tokens=16)
     fleet = Fleet(workers=(writer, DECODE), native=frozenset(Native) - {Native.ALONE})
     (placed,) = plan(_graph(_generate(1, SHARED, max_tokens=16)), fleet, Running()).placements
