@@ -60,19 +60,6 @@ def test_a_program_gives_the_same_tokens_however_it_is_sent(endpoint: kv.Endpoin
     assert httpx.get(f"{settled.router}/v1/leases").json()["data"] == []
 
 
-def test_a_short_answer_of_a_plan_needs_no_handoff(endpoint: kv.Endpoint) -> None:
-    @kv.function
-    def ask(s: kv.State) -> None:
-        s += kv.user("A word?")
-        s += kv.assistant(kv.gen("word", max_tokens=4))
-
-    state = ask.run(backend=endpoint, seed=1)
-    (done,) = state.report.requests
-    assert done.served is not None
-    assert done.served.prefill_worker == done.served.decode_worker
-    assert state["word"] == ask.run(backend=endpoint, seed=1, plan=False)["word"]
-
-
 @pytest.mark.parametrize(
     ("options", "name"),
     [

@@ -40,7 +40,6 @@ HANDOFFS = {
 }
 INFO = {
     "version": "1",
-    "may_serve_alone": True,
     "pairs": [],
     "workers": [
         {
@@ -327,25 +326,6 @@ async def test_the_fleet_of_a_kvist_server_has_roles_and_measured_rates() -> Non
     assert (decode.decode_tokens_per_s, decode.handoff_s) == (50.0, 0.05)
     assert (fleet.page_size, fleet.num_lease_tokens) == (32, 800)
     assert fleet.native == frozenset(Native)
-
-
-async def test_a_server_that_may_not_serve_alone_or_is_too_old_gets_no_such_hint() -> None:
-    older = {name: value for name, value in INFO.items() if name != "may_serve_alone"}
-    for info in (older, {**INFO, "may_serve_alone": False}):
-        fleet = await KvistServer("http://server", http=Recorded({"/server_info": info})).fleet()
-        assert fleet.native == frozenset(Native) - {Native.ALONE}
-
-
-async def test_the_hint_that_a_worker_serves_alone_is_for_generations_only() -> None:
-    result = {"token_ids": [7], "logprobs": [-0.5]}
-    score = {"results": [result], "worker": "w", "cached_tokens": {}, "computed_tokens": 1}
-    recorded = Recorded({"/server_info": INFO, "/v1/chat/completions": ANSWER, "/v1/continuations/score": score})
-    server = await recorded.kvist()
-    hints = Hints(worker="w", role=Role.PREFILL, alone=True)
-    await server.generate(GenerateRequest(prompt=CHAT, sampling=Sampling(), hints=hints), None)
-    await server.score(ScoreRequest(prompt=CHAT, choices=("a",), hints=hints))
-    place = {"worker": "w", "role": "prefill"}
-    assert [body["kvist"] for _, body in recorded.bodies] == [{"report": True, **place, "alone": True}, place]
 
 
 async def test_a_server_that_is_not_kvist_gets_no_field_of_kvist() -> None:

@@ -138,13 +138,6 @@ def test_a_prefill_worker_writes_a_short_answer_itself() -> None:
     assert (long.work, long.prefill_worker, long.decode_worker) == (Work.SPLIT, "p", "d")
 
 
-def test_a_short_answer_is_handed_over_at_a_server_without_the_hint_for_it() -> None:
-    writer = Worker(name="p", role=Role.PREFILL, max_answer_tokens=16)
-    fleet = Fleet(workers=(writer, DECODE), native=frozenset(Native) - {Native.ALONE})
-    (placed,) = plan(_graph(_generate(1, SHARED, max_tokens=16)), fleet, Running()).placements
-    assert placed.work is Work.SPLIT
-
-
 def test_a_request_that_waits_for_a_result_keeps_no_worker_from_other_work() -> None:
     waiting = _generate(2, f"{SHARED}{hole(1)} And now?", max_tokens=64)
     made = plan(_graph(_generate(1, SHARED, max_tokens=64), waiting, _generate(3, SHARED + "x")), PAIR, Running())

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from kvist import wire
-from kvist.request import MAX_SHORT_ANSWER, FinishReason, RequestId, Role
-from kvist.router.config import NEVER, RouterConfig, RoutingOptions
+from kvist.request import FinishReason, RequestId, Role
+from kvist.router.config import RouterConfig, RoutingOptions
 from kvist.router.placement import Placement
 from kvist.router.registry import Worker
 from kvist.router.sent_together import MOST_TOKENS_TOGETHER, Message, sent_together, submits_of
@@ -66,36 +66,6 @@ async def test_a_named_worker_of_the_named_role_serves_as_that_role_does(name: s
     found = await served(bench, Placement(worker=name, role=role))
     assert name in found
     assert {workers[each].role for each in found} == ({Role.PREFILL, Role.DECODE} if name == "q" else {role})
-
-
-@pytest.mark.parametrize("policy", ["cache_aware", "cost", "least_loaded", "round_robin"])
-@pytest.mark.parametrize("name", ["p", "q", "d", "e", "u"])
-async def test_a_named_worker_that_can_serves_a_request_alone(policy: str, name: str) -> None:
-    bench, workers = pairs_and_a_unified_worker(policy)
-    role = workers[name].role
-    for placement in (Placement(worker=name, alone=True), Placement(worker=name, role=role, alone=True)):
-        for max_tokens in (1, 2, MAX_SHORT_ANSWER):
-            assert await served(bench, placement, max_tokens) == {name}
-        long = await served(bench, placement, MAX_SHORT_ANSWER + 1)
-        assert name in long
-        assert {workers[each].role for each in long} == (
-            {Role.PREFILL, Role.DECODE} if role is Role.PREFILL else {role}
-        )
-
-
-async def test_a_request_that_names_no_worker_may_run_alone_on_any() -> None:
-    bench, _ = pairs_and_a_unified_worker("cache_aware")
-    assert len(await served(bench, Placement(alone=True))) == 1
-    assert len(await served(bench, Placement(worker="p"))) == 2
-
-
-async def test_no_request_runs_alone_where_the_operator_forbids_it() -> None:
-    bench = RouterBench(RouterConfig(routing=RoutingOptions(aggregate=NEVER)))
-    for name, role in {"p": Role.PREFILL, "d": Role.DECODE}.items():
-        bench.engines.join(name, role=role, transports=(POOL,))
-    assert await served(bench, Placement(worker="p", alone=True), 8) == {"p", "d"}
-    assert not bench.dispatcher.snapshot().may_serve_alone
-    assert pairs_and_a_unified_worker()[0].dispatcher.snapshot().may_serve_alone
 
 
 async def test_a_worker_that_is_not_of_the_named_role_serves_the_request() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from kvist.lease_messages import LeaseCounts
 from kvist.request import Role, WorkerId
 from kvist.router.rates import RateMeter, Rates
@@ -55,12 +53,6 @@ async def test_server_info_has_the_capacity_of_each_worker(bench: GatewayBench) 
             "host": {"total": 8, "free": 6, "cached": 2, "in_flight": 0},
         },
     }
-
-
-@pytest.mark.parametrize("may", [True, False])
-async def test_server_info_says_whether_one_worker_may_serve_alone(bench: GatewayBench, may: bool) -> None:
-    bench.dispatcher.snapshots = ClusterSnapshot(workers=(WORKER,), may_serve_alone=may)
-    assert (await bench.client.get("/server_info")).json()["may_serve_alone"] is may
 
 
 def test_prompts_of_this_gateway_are_a_queue_before_the_worker_reports_one() -> None:

@@ -69,13 +69,6 @@ class PlaceOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class KvistOptions(PlaceOptions, forbid_unknown_fields=True, kw_only=True):
-    alone: Annotated[
-        bool | None,
-        Honoured(
-            "true: one worker computes the prompt and writes the answer, without a handoff; a prefill worker writes at "
-            "most 16 tokens. While none can, or with --routing-aggregate never, two workers do"
-        ),
-    ] = None
     report: Annotated[bool | None, Honoured("report the workers that served the request, and the handoff")] = None
     usage: Annotated[
         bool | None, Honoured("report in `usage` which tiers the cached tokens came from; /generate always does")

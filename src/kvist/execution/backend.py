@@ -20,7 +20,6 @@ class Hints:
 
     worker: str | None = None
     role: Role | None = None
-    alone: bool = False  # that worker writes the answer, too
     session: str = ""
     in_background: bool = False  # after all other requests, for work that may turn out to be needless
 

@@ -428,8 +428,7 @@ def _hints(placement: Placement | None, *, separate: bool) -> Hints:
     if not separate:
         return Hints(worker=placement.prefill_worker, session=placement.session)
     role = {Work.PREFILL: Role.PREFILL, Work.DECODE: Role.DECODE, Work.SPLIT: Role.PREFILL}.get(placement.work)
-    alone = placement.work is Work.PREFILL  # a decode worker is alone by its role
-    return Hints(worker=placement.prefill_worker, role=role, alone=alone, session=placement.session)
+    return Hints(worker=placement.prefill_worker, role=role, session=placement.session)
 
 
 def _cancelled(job: Job) -> ProgramError:

@@ -21,7 +21,7 @@ def fleet_of(info: Any) -> Fleet | None:
     leasable = [_pages(each, "leasable") * each["capacity"]["page_size"] for each in ready]
     return Fleet(
         workers=_as_measured([_worker(each) for each in ready]),
-        native=frozenset(Native) - (frozenset() if info.get("may_serve_alone") else {Native.ALONE}),
+        native=frozenset(Native),
         page_size=max((each["capacity"]["page_size"] for each in ready), default=16),
         num_lease_tokens=sum(leasable),
     )

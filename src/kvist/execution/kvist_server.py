@@ -40,7 +40,7 @@ class KvistServer(OpenAIServer):
         if not self._native:
             return {}
         place = _place(hints)
-        found: dict[str, object] = {"kvist": {"report": True, **place} | ({"alone": True} if hints.alone else {})}
+        found: dict[str, object] = {"kvist": {"report": True, **place}}
         return found | ({"session_id": hints.session} if hints.session else {})
 
     async def score(self, request: ScoreRequest) -> Scored:

@@ -23,7 +23,6 @@ class Native(StrEnum):
     SCORE = "score"  # all continuations of a prompt in one step
     PREFILL = "prefill"  # compute a prompt without generating
     LEASE = "lease"  # keep a prefix until the lease ends
-    ALONE = "alone"  # a prefill worker writes a short answer where the request asks for it
     SESSION = "session"  # requests with one session id go to one worker where loads are about equal
 
 

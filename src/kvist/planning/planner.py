@@ -253,11 +253,10 @@ class _Planner:
         """Return (worker of the prompt, worker of the answer where it is another one)."""
         if isinstance(operation, Score):
             return [(each, None) for each in self._prefill_workers()]
-        writes_short = Native.ALONE in self._fleet.native
         together: list[tuple[_Worker, _Worker | None]] = [
             (each, None)
             for each in self._workers
-            if each.worker.decodes or (writes_short and operation.max_tokens <= each.worker.max_answer_tokens)
+            if each.worker.decodes or operation.max_tokens <= each.worker.max_answer_tokens
         ]
         apart = [(one, other) for one in self._workers for other in self._workers if _is_pair(one.worker, other.worker)]
         return together + apart
@@ -272,7 +271,7 @@ class _Planner:
         if first.worker.role is Role.UNIFIED:
             return "prompt and answer on one worker"
         if first.worker.role is Role.PREFILL:
-            return f"{new} and a short answer: prefill writes it itself, without a handoff"
+            return f"{new} and a short answer: prefill may write it itself, without a handoff"
         return f"{new}: decode computes them itself, without a handoff"
 
     def _pins(

@@ -97,7 +97,6 @@ class Dispatcher:
             num_index_bytes=index.num_bytes,
             handoffs=dict(counts.num_handoffs),
             policy=self._policy,
-            may_serve_alone=self._router.may_serve_alone,
             decisions=tuple(self._streams.decisions),
         )
 

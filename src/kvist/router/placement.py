@@ -12,13 +12,12 @@ class Placement:
     session: str = ""  # a name that requests with a common prefix share; "": none (sessions.py)
     group: str = ""  # requests of one group run on one worker, or one pair of workers, while that is possible; "": none
     worker: str = ""  # URL or id of the wanted worker, which computes the prompt or generates the answer; "": any
-    alone: bool = False  # one worker serves the whole request, without a handoff
     role: Role | None = None  # of the workers that serve the request: DECODE alone; with PREFILL its pair, or alone too
 
     @property
     def is_bound(self) -> bool:
         """Whether some workers are wanted and others are not."""
-        return bool(self.group or self.worker or self.role is not None or self.alone)
+        return bool(self.group or self.worker or self.role is not None)
 
 
 ANYWHERE = Placement()

@@ -153,16 +153,12 @@ class Router:
         """Number of prompt chunks whose digests are remembered."""
         return self._digests.num_chunks
 
-    @property
-    def may_serve_alone(self) -> bool:
-        """Whether one worker of a pair may serve a whole request."""
-        return self._config.routing.aggregate != NEVER
-
     def can_serve(self) -> bool:
         """Return whether the ready workers can serve a request with an answer of any length. They may be full."""
         ready = Candidates.of(self._registry, {WorkerState.READY}, frozenset())
         return ready.paired_by(self._pairs).has_route(single=False) or (
-            self.may_serve_alone and (bool(ready.decode) or any(worker.writes_alone for worker in ready.prefill))
+            self._config.routing.aggregate != NEVER
+            and (bool(ready.decode) or any(worker.writes_alone for worker in ready.prefill))
         )
 
     def remember(self, placement: Placement, route: Route) -> None:
@@ -187,25 +183,11 @@ class Router:
         suitable workers are full."""
         look = _LookUp(request, self._sessions.last(placement.session))
         ready = Candidates.of(self._registry, {WorkerState.READY}, excluded)
-        if placement.alone and not look.single and (route := self._choose_alone(look, ready, placement)):
-            return route
         if placement.is_bound:
             for wanted, may_be_alone in self._wanted(ready, placement, single=look.single):
                 with contextlib.suppress(KvistError):
                     return self._choose(look, wanted, may_be_alone, is_stored=is_stored)
         return self._choose(look, ready, lambda _: True, is_stored=is_stored)
-
-    def _choose_alone(self, look: _LookUp, ready: Candidates, placement: Placement) -> Route | None:
-        """Return a route through one worker. Of a placement that names workers or a role, only these are considered."""
-        request = look.request
-        wanted = list(self._wanted(ready, placement, single=False)) or [(ready, lambda _: True)]
-        for candidates, may_be_alone in wanted:
-            known = candidates.that_know(request)
-            unified = known.that_fit(request).with_room_for(caller_path(request.client)).unified
-            writers = [each for each in self._alone(request, known) if may_be_alone(each)]
-            if unified or writers:
-                return self._choose_path(look, replace(Candidates.only(writers), unified=unified))
-        return None
 
     def _wanted(
         self, ready: Candidates, placement: Placement, *, single: bool
@@ -300,7 +282,7 @@ class Router:
     def _alone(self, request: EngineRequest, candidates: Candidates) -> list[Worker]:
         """Return the workers of pairs that can serve the whole request without a handoff. A prefill worker writes long
         answers only where no other worker could."""
-        if not self.may_serve_alone:
+        if self._config.routing.aggregate == NEVER:
             return []
         whole, caller = num_tokens_needed(request, Mode.FULL), caller_path(request.client)
         able = [

@@ -108,7 +108,6 @@ class ClusterSnapshot:
     num_index_entries: int = 0  # different pages that the index knows
     num_index_bytes: int = 0
     policy: str = ""  # of routing
-    may_serve_alone: bool = True  # whether one worker of a pair may serve a whole request that asks for it
     decisions: Sequence[Decision] = ()  # the last ones, the newest last
 
     def pools(self) -> dict[str, WatchedPool]:

@@ -149,7 +149,6 @@ class Admin:
             "engine_health": gateway.own_health(),
             "workers": [_worker_info(worker) for worker in self._workers()],
             "pairs": pair_infos(self._workers()),
-            "may_serve_alone": gateway.dispatcher.snapshot().may_serve_alone,
         }
         await send_json(send, info)
 

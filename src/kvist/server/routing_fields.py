@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvist.api.decoding import IGNORED
-from kvist.api.schemas import Generation, KvistOptions, NativeRequest, PlaceOptions, PromptRequest
+from kvist.api.schemas import Generation, NativeRequest, PlaceOptions, PromptRequest
 from kvist.checking.sampling import MAX_ID_CHARS, require, salt_digest, session_digest
 from kvist.errors import RequestError
 from kvist.http.asgi import Headers
@@ -46,8 +46,7 @@ def _placement(gateway: GatewayContext, options: PlaceOptions, session: str) -> 
         worker, ignored = "", ["kvist.worker"]  # it may have left: a hint must not fail the request
     if options.role is not None and options.role not in ROLES:
         raise RequestError(f"`kvist.role` is {options.role!r}; use {', '.join(ROLES)}", param="kvist.role")
-    alone = isinstance(options, KvistOptions) and bool(options.alone)
-    return Placement(session=session, worker=worker, alone=alone, role=ROLES.get(options.role or "")), ignored
+    return Placement(session=session, worker=worker, role=ROLES.get(options.role or "")), ignored
 
 
 def _priority(gateway: GatewayContext, priority: int | None) -> tuple[int, list[str]]:
