@@ -8,9 +8,8 @@ from kvist.deploy.manifest import Manifest
 from kvist.deploy.workloads import Container
 from kvist.errors import ConfigError
 
-_FREE = frozenset(
-    {"log_format", "drain_grace_s"}
-)  # set by the renderer, and nothing else in a manifest depends on them
+# Set by the renderer, and nothing else in a manifest depends on them.
+_FREE = frozenset({"log_format", "drain_grace_s"})
 
 
 def check_further_options(described: ContainerOptions, manifest: Manifest, read_options: ReadOptions) -> None:

@@ -39,9 +39,8 @@ def call(
 ) -> dict[str, Any]:
     """Send a request and return the JSON object of its answer. Raises the error that the server reports, and
     `Unavailable` if no Kvist server answers."""
-    headers = {} if server.api_key is None else {"Authorization": f"Bearer {server.api_key}"}
     try:
-        with httpx.Client(base_url=server.url, headers=headers, timeout=timeout_s, trust_env=False) as http:
+        with httpx.Client(base_url=server.url, headers=server.headers, timeout=timeout_s, trust_env=False) as http:
             answer = http.request(method, path, json=body)
         decoded = answer.json()
     except (httpx.HTTPError, ValueError) as error:

@@ -20,6 +20,11 @@ class OperatedServer:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--url {self.url} is not a URL: use http://HOST:PORT", param="url")
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of requests to it."""
+        return {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleOptions:

@@ -57,10 +57,9 @@ class Source:
     """Mutable; owned by one `kvist top`. Keeps its connection."""
 
     def __init__(self, server: OperatedServer, transport: httpx.BaseTransport | None = None) -> None:
-        headers = {} if server.api_key is None else {"Authorization": f"Bearer {server.api_key}"}
-        self._server, self._url = server, server.url
+        self._server = server
         self._http = httpx.Client(
-            base_url=server.url, headers=headers, timeout=TIMEOUT_S, trust_env=False, transport=transport
+            base_url=server.url, headers=server.headers, timeout=TIMEOUT_S, trust_env=False, transport=transport
         )
         self._last = Reading()
 
@@ -96,10 +95,10 @@ class Source:
                 for piece in answer.iter_bytes():
                     body += piece
                     if len(body) > MAX_BYTES:
-                        raise Unavailable(f"{self._url}{path} has over {MAX_BYTES >> 20} MiB")
+                        raise Unavailable(f"{self._server.url}{path} has over {MAX_BYTES >> 20} MiB")
         except httpx.HTTPError as error:
             raise Unavailable(
-                f"no Kvist server answers at {self._url}: {str(error) or type(error).__name__}"
+                f"no Kvist server answers at {self._server.url}: {str(error) or type(error).__name__}"
             ) from error
         if not answer.is_success:
             raise _reported(self._server, answer.status_code, bytes(body))
@@ -107,8 +106,8 @@ class Source:
             return msgspec.json.decode(bytes(body), type=kind)
         except UNDECODABLE as error:
             raise Unavailable(
-                f"{self._url}{path} has another form than this version knows ({error}): use the kvist top of the "
-                "server's version"
+                f"{self._server.url}{path} has another form than this version knows ({error}): use the kvist top of "
+                "the server's version"
             ) from error
 
 
